@@ -1,0 +1,128 @@
+"""A small picture of a graph that knows neither torch nor ONNX: values in topological order, each with its role.
+
+The detector sees this and nothing else, so that one definition of a residual connection serves every source of graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import networkx
+
+
+class Role(Enum):
+    """What an op does to the elements of its operands."""
+
+    SOURCE = "source"  #: no operands: a model input, a parameter, a constant
+    TRANSPARENT = "transparent"  #: changes view, layout, dtype or memory only, or scales by a constant
+    SLICE = "slice"  #: takes a part of its operand
+    POINTWISE = "pointwise"  #: combines elements at the same position only
+    MIXING = "mixing"  #: combines elements across positions or channels
+    SUM = "sum"  #: adds tensors
+
+
+@dataclass(frozen=True, slots=True)
+class OpKind:
+    """One row of a dialect's table.
+
+    Attributes:
+        role: what the op does.
+        linear: a linear function of its data operand.
+        wide: combines several positions by weights (a 3x3 convolution), as no shortcut does.
+        norm: a normalisation; a stream passes through it.
+        gated: a sum whose operands are weighted by tensors (lerp, addcmul).
+        upsample: enlarges positions; marks a lateral sum.
+        axis: the feature axis that reading a value through this op implies, counted on that value's dimensions.
+        vote: how much that implication weighs.
+    """
+
+    role: Role
+    linear: bool = False
+    wide: bool = False
+    norm: bool = False
+    gated: bool = False
+    upsample: bool = False
+    axis: int | None = None
+    vote: int = 0
+
+
+@dataclass(slots=True)
+class Value:
+    """One value of the graph.
+
+    Attributes:
+        index: position in topological order, and its identity.
+        name: its name in the source graph.
+        op: the op's name in the table of its dialect.
+        kind: that table's row, specialised to this use.
+        inputs: the tensor operands, in order.
+        shape: sizes; a symbolic size is a string. None where unknown.
+        floating: whether the elements are floating-point numbers.
+        data: whether the value depends on a model input, not on parameters, constants and shapes alone.
+        axes: for a transparent op, the operand's dimension behind each dimension of the result, None where lost.
+        owner: module path of the op.
+        where: "file:line" of the op, or "".
+        call: index of the recorded call in the capture, None where there is none.
+        existing: the op lies inside a LAuReL module that the model already had.
+    """
+
+    index: int
+    name: str
+    op: str
+    kind: OpKind
+    inputs: tuple[int, ...] = ()
+    shape: tuple[int | str, ...] | None = None
+    floating: bool = False
+    data: bool = False
+    axes: tuple[int | None, ...] | None = None
+    owner: str = ""
+    where: str = ""
+    call: int | None = None
+    existing: bool = False
+
+    @property
+    def role(self) -> Role:
+        return self.kind.role
+
+
+@dataclass
+class Dataflow:
+    """The values of one graph, in topological order: `values[i].index == i` and operands come first."""
+
+    values: list[Value] = field(default_factory=list)
+    outputs: set[int] = field(default_factory=set)
+
+    def add(self, name: str, op: str, kind: OpKind, inputs: Sequence[int] = (), **attributes: object) -> Value:
+        """Append a value whose operands are already there."""
+        value = Value(len(self.values), name, op, kind, tuple(inputs), **attributes)  # type: ignore[arg-type]  # checked by Value's fields
+        self.values.append(value)
+        return value
+
+    @cached_property
+    def readers(self) -> list[list[int]]:
+        """For each value, the values that read it, each once."""
+        readers: list[list[int]] = [[] for _ in self.values]
+        for value in self.values:
+            for operand in set(value.inputs):
+                readers[operand].append(value.index)
+        return readers
+
+    def check(self) -> None:
+        """Raise ValueError unless operands precede their readers and indices are positions."""
+        for position, value in enumerate(self.values):
+            if value.index != position or any(not 0 <= operand < position for operand in value.inputs):
+                raise ValueError(f"value {value.name} at {position} breaks the topological order")
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The graph with an edge from operand to reader; each node holds its `Value` under "value"."""
+        import networkx as nx
+
+        graph = nx.DiGraph()
+        graph.add_nodes_from((value.index, {"value": value}) for value in self.values)
+        graph.add_edges_from((operand, value.index) for value in self.values for operand in value.inputs)
+        return graph

@@ -1,0 +1,308 @@
+"""`Dataflow` from any `fx.Graph`: an exported program's, a `symbolic_trace`'s, a hand-made one.
+
+Every node whose result is a tensor needs its shape, in `meta["val"]` (torch.export) or `meta["tensor_meta"]` (ShapeProp).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
+from laurel_rewrite.dialects.torch_ops import (
+    IGNORED,
+    LEAF_MODULES,
+    OPS,
+    POINTWISE_MODULES,
+    SCALES,
+    SHAPE_ONLY,
+    SUMS,
+    VIEWS,
+)
+
+_POINTWISE = OpKind(Role.POINTWISE)
+_TRANSPARENT = OpKind(Role.TRANSPARENT)
+_SOURCE = OpKind(Role.SOURCE)
+_TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def dataflow_from_fx(
+    graph: fx.Graph,
+    modules: Callable[[str], torch.nn.Module] | None = None,
+    parameters: Iterable[str] = (),
+) -> tuple[Dataflow, dict[fx.Node, int]]:
+    """Read a graph.
+
+    Args:
+        graph: nodes with shapes in their metadata.
+        modules: the module of a `call_module` target.
+        parameters: names of placeholders that hold parameters, buffers and constants rather than data.
+
+    Returns:
+        The dataflow, and the value that each node computed (before any later in-place change to it).
+    """
+    return _Reader(graph, modules, frozenset(parameters)).read()
+
+
+class _Reader:
+    """Canonicalises while it reads: in-place ops become new values, and a view that was taken before such a change is read anew."""
+
+    def __init__(self, graph: fx.Graph, modules: Callable[[str], torch.nn.Module] | None, parameters: frozenset[str]) -> None:
+        self.graph = graph
+        self.modules = modules
+        self.parameters = parameters
+        self.flow = Dataflow()
+        self.computed: dict[fx.Node, int] = {}  # what the node itself computed
+        self.current: dict[fx.Node, int] = {}  # what its tensor holds now
+        self.base: dict[fx.Node, fx.Node] = {}  # node -> the node whose memory it may share
+        self.parent: dict[fx.Node, fx.Node] = {}  # view -> what it views
+        self.version: dict[fx.Node, int] = {}  # base -> number of in-place changes so far
+        self.seen: dict[fx.Node, int] = {}  # node -> the version that `current` reflects
+
+    def read(self) -> tuple[Dataflow, dict[fx.Node, int]]:
+        for node in self.graph.nodes:
+            if node.op == "output":
+                self.flow.outputs.update(self._read(operand) for operand in node.all_input_nodes)
+            elif base_name(node, self.modules) not in IGNORED:
+                self._add(node)
+        return self.flow, self.computed
+
+    def _add(self, node: fx.Node) -> None:
+        op = base_name(node, self.modules)
+        operands = [operand for operand in node.all_input_nodes if operand in self.computed]
+        if op in SUMS:  # the same tensor twice is two operands
+            operands = [a for a in node.args if isinstance(a, fx.Node) and a in self.computed]
+            operands += [a for a in node.kwargs.values() if isinstance(a, fx.Node) and a in self.computed]
+        inputs = [self._read(operand) for operand in operands]
+        shape, floating = shape_of(node)
+        source = node.op in ("placeholder", "get_attr")
+        data = any(self.flow.values[i].data for i in inputs) and op not in SHAPE_ONLY
+        if source:
+            data = node.op == "placeholder" and node.name not in self.parameters
+        owner, existing = owner_of(node)
+        value = self.flow.add(
+            node.name,
+            op,
+            _SOURCE if source else self._kind(node, op, inputs, shape),
+            inputs,
+            shape=shape,
+            floating=floating,
+            data=data,
+            owner=owner,
+            existing=existing,
+            where=where_of(node),
+            call=(node.meta.get("custom") or {}).get("laurel_call"),
+        )
+        if value.role is Role.TRANSPARENT and inputs:
+            value.axes = _axes(node, op, self.flow.values[inputs[0]], value)
+        self.computed[node] = value.index
+        if operands and mutates(node):
+            self._mutate(operands[0], value)
+            self.base[node], self.parent[node] = self._base(operands[0]), operands[0]
+        elif operands and op in VIEWS:
+            self.base[node], self.parent[node] = self._base(operands[0]), operands[0]
+        self.current[node] = value.index
+        self.seen[node] = self.version.get(self._base(node), 0)
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        return self.base.get(node, node)
+
+    def _read(self, node: fx.Node) -> int:
+        """The value that the node's tensor holds now."""
+        base = self._base(node)
+        version = self.version.get(base, 0)
+        if self.seen[node] < version and node in self.parent:
+            before = self.flow.values[self.computed[node]]
+            fresh = self.flow.add(
+                before.name, before.op, before.kind, [self._read(self.parent[node])], shape=before.shape, floating=before.floating,
+                data=True, axes=before.axes, owner=before.owner, existing=before.existing, where=before.where,
+            )  # fmt: skip
+            if mutates(node):  # its memory is its parent's
+                fresh.kind = _TRANSPARENT
+            self.current[node] = fresh.index
+            self.seen[node] = version
+        return self.current[node]
+
+    def _mutate(self, target: fx.Node, value: Value) -> None:
+        """`value` was written into the memory of `target`."""
+        base = self._base(target)
+        self.version[base] = version = self.version.get(base, 0) + 1
+        written, node = value.index, target
+        while node is not base:
+            parent = self.parent[node]
+            whole = mutates(node) or self.flow.values[self.computed[node]].role is Role.TRANSPARENT
+            self.current[node], self.seen[node] = written, version
+            before = self.flow.values[self.current[parent]]
+            if not (mutates(node) or before.shape == value.shape):
+                inputs = [written] if whole else [before.index, written]
+                written = self.flow.add(
+                    f"{parent.name}_after", "update", _TRANSPARENT if whole else _POINTWISE, inputs, shape=before.shape,
+                    floating=before.floating, data=True, owner=value.owner,
+                ).index  # fmt: skip
+            node = parent
+        self.current[base], self.seen[base] = written, version
+
+    def _kind(self, node: fx.Node, op: str, inputs: list[int], shape: tuple[int | str, ...] | None) -> OpKind:
+        """The table's row, specialised to this use."""
+        values = self.flow.values
+        first = values[inputs[0]] if inputs else None
+        if op == "unknown_module":
+            return OpKind(Role.MIXING)
+        kind = OPS.get(op, _POINTWISE)
+        if op in SUMS:
+            scalar = [a for a in node.args[:2] if isinstance(a, int | float) and not isinstance(a, bool)]
+            return _TRANSPARENT if scalar == [0] else kind  # sum([...]) begins with 0
+        if op in SCALES:
+            if len(node.args) >= 2 and any(isinstance(a, int | float) for a in node.args[:2]):
+                return _TRANSPARENT
+            others = [values[i] for i in inputs if not values[i].data]
+            if len(inputs) == 2 and len(others) == 1:
+                constant = others[0].shape in ((), (1,)) and not others[0].name.startswith("p_")
+                return _TRANSPARENT if constant else OpKind(Role.POINTWISE, linear=True, axis=_vector_axis(others[0], first), vote=2)
+            return kind
+        if op == "getitem":
+            slices = first is not None and first.shape is not None and not isinstance(node.args[1], int)
+            tensor_item = first is not None and first.shape is not None and isinstance(node.args[1], int)
+            return OPS["slice"] if (slices or tensor_item) and first is not None and first.shape != shape else kind
+        if kind.role is Role.SLICE and first is not None and first.shape == shape:
+            return _TRANSPARENT
+        if op in ("expand", "expand_as") and first is not None and first.shape != shape:
+            return OpKind(Role.POINTWISE, linear=True)
+        if kind.norm and op in ("layer_norm", "rms_norm", "native_layer_norm"):
+            normalized = self._normalized_shape(node)
+            if normalized is not None and len(normalized) != 1:
+                return replace(kind, axis=1, vote=1)
+        if op.startswith("conv") and kind.linear:
+            return replace(kind, wide=self._kernel(node, inputs) != {1})
+        if op in ("matmul", "mm", "bmm", "einsum") and len(inputs) == 2 and not values[inputs[1]].data:
+            return OPS["linear"]
+        if op == "mean" and first is not None and first.shape is not None:
+            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            if dims in ([-1], -1, [len(first.shape) - 1]):
+                return replace(kind, axis=-1, vote=1)
+        return kind
+
+    def _normalized_shape(self, node: fx.Node) -> list[int] | None:
+        if node.op == "call_module":
+            return list(getattr(self._module(node), "normalized_shape", ())) or None
+        shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
+        return list(shape) if isinstance(shape, list | tuple) else None  # type: ignore[arg-type]  # a list of ints
+
+    def _kernel(self, node: fx.Node, inputs: list[int]) -> set[int | str]:
+        if node.op == "call_module":
+            kernel = getattr(self._module(node), "kernel_size", ())
+            return set(kernel)
+        weight = self.flow.values[inputs[1]] if len(inputs) > 1 else None
+        return set(weight.shape[2:]) if weight is not None and weight.shape is not None else set()
+
+    def _module(self, node: fx.Node) -> torch.nn.Module | None:
+        return self.modules(str(node.target)) if self.modules is not None else None
+
+
+def base_name(node: fx.Node, modules: Callable[[str], torch.nn.Module] | None = None) -> str:
+    """The op's name in the table: `aten.add_.Tensor`, `operator.iadd`, `Tensor.add_` and `torch.add` are all "add"."""
+    target: Any = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return node.op
+    if node.op == "call_module":
+        name = type(modules(str(target))).__name__ if modules is not None else ""
+        return LEAF_MODULES.get(name, "relu" if name in POINTWISE_MODULES else "unknown_module")
+    if node.op == "call_method":
+        name = str(target)
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target.overloadpacket.__name__
+    else:
+        name = getattr(target, "__name__", str(target)).removeprefix("aten.").split(".")[0]
+    if name in OPS:
+        return name
+    bare = name.rstrip("_") or name
+    return "add" if bare in SUMS else bare
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the node writes into its first operand."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable and not target.overloadpacket.__name__.startswith("_assert")
+    name = target if node.op == "call_method" else getattr(target, "__name__", "")
+    if node.op == "call_method":
+        return bool(name.endswith("_")) and not name.endswith("__")
+    return node.op == "call_function" and name in ("iadd", "imul", "isub", "itruediv")
+
+
+def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:
+    """Shape and whether floating-point, from the node's metadata; (None, False) where the result is no tensor."""
+    val = node.meta.get("val", node.meta.get("example_value"))
+    if isinstance(val, torch.Tensor):
+        return tuple(s if isinstance(s, int) else str(s) for s in val.shape), val.is_floating_point()
+    meta = node.meta.get("tensor_meta")
+    if hasattr(meta, "dtype") and hasattr(meta, "shape"):
+        return tuple(meta.shape), meta.dtype.is_floating_point
+    return None, False
+
+
+def owner_of(node: fx.Node) -> tuple[str, bool]:
+    """Path of the module that ran the node, and whether one of the modules around it is a LAuReL block of the model's own."""
+    stack = [
+        entry for key, entry in (node.meta.get("nn_module_stack") or {}).items() if node.op != "call_module" or str(key) != str(node.target)
+    ]
+    if not stack:
+        return "", False
+    existing = any("laurel" in str(entry[1]).rsplit(".", 1)[-1].lower() for entry in stack)
+    return str(stack[-1][0]).removeprefix("L['self']").lstrip("."), existing
+
+
+def where_of(node: fx.Node) -> str:
+    """ "file:line" of the innermost frame in the node's stack trace."""
+    frames = _TRACE_LINE.findall(node.meta.get("stack_trace") or getattr(node, "stack_trace", None) or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def _vector_axis(constant: Value, other: Value | None) -> int | None:
+    """The feature axis a multiplication by a parameter vector implies: [D] says -1; [D, 1, 1] and [1, D, 1, 1] say 1."""
+    if constant.shape is None or other is None or other.shape is None:
+        return None
+    long = [position - len(constant.shape) for position, size in enumerate(constant.shape) if size != 1]
+    if len(long) != 1:
+        return None
+    return -1 if long[0] == -1 else 1 if long[0] == 1 - len(other.shape) else None
+
+
+def _axes(node: fx.Node, op: str, operand: Value, result: Value) -> tuple[int | None, ...] | None:
+    """Which dimension of the operand each dimension of the result is."""
+    if operand.shape is None or result.shape is None:
+        return None
+    before, after = operand.shape, result.shape
+    rank = len(before)
+    if op in ("permute", "transpose", "t", "numpy_T", "T", "mT", "adjoint", "swapaxes", "swapdims", "movedim", "moveaxis"):
+        order = list(range(rank))
+        args = list(node.args[1:]) or list(node.kwargs.values())
+        if op == "permute":
+            dims = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+            return tuple(int(d) % rank for d in dims)  # type: ignore[arg-type, call-overload, union-attr]  # permute takes ints
+        if op in ("transpose", "swapaxes", "swapdims") and len(args) >= 2:
+            a, b = int(args[0]) % rank, int(args[1]) % rank  # type: ignore[arg-type]  # transpose takes ints
+            order[a], order[b] = order[b], order[a]
+            return tuple(order)
+        if op in ("mT", "adjoint"):
+            order[-1], order[-2] = order[-2], order[-1]
+            return tuple(order)
+        return tuple(reversed(order)) if op != "movedim" and op != "moveaxis" else None
+    if before == after:
+        return tuple(range(rank))
+    # A reshape keeps the dimensions that agree from the left and from the right.
+    axes: list[int | None] = [None] * len(after)
+    for i in range(min(rank, len(after))):
+        if before[i] != after[i]:
+            break
+        axes[i] = i
+    for i in range(1, min(rank, len(after)) + 1):
+        if before[-i] != after[-i]:
+            break
+        axes[-i] = rank - i
+    return tuple(axes)

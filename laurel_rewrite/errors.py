@@ -1,0 +1,61 @@
+"""Every error a user can meet, each with the exit code the command gives it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LaurelError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is the command's exit status."""
+
+    exit_code = 1
+
+
+class VerificationError(LaurelError):
+    """The rewritten model does not compute what it must."""
+
+    exit_code = 1
+
+
+class ConfigError(LaurelError, ValueError):
+    """A request that cannot be meant: an unknown variant, a rank out of range, a selector that matches nothing."""
+
+    exit_code = 2
+
+
+class RewriteError(LaurelError):
+    """A site that this back end cannot rewrite, with the reason. Raised before anything is changed."""
+
+    exit_code = 2
+
+
+class NoSiteError(LaurelError):
+    """The model has no residual connection to rewrite."""
+
+    exit_code = 3
+
+
+class CaptureError(LaurelError):
+    """The model could not be built, called or captured as a graph."""
+
+    exit_code = 4
+
+
+class ExportError(LaurelError):
+    """The model could not be written as ONNX."""
+
+    exit_code = 4
+
+
+class MissingPackageError(LaurelError):
+    """An optional package is needed and absent."""
+
+    exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers the known names closest to `name`, or all of a short list."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:8]
+    return f"Nearest: {', '.join(close)}." if close else "There is none to choose from."

@@ -1,0 +1,285 @@
+"""The plan: which sites get which LAuReL, as data that a person reads and edits (TOML)."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from laurel_rewrite import variants
+from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
+from laurel_rewrite.sites import Site, Sites
+from laurel_rewrite.variants import SiteConfig
+
+_HEADER = """\
+# A plan of laurel-rewrite: one [[site]] for each LAuReL module. Delete a site to leave that connection as it is; change its
+# variant, rank, history, normalize, init_down or history_map. The other keys say what was found, and must stay.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaurelConfig:
+    """What the sites of a model get.
+
+    Attributes:
+        variant: "rw", "lr", "pa" or a sum of them, such as "rw+lr".
+        rank: r, the inner width of the low-rank maps; from 1 to D.
+        history: k, how many states of the stream PA reads, the skip included.
+        normalize: how a and b are kept bounded: "softmax" (2 softmax(w), sum 2), "sigmoid" (a = 2 sigmoid(w), b = 2 - a), "none"
+            (free) or "paper" (softmax(w), which starts at 1/2 and so does not keep the function of the model).
+        init_down: start of V: "orthogonal" (the paper's for LLMs) or "xavier" (its for ResNet).
+        history_map: h of PA without LR: "low-rank", one map shared by the lags, or "identity".
+        include: patterns over site ids, owners or kinds; a site must match one. Empty: every identity and projection site.
+        exclude: patterns; a site must match none.
+        seed: of the initialisation; each site draws from (seed, site id).
+
+    Raises:
+        ConfigError: every mistake at once.
+    """
+
+    variant: str = "rw+lr"
+    rank: int = 16
+    history: int = 3
+    normalize: str = "softmax"
+    init_down: str = "orthogonal"
+    history_map: str = "low-rank"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        try:
+            object.__setattr__(self, "variant", variants.canonical(self.variant))
+        except ConfigError as error:
+            problems.append(str(error))
+        for name, known in (
+            ("normalize", variants.NORMALIZE),
+            ("init_down", variants.INIT_DOWN),
+            ("history_map", variants.HISTORY_MAP),
+        ):
+            if getattr(self, name) not in known:
+                problems.append(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
+        for name in ("rank", "history"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.append(f"{name} must be a whole number of at least 1, not {value!r}.")
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if problems:
+            raise ConfigError(" ".join(problems))
+
+
+@dataclass(frozen=True)
+class PlanSite:
+    """One LAuReL module: where it goes and what it is. The fields up to `index` are the site's; see `Site`.
+
+    Attributes:
+        calls: how often the model runs it in one forward pass; more than 1 where modules are shared.
+        turns: how many turns its loop has, where the site is one turn of a loop; else 0.
+    """
+
+    id: str
+    kind: str
+    owner: str
+    where: str
+    shape: tuple[int | str, ...]
+    axis: int
+    dim: int
+    stream: int
+    index: int
+    variant: str
+    rank: int
+    history: int
+    normalize: str
+    init_down: str
+    history_map: str
+    calls: int = 1
+    turns: int = 0
+
+    @property
+    def attribute(self) -> str:
+        """Name of the owner's attribute that holds the LAuReL module, or the list of a loop's turns."""
+        name = self.id.removeprefix(f"{self.owner}.") if self.owner else self.id
+        return name.split(".")[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sites to rewrite, in order of execution, and the seed of their start."""
+
+    sites: tuple[PlanSite, ...]
+    seed: int = 0
+    model: str = ""
+    _past: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def past(self, site: PlanSite) -> tuple[str, ...]:
+        """Ids of the sites whose skips a PA site reads, nearest first; the window ends where the stream begins."""
+        if "pa" not in site.variant:
+            return ()
+        if not self._past:
+            streams: dict[int, list[str]] = {}
+            for other in self.sites:
+                stream = streams.setdefault(other.stream, [])
+                # A shared module reads, from its second call on, its own former call and those between.
+                before = stream if other.calls == 1 else [s.id for s in self.sites if s.stream == other.stream]
+                at = before.index(other.id) if other.calls > 1 else len(before)
+                cycle = before[:at][::-1] + (before[at:][::-1] if other.calls > 1 else [])
+                self._past[other.id] = tuple(cycle[: other.history - 1])
+                stream.append(other.id)
+        return self._past[site.id]
+
+    def config(self, site: PlanSite) -> SiteConfig:
+        """What the operator of a site is built from."""
+        operator = variants.operator(site.variant)
+        return operator.prepare(
+            SiteConfig(
+                variant=site.variant,
+                dim=site.dim,
+                rank=site.rank,
+                lags=1 + len(self.past(site)),
+                history=site.history,
+                axis=site.axis,
+                ndim=len(site.shape),
+                normalize=site.normalize,
+                init_down=site.init_down,
+                history_map=site.history_map,
+            )
+        )
+
+    def parameters(self) -> int:
+        """Number of parameters that the plan adds."""
+        return sum(variants.operator(s.variant).parameters(self.config(s)) for s in self.sites)
+
+    # Making, reading and writing
+
+    @staticmethod
+    def from_sites(sites: Sites, config: LaurelConfig) -> Plan:
+        """Give every selected site what the configuration says.
+
+        Raises:
+            NoSiteError: the model has no residual connection.
+            ConfigError: a selector matches nothing, the rank is above a site's D, or D is unknown.
+        """
+        if not sites.sites:
+            raise NoSiteError(_nothing(sites))
+        calls = Counter(site.module for site in sites)
+        unique = [site for site in sites if site.id == site.module]
+        chosen = _select(unique, config)
+        problems = []
+        for site in chosen:
+            uses_rank = variants.operator(config.variant).uses_rank
+            if site.dim is None:
+                problems.append(f"{site.id} ({site.where}): the size of its feature axis is unknown; leave it out with exclude.")
+            elif uses_rank and config.rank > site.dim:
+                problems.append(f"{site.id}: rank {config.rank} is above its feature size {site.dim}.")
+        if problems:
+            more = f" And {len(problems) - 5} more." if len(problems) > 5 else ""
+            raise ConfigError(" ".join(problems[:5]) + more)
+        given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in _SETTINGS}
+        turns = {name: binding.turns if binding.turn is not None else 0 for name, binding in sites.bindings.items()}
+        rows = [PlanSite(**asdict(site), **given, calls=calls[site.module], turns=turns[site.id]) for site in chosen]
+        return Plan(tuple(rows), seed=config.seed)
+
+    def check(self, sites: Sites) -> None:
+        """Raise ConfigError unless every site of the plan is one of these, with the same feature axis."""
+        known = {site.id: site for site in sites}
+        for row in self.sites:
+            site = known.get(row.id)
+            if site is None:
+                raise ConfigError(f"The plan names the site {row.id!r}, which the model does not have. {nearest(row.id, known)}")
+            if (site.dim, site.axis, site.owner) != (row.dim, row.axis, row.owner):
+                raise ConfigError(
+                    f"{row.id}: the plan says axis {row.axis} of size {row.dim}, the model has axis {site.axis} of size {site.dim}. "
+                    "Was the plan made for another configuration of the model?"
+                )
+
+    def to_toml(self) -> str:
+        """The plan as text."""
+        import tomli_w
+
+        rows = []
+        for site in self.sites:
+            row = asdict(site)
+            row["shape"] = list(site.shape)
+            rows.append(row)
+        head: dict[str, Any] = {"version": 1, "seed": self.seed}
+        if self.model:
+            head["model"] = self.model
+        return _HEADER + "\n" + tomli_w.dumps({**head, "site": rows})
+
+    @staticmethod
+    def from_toml(text: str, origin: str = "the plan") -> Plan:
+        """Read a plan.
+
+        Raises:
+            ConfigError: not TOML, an unknown or missing key, a value out of range; the message names the site.
+        """
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{origin} is not valid TOML: {error}") from error
+        if data.get("version") != 1:
+            raise ConfigError(f"{origin} has version {data.get('version')!r}; this program reads version 1.")
+        rows: list[PlanSite] = []
+        names = {f.name for f in fields(PlanSite)}
+        for number, row in enumerate(data.get("site", ()), start=1):
+            label = f"{origin}, site {row.get('id', number)}"
+            unknown, missing = set(row) - names, names - set(row) - {"calls", "turns"}
+            if unknown:
+                raise ConfigError(f"{label}: unknown key {sorted(unknown)[0]!r}. {nearest(sorted(unknown)[0], names)}")
+            if missing:
+                raise ConfigError(f"{label}: the key {sorted(missing)[0]!r} is missing.")
+            try:
+                checked = LaurelConfig(**{name: row[name] for name in _SETTINGS})
+            except ConfigError as error:
+                raise ConfigError(f"{label}: {error}") from error
+            if not 1 <= row["rank"] <= row["dim"] and variants.operator(checked.variant).uses_rank:
+                raise ConfigError(f"{label}: rank {row['rank']} is not between 1 and its feature size {row['dim']}.")
+            rows.append(PlanSite(**{**row, "shape": tuple(row["shape"]), "variant": checked.variant}))
+        if not rows:
+            raise ConfigError(f"{origin} has no site.")
+        twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
+        if twice:
+            raise ConfigError(f"{origin} has the site {twice[0]!r} twice.")
+        return Plan(tuple(rows), seed=int(data.get("seed", 0)), model=str(data.get("model", "")))
+
+    @staticmethod
+    def read(path: Path | str) -> Plan:
+        """Read a plan file; ConfigError where there is none."""
+        try:
+            return Plan.from_toml(Path(path).read_text(), str(path))
+        except OSError as error:
+            raise ConfigError(f"The plan {path} cannot be read: {error.strerror}.") from error
+
+    def with_model(self, model: str) -> Plan:
+        return replace(self, model=model)
+
+
+_SETTINGS = ("variant", "rank", "history", "normalize", "init_down", "history_map")
+
+
+def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
+    def matches(site: Site, pattern: str) -> bool:
+        return any(fnmatchcase(text, pattern) for text in (site.id, site.owner, site.kind))
+
+    for pattern in (*config.include, *config.exclude):
+        if not any(matches(site, pattern) for site in sites):
+            names: Iterable[str] = [name for site in sites for name in (site.id, site.owner, site.kind)]
+            raise ConfigError(f"The selector {pattern!r} matches no site. {nearest(pattern, dict.fromkeys(names))}")
+    include = config.include or ("identity", "projection")
+    chosen = [s for s in sites if any(matches(s, p) for p in include) and not any(matches(s, p) for p in config.exclude)]
+    if not chosen:
+        raise ConfigError("The selectors leave no site to rewrite.")
+    return chosen
+
+
+def _nothing(sites: Sites) -> str:
+    reasons = Counter(rejected.reason for rejected in sites.rejected)
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
+    return "The model has no residual connection. " + (f"Of its {len(sites.rejected)} additions: {why}." if why else "It has no addition at all.")

@@ -1,0 +1,232 @@
+"""Sites: the residual connections of one model, by stable ids, and the sums that are none, with reasons."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from laurel_rewrite.capture import Call, capture
+from laurel_rewrite.dataflow import Dataflow
+from laurel_rewrite.dialects.fx import dataflow_from_fx
+from laurel_rewrite.errors import CaptureError
+from laurel_rewrite.residuals import Residual, find_residuals
+from laurel_rewrite.streams import find_places
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Site:
+    """One residual connection.
+
+    Attributes:
+        id: owner's module path, "laurel_" and an ordinal: where the LAuReL module goes, and so the prefix of its parameters'
+            names. A loop adds ".turn"; a further call of a shared module adds "@call".
+        kind: "identity" (x + f(x)), "projection" (ResNet's downsample) or "partial" (the skip is a slice of what the branch reads).
+        owner: path of the module whose code adds; "" is the model itself.
+        where: "file:line" of the add.
+        shape: of the sum, as captured.
+        axis: feature axis, -1 or 1.
+        dim: D, its size; None where unknown.
+        stream: number of the stream.
+        index: position in the stream, from 0.
+    """
+
+    id: str
+    kind: str
+    owner: str
+    where: str
+    shape: tuple[int | str, ...]
+    axis: int
+    dim: int | None
+    stream: int
+    index: int
+
+    @property
+    def module(self) -> str:
+        """Path of the LAuReL module, which the calls of a shared module have in common."""
+        return self.id.split("@")[0]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sum that is no site: where it stands, the reason, and the particulars."""
+
+    where: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How a site hangs in the captured graph and in the source; the back ends work from it.
+
+    Attributes:
+        residual: the sum in the dataflow.
+        adds: the binary adds from the skip outwards: graph node, operand (0 or 1) that holds the skip, recorded call or None.
+        turn: which execution of its source line in one call of the owner this is, None where there is one only.
+        turns: how many executions there are.
+    """
+
+    residual: Residual
+    adds: tuple[tuple[str, int, Call | None], ...]
+    turn: int | None = None
+    turns: int = 1
+
+
+@dataclass
+class Sites:
+    """What detection found. Iterating gives the sites.
+
+    Attributes:
+        sites: the residual connections, in order of execution.
+        rejected: the other sums, with reasons.
+    """
+
+    sites: list[Site]
+    rejected: list[Rejected]
+    bindings: dict[str, Binding] = field(default_factory=dict, repr=False)
+    calls: Sequence[Call] = field(default=(), repr=False)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `laurel-rewrite sites --json` prints it."""
+        return {"sites": [asdict(site) for site in self.sites], "rejected": [asdict(rejected) for rejected in self.rejected]}
+
+
+def detect(
+    model: nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Sites:
+    """Find the residual connections of a model. Nothing is changed.
+
+    Args:
+        model: a module on any device (meta included), an `fx.GraphModule`, or an exported program.
+        args, kwargs: inputs of its forward, with a batch of 2 or more where possible: a batch of 1 hides broadcasts. A graph that
+            carries shapes already needs none.
+        dynamic_shapes: as `torch.export.export` takes them; the sites are the same, their shapes symbolic.
+
+    Returns:
+        The sites in order of execution, and every other addition with the reason why it is none.
+
+    Raises:
+        CaptureError: the model cannot be captured with these inputs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(8, 8)
+        ...     def forward(self, x):
+        ...         return x + self.linear(x)
+        >>> [site.kind for site in detect(Block(), (torch.randn(2, 8),))]
+        ['identity']
+    """
+    if isinstance(model, fx.GraphModule):
+        with_shapes(model, args, kwargs)
+        return sites_of_graph(model)
+    if not isinstance(model, nn.Module):
+        return sites_of_program(model)
+    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return sites_of_program(captured.program, captured.calls)
+
+
+def sites_of_program(program: torch.export.ExportedProgram, calls: Sequence[Call] = ()) -> Sites:
+    """The sites of an exported program, with source positions where its calls were recorded."""
+    parameters = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT"}
+    flow, _ = dataflow_from_fx(program.graph, parameters=parameters)
+    return _sites(flow, calls)
+
+
+def sites_of_graph(module: fx.GraphModule) -> Sites:
+    """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes."""
+    flow, _ = dataflow_from_fx(module.graph, module.get_submodule)
+    return _sites(flow, ())
+
+
+def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+    """Give the nodes of a graph their shapes, where they have none."""
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    if any("val" in n.meta or "tensor_meta" in n.meta for n in module.graph.nodes if n.op.startswith("call")):
+        return
+    if not args and not kwargs:
+        raise CaptureError("The graph's nodes carry no shapes: pass example inputs, or run torch.fx.passes.shape_prop.ShapeProp on it first.")
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    given = dict(zip((n.target for n in placeholders), args, strict=False)) | dict(kwargs or {})
+    try:
+        inputs = [given[n.target] if n.target in given else n.args[0] for n in placeholders]
+        # On fake tensors: shapes only, no compute, no change to a buffer.
+        ShapeProp(module, fake_mode=_fake_mode(inputs, module)).propagate(*inputs)
+    except Exception as error:
+        raise CaptureError(f"The graph could not be run with the given inputs: {type(error).__name__}: {error}") from error
+
+
+def _fake_mode(inputs: Sequence[Any], module: nn.Module) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _sites(flow: Dataflow, calls: Sequence[Call]) -> Sites:
+    residuals, refusals = find_residuals(flow)
+    places = find_places(flow, residuals)
+    values = flow.values
+
+    def call_of(index: int) -> Call | None:
+        position = values[index].call
+        return calls[position] if position is not None and position < len(calls) else None
+
+    # How often each line ran in one call of its owner, sites or not: a loop's turns.
+    runs: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for value in values:
+        call = call_of(value.index)
+        if call is not None and value.role.value in ("sum", "transparent"):
+            runs[call.owner, call.owner_call, call.steps].append(value.index)
+    ordinals: dict[str, dict[Any, int]] = defaultdict(dict)
+    tied: dict[str, int] = defaultdict(int)
+    sites: list[Site] = []
+    bindings: dict[str, Binding] = {}
+    for residual, place in zip(residuals, places, strict=True):
+        output = values[residual.output]
+        adds = tuple((values[node].name, side, call_of(node)) for node, side in residual.adds)
+        first = adds[0][2]
+        owner = first.owner if first is not None else output.owner
+        key = first.steps if first is not None else output.index
+        ordinal = ordinals[owner].setdefault(key, len(ordinals[owner]))
+        turn, turns = None, 1
+        if first is not None:
+            executions = runs[first.owner, first.owner_call, first.steps]
+            turns = len(executions)
+            turn = executions.index(residual.adds[0][0]) if turns > 1 else None
+        path = f"{owner}.laurel_{ordinal}" if owner else f"laurel_{ordinal}"
+        if turn is not None:
+            path += f".{turn}"
+        name = path if not tied[path] else f"{path}@{tied[path]}"
+        tied[path] += 1
+        where = first.where if first is not None else output.where
+        sites.append(
+            Site(name, residual.kind, owner, where, output.shape or (), place.axis, place.dim, place.stream, place.index)
+        )
+        bindings[name] = Binding(residual, adds, turn, turns)
+    rejected = []
+    for refusal in refusals:
+        call = call_of(refusal.output)
+        where = call.where if call is not None else values[refusal.output].where
+        rejected.append(Rejected(where or values[refusal.output].name, refusal.reason, refusal.detail))
+    return Sites(sites, rejected, bindings, calls)

@@ -1,0 +1,147 @@
+"""x_0 -> x_1 -> x_2 ...: link the residual connections that carry one hidden state, and find its feature axis.
+
+A site follows another in a stream when its skip, followed back, reaches the other's output without a change of shape. The way back
+may lead through transparent ops, an activation or a normalisation, so that ResNets (ReLU after the sum) and post-norm transformers
+have streams too: what a stream carries is the skip that each of its sites reads. A reshape that keeps the order of elements and the
+last axis is no change: Swin's blocks go from [B, H, W, D] to [B, H*W, D] and back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from laurel_rewrite.dataflow import Dataflow, Role, Value
+from laurel_rewrite.residuals import Residual
+
+_REACH = 40  # values looked at around a skip: enough for a decomposed normalisation, independent of the graph's size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site stands: stream and position in it, feature axis (-1 or 1) and its size, None where unknown."""
+
+    stream: int
+    index: int
+    axis: int
+    dim: int | None
+
+
+def find_places(flow: Dataflow, residuals: list[Residual]) -> list[Place]:
+    """The place of each residual connection, in their order."""
+    by_output = {residual.output: position for position, residual in enumerate(residuals)}
+    streams: list[int] = []
+    indices: list[int] = []
+    lengths: list[int] = []
+    last: dict[int, int] = {}
+    for position, residual in enumerate(residuals):
+        before = _predecessor(flow, residual, by_output)
+        # Two sites that follow the same one are a fork, and the second begins a stream of its own.
+        if before is not None and last.get(streams[before]) == before:
+            stream = streams[before]
+        else:
+            stream = len(lengths)
+            lengths.append(0)
+        last[stream] = position
+        streams.append(stream)
+        indices.append(lengths[stream])
+        lengths[stream] += 1
+    votes: list[Counter[int]] = [Counter() for _ in lengths]
+    for residual, stream in zip(residuals, streams, strict=True):
+        votes[stream].update(_votes(flow, residual))
+    places = []
+    for residual, stream, index in zip(residuals, streams, indices, strict=True):
+        shape = flow.values[residual.skip].shape or ()
+        axis = votes[stream].most_common(1)[0][0] if votes[stream] else (1 if len(shape) == 4 else -1)
+        size = shape[axis] if len(shape) > 1 else None
+        places.append(Place(stream, index, axis, size if isinstance(size, int) else None))
+    return places
+
+
+def _predecessor(flow: Dataflow, residual: Residual, by_output: dict[int, int]) -> int | None:
+    index = residual.skip
+    while True:
+        value = flow.values[index]
+        if index in by_output and index != residual.output:
+            return by_output[index]
+        carried = [i for i in value.inputs if flow.values[i].data and flow.values[i].floating]
+        carries = value.role in (Role.TRANSPARENT, Role.POINTWISE) or value.kind.norm
+        if not carries or len(carried) != 1:
+            decomposed = _through_norm(flow, value)
+            if decomposed is None:
+                return None
+            carried = [decomposed]
+        if flow.values[carried[0]].shape != value.shape and not _reshapes(value):
+            return None
+        index = carried[0]
+
+
+def _reshapes(value: Value) -> bool:
+    """Whether a transparent op keeps the order of the elements and the last axis."""
+    if value.role is not Role.TRANSPARENT or value.axes is None or value.axes[-1] is None:
+        return False
+    kept = [axis for axis in value.axes if axis is not None]
+    return kept == sorted(kept)
+
+
+def _through_norm(flow: Dataflow, value: Value) -> int | None:
+    """The input of a normalisation written out as x * rsqrt(mean(x^2)): the operand that the other one is computed from."""
+    if value.op not in ("mul", "div", "sub") or len(value.inputs) != 2:
+        return None
+    left, right = (flow.values[i] for i in value.inputs)
+    if left.shape != value.shape or right.shape == value.shape:
+        return None
+    return left.index if left.data and right.data else None
+
+
+def _votes(flow: Dataflow, residual: Residual) -> Counter[int]:
+    """Which axis of the stream the ops around the site take for its features."""
+    rank = len(flow.values[residual.skip].shape or ())
+    votes: Counter[int] = Counter()
+
+    def vote(value: Value, position: int | None, weight: int) -> None:
+        if position is not None and weight:
+            if position == rank - 1:
+                votes[-1] += weight
+            elif position == 1:
+                votes[1] += weight
+
+    # What reads the stream: forwards from where skip and branch part, and from the sum, up to the first mixing op that is no norm.
+    for start in (residual.skip, residual.source, residual.output):
+        value = flow.values[start]
+        if len(value.shape or ()) != rank or (start == residual.source and value.shape != flow.values[residual.skip].shape):
+            continue
+        seen = {start}
+        queue: list[tuple[int, tuple[int | None, ...]]] = [(start, tuple(range(rank)))]
+        for index, axes in queue:
+            if len(seen) > _REACH:
+                break
+            for reader in flow.readers[index]:
+                value = flow.values[reader]
+                if reader in seen or not value.data:
+                    continue
+                seen.add(reader)
+                kind = value.kind
+                if kind.axis is not None and len(axes) >= 2:
+                    vote(value, axes[kind.axis], kind.vote)
+                if value.role is Role.TRANSPARENT:
+                    mapped = value.axes
+                    if mapped is not None:
+                        queue.append((reader, tuple(axes[m] if m is not None else None for m in mapped)))
+                elif kind.norm or (value.role is Role.POINTWISE and value.shape == flow.values[index].shape):
+                    queue.append((reader, axes))
+    # What writes the branch: backwards from it to the op that made it.
+    for branch in residual.branches:
+        index, positions = branch, tuple(range(len(flow.values[branch].shape or ())))
+        for _ in range(_REACH):
+            value = flow.values[index]
+            data = [i for i in value.inputs if flow.values[i].data]
+            if value.kind.axis is not None and value.shape is not None and len(value.shape) >= 2:
+                feature = value.kind.axis % len(value.shape)
+                vote(value, positions.index(feature) if feature in positions else None, value.kind.vote)
+            if value.role is Role.TRANSPARENT and value.axes is not None and data:
+                positions = tuple(value.axes[p] if p is not None and p < len(value.axes) else None for p in positions)  # type: ignore[misc]  # None: lost
+            elif not ((value.role is Role.POINTWISE or value.kind.norm) and len(data) == 1):
+                break
+            index = data[0]
+    return votes

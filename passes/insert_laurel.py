@@ -1,0 +1,100 @@
+"""z = x + f  ->  z = laurel(x, f): LAuReL modules as `call_module` nodes in any `fx.GraphModule`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from laurel_rewrite.dialects.fx import mutates
+from laurel_rewrite.errors import RewriteError
+from laurel_rewrite.operator import Laurel
+from laurel_rewrite.sites import Binding, Sites, sites_of_graph
+from laurel_rewrite.surgery import build, connect, refuse_second_time
+from passes.base import Pass, PassResult
+
+if TYPE_CHECKING:
+    from laurel_rewrite.plan import Plan
+
+
+class InsertLaurel(Pass[fx.GraphModule]):
+    """Insert the LAuReL modules of a plan into a graph, in place.
+
+    The graph may come from `symbolic_trace`, from `ExportedProgram.module()` or from anywhere; its nodes carry shapes. The plan names the
+    sites that `laurel_rewrite.detect` finds in this same graph. The result is linted and recompiled, computes what it computed, and
+    trains.
+
+    Args:
+        plan: what each site gets.
+
+    Raises:
+        ConfigError: the plan names a site that the graph does not have, or the graph has LAuReL modules.
+        RewriteError: a sum cannot be replaced.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._sites: Sites | None = None
+
+    def requires(self, graph: fx.GraphModule) -> None:
+        refuse_second_time(graph)
+        self._sites = sites_of_graph(graph)
+        self.plan.check(self._sites)
+        nodes = {node.name: node for node in graph.graph.nodes}
+        for row in self.plan.sites:
+            for name, _, _ in self._sites.bindings[row.id].adds:
+                _check_in_place(nodes[name], row.id)
+
+    def call(self, graph: fx.GraphModule) -> PassResult[fx.GraphModule]:
+        assert self._sites is not None
+        nodes = {node.name: node for node in graph.graph.nodes}
+        like = next((p for p in graph.parameters() if p.is_floating_point()), None)
+        for row in self.plan.sites:
+            module = build(row, self.plan, like)
+            module.train(graph.training)
+            graph.add_submodule(row.id, module)
+            _replace(graph.graph, nodes, self._sites.bindings[row.id], row.id)
+        connect(graph, self.plan)
+        graph.graph.lint()
+        graph.recompile()
+        return PassResult(graph, tuple(row.id for row in self.plan.sites))
+
+    def ensures(self, result: PassResult[fx.GraphModule]) -> None:
+        present = {str(n.target) for n in result.graph_module.graph.nodes if n.op == "call_module"}
+        missing = [name for name in result.changed if name not in present]
+        if missing or any(not isinstance(result.graph_module.get_submodule(name), Laurel) for name in result.changed):
+            raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
+
+
+def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], binding: Binding, target: str) -> None:
+    """Put one call in the place of the sum's binary adds, in the order of operands in which they added."""
+    adds = [(nodes[name], side) for name, side, _ in binding.adds]
+    skip = adds[0][0].args[adds[0][1]]
+    branches = [add.args[1 - side] for add, side in adds]
+    root = adds[-1][0]
+    with graph.inserting_after(root):
+        call = graph.call_module(target, (skip, *branches))
+    call.meta = {key: value for key, value in root.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
+    root.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    for add, side in reversed(adds):
+        if mutates(add):  # what was added in place is read under its old name from there on
+            written = add.args[0]
+            assert isinstance(written, fx.Node)
+            written.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
+        graph.erase_node(add)
+        del side
+
+
+def _check_in_place(add: fx.Node, site: str) -> None:
+    """An in-place add may only be replaced where no other view of its memory is read afterwards."""
+    if not mutates(add):
+        return
+    written = add.args[0]
+    assert isinstance(written, fx.Node)
+    if written.op == "placeholder":
+        raise RewriteError(f"{site}: {add.name} adds into an input of the graph")
+    base = written
+    while base.op == "call_function" and base.all_input_nodes and "view" in str(base.target):
+        base = base.all_input_nodes[0]
+    if base is not written and any(user > add for user in base.users):
+        raise RewriteError(f"{site}: {add.name} adds into a view of {base.name}, which is read afterwards")
