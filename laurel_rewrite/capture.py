@@ -138,8 +138,8 @@ class _Recorder(TorchFunctionMode):
             outer = frame.f_back
             while outer is not None and outer.f_code.co_filename.startswith(_MACHINERY):
                 outer = outer.f_back
-            # A method that the owner calls on itself is a step inside the owner's call.
-            if owner is not None and (outer is None or self._owner(outer) != owner):
+            # A method that the owner calls on itself is a step inside the owner's call; what wraps its forward is not.
+            if owner is not None and (frame.f_code.co_name == "forward" or outer is None or self._owner(outer) != owner):
                 return Call(owner, self._count(owner, frame), tuple(reversed(steps)))
             frame = outer
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class Laurel(nn.Module):
 
     Called with the skip `x` and the branch `f`, tensors of one shape whose axis `config.axis` has size `config.dim`; returns
     their learned sum, of that shape. A sum of several branches, `x + f1 + f2`, is `laurel(x, f1, f2)`, or
-    `laurel(x, f1) + laurel.branch(f2)` where the source adds them one by one.
+    `laurel(x, f1) + laurel.branch(f2)` where the source adds them one by one. The earlier states that PA reads come from the slots
+    of the earlier sites, or are given as `past`, nearest first (None where there is none).
 
     Children: `mix` (the scalars of a and b), `down` and `up` (V, [r, D], and U, [D, r], as Linear or 1x1 Conv layers; lists with
     one pair a lag for LR+PA), `g` (one weight a lag).
@@ -131,10 +133,10 @@ class Laurel(nn.Module):
                 both = 2 * both
         return both[:1], both[1:]
 
-    def forward(self, x: Tensor, f: Tensor, *more: Tensor) -> Tensor:
+    def forward(self, x: Tensor, f: Tensor, *more: Tensor, past: Sequence[Tensor | None] | None = None) -> Tensor:
         skip = x
         if self._lags:
-            skip = x + self._augment(self.states(x))
+            skip = x + self._augment(self.states(x) if past is None else _window(x, past))
         elif self._low_rank:
             skip = x + _apply(self.down, self.up, x)
         if self._normalize is None:
@@ -154,10 +156,7 @@ class Laurel(nn.Module):
         """The window of PA: (lag, state of the stream) from lag 0, the skip itself, as far as this pass has states."""
         if self.slot is not None and not torch.compiler.is_compiling() and _recomputing():
             self._check_recomputation(x)
-        window = [(0, x)]
-        for lag, slot in enumerate(self.past, start=1):
-            if slot.value is not None:
-                window.append((lag, slot.value.reshape(x.shape)))
+        window = _window(x, [slot.value for slot in self.past])
         if self.slot is not None:  # after reading: a shared module reads its own former call
             self.slot.value = x
             self.slot.graded = torch.is_grad_enabled()
@@ -196,6 +195,11 @@ class Laurel(nn.Module):
         parts += [f"rank={c.rank}"] if c.maps else []
         parts += [f"lags={c.lags}"] if c.lags else []
         return ", ".join([*parts, f"axis={c.axis}"])
+
+
+def _window(x: Tensor, past: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """(lag, state) from the skip backwards, without the states that there are not."""
+    return [(0, x)] + [(lag, state.reshape(x.shape)) for lag, state in enumerate(past, start=1) if state is not None]
 
 
 class PlainResidual(nn.Module):

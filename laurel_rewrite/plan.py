@@ -82,6 +82,7 @@ class PlanSite:
     Attributes:
         calls: how often the model runs it in one forward pass; more than 1 where modules are shared.
         turns: how many turns its loop has, where the site is one turn of a loop; else 0.
+        holder: path of the module whose call begins the stream.
     """
 
     id: str
@@ -101,6 +102,7 @@ class PlanSite:
     history_map: str
     calls: int = 1
     turns: int = 0
+    holder: str = ""
 
     @property
     def attribute(self) -> str:
@@ -182,8 +184,11 @@ class Plan:
             more = f" And {len(problems) - 5} more." if len(problems) > 5 else ""
             raise ConfigError(" ".join(problems[:5]) + more)
         given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in _SETTINGS}
-        turns = {name: binding.turns if binding.turn is not None else 0 for name, binding in sites.bindings.items()}
-        rows = [PlanSite(**asdict(site), **given, calls=calls[site.module], turns=turns[site.id]) for site in chosen]
+        rows = []
+        for site in chosen:
+            binding = sites.bindings[site.id]
+            turns = binding.turns if binding.turn is not None else 0
+            rows.append(PlanSite(**asdict(site), **given, calls=calls[site.module], turns=turns, holder=binding.holder))
         return Plan(tuple(rows), seed=config.seed)
 
     def check(self, sites: Sites) -> None:
@@ -230,7 +235,7 @@ class Plan:
         names = {f.name for f in fields(PlanSite)}
         for number, row in enumerate(data.get("site", ()), start=1):
             label = f"{origin}, site {row.get('id', number)}"
-            unknown, missing = set(row) - names, names - set(row) - {"calls", "turns"}
+            unknown, missing = set(row) - names, names - set(row) - {"calls", "turns", "holder"}
             if unknown:
                 raise ConfigError(f"{label}: unknown key {sorted(unknown)[0]!r}. {nearest(sorted(unknown)[0], names)}")
             if missing:

@@ -201,7 +201,7 @@ class _Finder:
         # A second entry below the ancestor means that the operand is no function of the ancestor alone.
         closed = [self._closed(cone, ancestor) for cone in cones]
         for skip in (0, 1):
-            if linear[skip] and narrow[skip] and not linear[1 - skip] and closed[skip]:
+            if linear[skip] and narrow[skip] and not linear[1 - skip] and closed[skip] and cones[skip].get(ancestor, 0) & _MIXED:
                 return self._residual(value, leaves, skip, "projection", ancestor)
         if all(linear):
             return Refusal(value.index, "both linear", f"{where}: both paths are linear (a low-rank delta, a re-parametrised convolution)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -71,12 +71,14 @@ class Binding:
         adds: the binary adds from the skip outwards: graph node, operand (0 or 1) that holds the skip, recorded call or None.
         turn: which execution of its source line in one call of the owner this is, None where there is one only.
         turns: how many executions there are.
+        holder: path of the module whose call begins the site's stream.
     """
 
     residual: Residual
     adds: tuple[tuple[str, int, Call | None], ...]
     turn: int | None = None
     turns: int = 1
+    holder: str = ""
 
 
 @dataclass
@@ -150,7 +152,7 @@ def sites_of_program(program: torch.export.ExportedProgram, calls: Sequence[Call
     """The sites of an exported program, with source positions where its calls were recorded."""
     parameters = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT"}
     flow, _ = dataflow_from_fx(program.graph, parameters=parameters)
-    return _sites(flow, calls)
+    return _sites(flow, calls, _called_once(program.graph))
 
 
 def sites_of_graph(module: fx.GraphModule) -> Sites:
@@ -183,7 +185,30 @@ def _fake_mode(inputs: Sequence[Any], module: nn.Module) -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _sites(flow: Dataflow, calls: Sequence[Call]) -> Sites:
+def _called_once(graph: fx.Graph) -> frozenset[str]:
+    """Paths of the modules that one forward pass calls exactly once; a Sequential may be looped over instead."""
+    calls: dict[str, set[str]] = defaultdict(set)
+    for node in graph.nodes:
+        for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
+            if not str(cls).endswith("Sequential"):
+                calls[path].add(key)
+    return frozenset(path for path, keys in calls.items() if len(keys) == 1)
+
+
+def _holder(owners: Sequence[str], called_once: frozenset[str]) -> str:
+    """The deepest module that is called once and holds all these."""
+    parts = [owner.split(".") if owner else [] for owner in owners]
+    holder, path = "", ""
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        path = f"{path}.{names[0]}".lstrip(".")
+        if path in called_once:
+            holder = path
+    return holder
+
+
+def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = frozenset()) -> Sites:
     residuals, refusals = find_residuals(flow)
     places = find_places(flow, residuals)
     values = flow.values
@@ -224,6 +249,11 @@ def _sites(flow: Dataflow, calls: Sequence[Call]) -> Sites:
             Site(name, residual.kind, owner, where, output.shape or (), place.axis, place.dim, place.stream, place.index)
         )
         bindings[name] = Binding(residual, adds, turn, turns)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for site in sites:
+        owners[site.stream].append(site.owner)
+    for site in sites:
+        bindings[site.id] = replace(bindings[site.id], holder=_holder(owners[site.stream], called_once))
     rejected = []
     for refusal in refusals:
         call = call_of(refusal.output)

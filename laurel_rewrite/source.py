@@ -423,11 +423,18 @@ class _Source:
 
 
 def _method_of(cls: type, code: CodeType) -> FunctionType | None:
-    """The method of a class, its own or inherited, that a code object belongs to."""
+    """The method of a class, its own or inherited, that a code object belongs to; a method that another overrides is refused."""
+    overridden = None
     for base in cls.__mro__:
         function = _unwrap(vars(base).get(code.co_name), code)
+        if function is not None and overridden is not None:
+            raise RewriteError(
+                f"{code.co_filename}:{code.co_firstlineno}: the sum stands in {base.__qualname__}.{code.co_name}, which {cls.__qualname__} "
+                "overrides and calls through super()"
+            )
         if function is not None:
             return function
+        overridden = overridden or vars(base).get(code.co_name)
     return None
 
 

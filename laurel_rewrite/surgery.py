@@ -237,9 +237,8 @@ def connect(model: nn.Module, plan: Plan) -> None:
         laurel.slot = slot
     for ids in streams.values():
         used = [slots[name] for name in dict.fromkeys(ids) if name in slots]
-        owners = [row.owner for row in plan.sites if row.id in set(ids)]
         reset = StreamReset(used)
-        holder = model.get_submodule(_common_path(owners))
+        holder = model.get_submodule(next(row.holder for row in plan.sites if row.id == ids[0]))
         holder.register_forward_pre_hook(reset)
         holder.register_forward_hook(reset)
 
@@ -275,13 +274,3 @@ def _like(owner: nn.Module, first: torch.Tensor | None) -> torch.Tensor | None:
     floating = (p for p in owner.parameters() if p.is_floating_point())
     return next(floating, first)
 
-
-def _common_path(paths: Sequence[str]) -> str:
-    """The deepest module that holds all these."""
-    parts = [path.split(".") if path else [] for path in paths]
-    common: list[str] = []
-    for names in zip(*parts, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    return ".".join(common)

@@ -10,7 +10,7 @@ from laurel_rewrite.dialects.fx import mutates
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.operator import Laurel
 from laurel_rewrite.sites import Binding, Sites, sites_of_graph
-from laurel_rewrite.surgery import build, connect, refuse_second_time
+from laurel_rewrite.surgery import build, refuse_second_time
 from passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -41,20 +41,26 @@ class InsertLaurel(Pass[fx.GraphModule]):
         self._sites = sites_of_graph(graph)
         self.plan.check(self._sites)
         nodes = {node.name: node for node in graph.graph.nodes}
-        for row in self.plan.sites:
-            for name, _, _ in self._sites.bindings[row.id].adds:
-                _check_in_place(nodes[name], row.id)
+        wanted = {row.id for row in self.plan.sites}
+        for site in self._sites:
+            if site.module in wanted:
+                for name, _, _ in self._sites.bindings[site.id].adds:
+                    _check_in_place(nodes[name], site.id)
 
     def call(self, graph: fx.GraphModule) -> PassResult[fx.GraphModule]:
         assert self._sites is not None
         nodes = {node.name: node for node in graph.graph.nodes}
         like = next((p for p in graph.parameters() if p.is_floating_point()), None)
-        for row in self.plan.sites:
+        rows = {row.id: row for row in self.plan.sites}
+        states: dict[str, fx.Node] = {}  # the latest skip of each site: PA's history, as edges of the graph
+        for row in rows.values():
             module = build(row, self.plan, like)
             module.train(graph.training)
             graph.add_submodule(row.id, module)
-            _replace(graph.graph, nodes, self._sites.bindings[row.id], row.id)
-        connect(graph, self.plan)
+        for site in self._sites:
+            if site.module in rows:
+                past = [states.get(name) for name in self.plan.past(rows[site.module])]
+                states[site.module] = _replace(graph.graph, nodes, self._sites.bindings[site.id], site.module, past)
         graph.graph.lint()
         graph.recompile()
         return PassResult(graph, tuple(row.id for row in self.plan.sites))
@@ -66,23 +72,24 @@ class InsertLaurel(Pass[fx.GraphModule]):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
 
 
-def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], binding: Binding, target: str) -> None:
-    """Put one call in the place of the sum's binary adds, in the order of operands in which they added."""
+def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], binding: Binding, target: str, past: list[fx.Node | None]) -> fx.Node:
+    """Put one call in the place of the sum's binary adds, in the order of operands in which they added; returns the skip."""
     adds = [(nodes[name], side) for name, side, _ in binding.adds]
     skip = adds[0][0].args[adds[0][1]]
     branches = [add.args[1 - side] for add, side in adds]
     root = adds[-1][0]
     with graph.inserting_after(root):
-        call = graph.call_module(target, (skip, *branches))
+        call = graph.call_module(target, (skip, *branches), {"past": tuple(past)} if any(past) else {})
     call.meta = {key: value for key, value in root.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
     root.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-    for add, side in reversed(adds):
+    for add, _ in reversed(adds):
         if mutates(add):  # what was added in place is read under its old name from there on
             written = add.args[0]
             assert isinstance(written, fx.Node)
             written.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
         graph.erase_node(add)
-        del side
+    assert isinstance(skip, fx.Node)
+    return skip
 
 
 def _check_in_place(add: fx.Node, site: str) -> None:

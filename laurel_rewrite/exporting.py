@@ -1,0 +1,258 @@
+"""From PyTorch to ONNX: the model is exported with a marker in the place of each LAuReL, and the ONNX back end puts the nodes in.
+
+So the graph around the sites is what `torch.onnx.export` makes of the baseline, and one inserter serves exported and given graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from laurel_rewrite import __version__
+from laurel_rewrite.capture import describe, quiet_export, training, without_caches
+from laurel_rewrite.errors import ConfigError, ExportError
+from laurel_rewrite.operator import Laurel, sites_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TARGETS = ("portable", "none")
+EXTERNAL_DATA_BYTES = 1 << 30
+"""Above this size of its initializers a model gets its weights in a file of their own; protobuf ends at 2 GiB."""
+
+_MARKER = "laurel_rewrite.marker"
+_log = logging.getLogger(__name__)
+
+
+def export_onnx(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    path: Path | str,
+    *,
+    target: str = "portable",
+) -> Path:
+    """Write a model, rewritten or not, as ONNX. It is exported in eval mode and left as it was.
+
+    Args:
+        model: on any device but meta.
+        args, kwargs: example inputs. Batch and sequence become dynamic where the model allows it; a batch of 1 is doubled, because
+            an export takes the size 1 for a constant.
+        path: of the `.onnx` file; above 1 GiB the weights go into `path` + ".data".
+        target: "portable" writes LAuReL as local functions of standard ops, which every ONNX runtime inlines; "none" writes the ops
+            that PyTorch executes.
+
+    Returns:
+        The path. A site's node is named by the site's id, and its `metadata_props` say site, variant, rank and version.
+
+    Raises:
+        ConfigError: an unknown target.
+        ExportError: the model cannot be exported, or the result is no valid ONNX. Nothing is written then.
+    """
+    if target not in TARGETS:
+        raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
+    if any(p.is_meta for p in model.parameters()):
+        raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
+    program = _export(model, args, dict(kwargs or {}), markers=target == "portable")
+    proto = _to_onnx(program)
+    if target == "portable":
+        _insert(proto, model)
+    _name_dimensions(proto)
+    return _write(proto, Path(path))
+
+
+def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The inputs with a batch of 2 where every tensor has a batch of 1."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+    double = lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf  # noqa: E731  # a leaf function
+    widened_args, widened_kwargs = pytree.tree_map(double, (args, kwargs))
+    return widened_args, widened_kwargs
+
+
+def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, markers: bool) -> torch.export.ExportedProgram:
+    args, kwargs = widened(tuple(args), kwargs)
+    problems: list[str] = []
+    for dynamic in (_dynamic(args, kwargs, sequence=True), _dynamic(args, kwargs, sequence=False), None):
+        try:
+            with training(model, False), without_caches(model), quiet_export(), _silence(), torch.no_grad():
+                with marked(model) if markers else contextlib.nullcontext():
+                    return torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
+        except Exception as error:  # what an export of a foreign model raises is not documented
+            problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}")
+            _log.info("export with dynamic shapes %s failed: %s", dynamic, problems[-1])
+    inputs = ", ".join([describe(a) for a in args] + [f"{k}={describe(v)}" for k, v in kwargs.items()])
+    raise ExportError(f"{type(model).__name__} could not be exported in eval mode with the inputs ({inputs}): {problems[-1]}")
+
+
+def _dynamic(args: Sequence[Any], kwargs: Mapping[str, Any], *, sequence: bool) -> Any:
+    """Batch dynamic, and the sequence of ids ([B, S]), masks and embeddings ([B, S, D]): where the model allows it."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim:
+            return None
+        dims = {0: torch.export.Dim.AUTO}
+        if sequence and ((leaf.ndim == 3) or (leaf.ndim == 2 and not leaf.is_floating_point())):
+            dims[1] = torch.export.Dim.AUTO
+        return dims
+
+    shapes = {"args": pytree.tree_map(of, tuple(args)), "kwargs": pytree.tree_map(of, dict(kwargs))}
+    if not kwargs:
+        return shapes["args"]
+    return shapes["kwargs"] if not args else None
+
+
+@contextlib.contextmanager
+def marked(model: nn.Module) -> Iterator[None]:
+    """Each LAuReL module leaves a marker node in an export, which holds its operands and its site."""
+    modules = sites_of(model)
+    try:
+        for site, module in modules.items():
+            module.forward = _Marker(site, module).residual  # type: ignore[method-assign]  # on the instance, for a while
+            module.branch = _Marker(site, module).branch  # type: ignore[method-assign]  # likewise
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward, module.branch
+            if module.slot is not None:
+                module.slot.clear()
+
+
+class _Marker:
+    def __init__(self, site: str, module: Laurel) -> None:
+        self.site = site
+        self.module = module
+
+    def residual(self, x: Tensor, f: Tensor, *more: Tensor, past: Sequence[Tensor | None] | None = None) -> Tensor:
+        window = self.module.states(x)[1:] if self.module.config.lags else []
+        return torch.onnx.ops.symbolic(
+            f"{_MARKER}::Residual",
+            (x, f, *more, *(state for _, state in window)),
+            {"site": self.site, "branches": 1 + len(more), "lags": [0, *(lag for lag, _ in window)]},
+            dtype=torch.promote_types(x.dtype, f.dtype),
+            shape=x.shape,
+            version=1,
+        )
+
+    def branch(self, f: Tensor) -> Tensor:
+        if not self.module.config.weights:
+            return f
+        return torch.onnx.ops.symbolic(f"{_MARKER}::Branch", (f,), {"site": self.site}, dtype=f.dtype, shape=f.shape, version=1)
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
+    try:
+        with quiet_export(), _silence(), torch.no_grad():
+            exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
+    except Exception as error:  # the exporter's own classes are private
+        reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
+        raise ExportError(f"The ONNX exporter of PyTorch failed: {type(error).__name__}: {reason[:600]}") from error
+    assert exported is not None
+    return exported.model
+
+
+def _insert(model: ir.Model, module: nn.Module) -> None:
+    from onnx_ir import tensor_adapters
+
+    from passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
+
+    modules = sites_of(module)
+    sites: list[OnnxSite] = []
+    for node in model.graph:
+        if node.domain != _MARKER:
+            continue
+        name = node.attributes["site"].as_string()
+        laurel = modules[name]
+        tensors = {key: tensor_adapters.TorchTensor(value.detach().contiguous()) for key, value in laurel.named_parameters()}
+        operands = [value for value in node.inputs if value is not None]
+        if node.op_type == "Branch":
+            sites.append(OnnxSite(name, node, None, tuple(operands), (), laurel.config, tensors, partial=True))
+            continue
+        count = 1 + node.attributes["branches"].as_int()
+        lags = node.attributes["lags"].as_ints()[1:]
+        past = tuple(zip(lags, operands[count:], strict=True))
+        sites.append(OnnxSite(name, node, operands[0], tuple(operands[1:count]), past, laurel.config, tensors))
+    for key in laurel_initializers(model, modules):
+        del model.graph.initializers[key]
+    InsertLaurelOnnx(sites, __version__)(model)
+    model.opset_imports.pop(_MARKER, None)
+
+
+def laurel_initializers(model: ir.Model, modules: Mapping[str, Laurel]) -> list[str]:
+    """Parameters of LAuReL that the exporter listed although nothing reads them behind the markers."""
+    names = {f"{site}.{name}" for site, module in modules.items() for name, _ in module.named_parameters()}
+    return [key for key in model.graph.initializers if key in names]
+
+
+def _name_dimensions(model: ir.Model) -> None:
+    """Call the dynamic dimensions batch and sequence instead of s77."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for position, dim in enumerate(value.shape or ()):
+            symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
+            if symbol is not None and symbol not in names:
+                wanted = "batch" if position == 0 else "sequence" if position == 1 else f"dim_{position}"
+                taken = sum(name.split(".")[0] == wanted for name in names.values())
+                names[symbol] = wanted if not taken else f"{wanted}.{taken}"
+    if not names:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    ir.SymbolicDim(pattern.sub(lambda m: names[m.group()], d.value)) if isinstance(d, ir.SymbolicDim) and d.value else d
+                    for d in value.shape
+                ]
+            )
+
+
+def _write(model: ir.Model, path: Path) -> Path:
+    """Check the model and put it in its place in one step."""
+    import onnx
+    import onnx_ir as ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".laurel-") as folder:
+            draft = Path(folder) / path.name
+            ir.save(model, draft, external_data=external)
+            onnx.checker.check_model(str(draft))
+            inferred = Path(folder) / "inferred.onnx"
+            onnx.shape_inference.infer_shapes_path(str(draft), str(inferred), strict_mode=True)
+            for name in filter(None, (external, path.name)):
+                os.replace(Path(folder) / name, path.parent / name)
+    except (OSError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path} could not be written as valid ONNX: {error}") from error
+    return path
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter prints its progress, and its failures in full; the reason is in the exception too."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,122 @@
+"""z = Add(x, f)  ->  z = laurel_rewrite::LAuReL_...(x, f, parameters): function nodes in an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from laurel_rewrite.errors import ExportError
+from laurel_rewrite.operator_onnx import DOMAIN, DOMAIN_VERSION, FunctionForm, branch_function, parameter_names
+from laurel_rewrite.variants import SiteConfig, operator
+from passes.base import Pass, PassResult
+
+METADATA = "laurel_rewrite."
+"""Prefix of our keys in `metadata_props`."""
+
+
+@dataclass(frozen=True)
+class OnnxSite:
+    """One place in an ONNX graph where a LAuReL node goes.
+
+    Attributes:
+        id: site id; the prefix of its initializers, and the node's name.
+        node: the node that is replaced: its output 0 is the sum.
+        skip: x.
+        branches: f, one or more.
+        past: (lag, value) of the earlier states that PA reads.
+        config: the operator.
+        parameters: the tensors by their names in `parameter_names`.
+        partial: the node is one further branch, a f, of a sum whose site stands elsewhere.
+    """
+
+    id: str
+    node: ir.Node
+    skip: ir.Value | None
+    branches: tuple[ir.Value, ...]
+    past: tuple[tuple[int, ir.Value], ...]
+    config: SiteConfig
+    parameters: Mapping[str, ir.TensorProtocol]
+    partial: bool = False
+
+
+class InsertLaurelOnnx(Pass[ir.Model]):
+    """Replace nodes by LAuReL function nodes, in place.
+
+    Args:
+        sites: where, and with what.
+        version: of the tool, for the metadata.
+    """
+
+    def __init__(self, sites: list[OnnxSite], version: str) -> None:
+        self.sites = sites
+        self.version = version
+
+    def requires(self, graph: ir.Model) -> None:
+        names = set(graph.graph.initializers)
+        for site in self.sites:
+            missing = [name for name in parameter_names(site.config) if name not in site.parameters]
+            clash = [name for name in site.parameters if f"{site.id}.{name}" in names]
+            if missing or clash:
+                raise ExportError(f"{site.id}: the parameter {(missing or clash)[0]!r} is {'missing' if missing else 'in the graph already'}")
+        if graph.opset_imports.get("", 0) < 15:
+            raise ExportError(f"LAuReL functions need opset 15 or newer; the graph has {graph.opset_imports.get('')}.")
+
+    def call(self, graph: ir.Model) -> PassResult[ir.Model]:
+        opsets = {"": graph.opset_imports[""]}
+        initializers: dict[str, ir.Value] = {}
+        used: dict[str, int] = {}
+        for site in self.sites:
+            form = FunctionForm(site.config, max(len(site.branches), 1), (0, *(lag for lag, _ in site.past)), _casts(site))
+            build = branch_function if site.partial else operator(site.config.variant).onnx_function
+            function = build(form, opsets)
+            graph.functions.setdefault(function.identifier(), function)
+            wanted = ["mix"] if site.partial else parameter_names(site.config)
+            parameters = [_initializer(graph, initializers, f"{site.id}.{name}", site.parameters[name]) for name in wanted]
+            states = [] if site.skip is None else [site.skip, *site.branches, *(value for _, value in site.past)]
+            count = used[site.id] = used.get(site.id, -1) + 1
+            name = site.id if not count else f"{site.id}@{count}"
+            self._insert(site, function, (states or list(site.branches)) + parameters, name)
+        graph.opset_imports[DOMAIN] = DOMAIN_VERSION
+        return PassResult(graph, tuple(site.id for site in self.sites))
+
+    def _insert(self, site: OnnxSite, function: ir.Function, inputs: list[ir.Value], name: str) -> None:
+        old = site.node
+        node = ir.Node(function.domain, function.name, inputs, num_outputs=1, name=name)
+        node.metadata_props.update(old.metadata_props)
+        node.metadata_props.update(
+            {
+                f"{METADATA}site": site.id,
+                f"{METADATA}variant": site.config.variant,
+                f"{METADATA}rank": str(site.config.rank) if site.config.maps else "",
+                f"{METADATA}version": self.version,
+            }
+        )
+        before, after = old.outputs[0], node.outputs[0]
+        after.name, after.type, after.shape = before.name, before.type, before.shape
+        graph = old.graph
+        assert graph is not None
+        graph.insert_before(old, node)
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        graph.remove(old, safe=True)
+
+    def ensures(self, result: PassResult[ir.Model]) -> None:
+        present = [n.metadata_props.get(f"{METADATA}site") for n in result.graph_module.graph if n.domain == DOMAIN]
+        if sorted(filter(None, present)) != sorted(result.changed):
+            raise ExportError("The ONNX graph does not hold the LAuReL nodes that were inserted.")
+
+
+def _initializer(model: ir.Model, known: dict[str, ir.Value], name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    if name not in known:
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.register_initializer(value)
+        known[name] = value
+    return known[name]
+
+
+def _casts(site: OnnxSite) -> bool:
+    """Whether the stream's type is not the parameters'."""
+    types = {tensor.dtype for tensor in site.parameters.values()}
+    stream = {value.dtype for value in (site.skip, *site.branches) if value is not None and value.dtype is not None}
+    return bool(types) and bool(stream - types)
