@@ -1,1 +1,86 @@
+"""laurel-rewrite: a graph-rewriting compiler that replaces residual connections, x + f(x), by LAuReL.
+
+    import laurel_rewrite
+
+    sites = laurel_rewrite.detect(model, (x,))
+    better = laurel_rewrite.rewrite(model, (x,), variant="rw+lr", rank=16)
+    laurel_rewrite.save(better, "laurel_out")
+    laurel_rewrite.export_onnx(better, (x,), None, "laurel.onnx")
+
+Names are imported when they are first used, so that this import is quick and pulls in neither onnxruntime nor rich.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from laurel_rewrite.errors import (
+        CaptureError,
+        ConfigError,
+        ExportError,
+        LaurelError,
+        MissingPackageError,
+        NoSiteError,
+        RewriteError,
+        VerificationError,
+    )
+    from laurel_rewrite.exporting import export_onnx
+    from laurel_rewrite.operator import param_groups
+    from laurel_rewrite.plan import LaurelConfig
+    from laurel_rewrite.profiling import profile
+    from laurel_rewrite.saving import load, save
+    from laurel_rewrite.sites import detect
+    from laurel_rewrite.surgery import remove, rewrite
+
+_HOMES = {
+    "detect": "sites",
+    "rewrite": "surgery",
+    "remove": "surgery",
+    "save": "saving",
+    "load": "saving",
+    "export_onnx": "exporting",
+    "profile": "profiling",
+    "param_groups": "operator",
+    "LaurelConfig": "plan",
+    **dict.fromkeys(
+        ("CaptureError", "ConfigError", "ExportError", "LaurelError", "MissingPackageError", "NoSiteError", "RewriteError", "VerificationError"),
+        "errors",
+    ),
+}
+
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "ExportError",
+    "LaurelConfig",
+    "LaurelError",
+    "MissingPackageError",
+    "NoSiteError",
+    "RewriteError",
+    "VerificationError",
+    "detect",
+    "export_onnx",
+    "load",
+    "param_groups",
+    "profile",
+    "remove",
+    "rewrite",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

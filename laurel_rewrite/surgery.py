@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,16 +28,25 @@ _RECORD = "_laurel_rewriting"
 
 @dataclass
 class Rewriting:
-    """What was done to a model, kept with it: the plan, and the classes its owners have now."""
+    """What was done to a model, kept with it.
+
+    Attributes:
+        plan: what each site got.
+        classes: the class of each owner, where `rewrite` made it.
+        text, names: where `load` built the model: the file's text, and the owners' classes in it.
+    """
 
     plan: Plan
     classes: dict[str, Rewritten]
+    text: str | None = None
+    names: dict[str, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
-        return Rewriting(self.plan, dict(self.classes))
+        return Rewriting(self.plan, self.classes, self.text, self.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Rewriting, (self.plan, {})  # classes made here cannot be pickled; `save` writes their source
+        # Classes made here cannot be pickled; `save` writes their source.
+        return Rewriting, (self.plan, {}, self.text, self.names)
 
 
 class StreamReset:

@@ -1,0 +1,188 @@
+"""The command. Only click is imported here at the start, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from laurel_rewrite import __version__
+from laurel_rewrite.errors import ConfigError, LaurelError, NoSiteError, VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SITE_OPTIONS = ("variant", "rank", "history", "normalize", "init_down", "history_map", "include", "exclude")
+_VARIANTS = "rw, lr, pa, rw+lr, rw+pa, lr+pa, rw+lr+pa"
+
+_EPILOG = """\b
+Another command:
+  laurel-rewrite sites MODEL      list the residual connections, and why other additions are none
+
+\b
+MODEL:
+  model.py                        offers build_model() and example_inputs()
+  model.py:FACTORY                the same with another name
+  package.module:FACTORY          from an installed package
+  hf:NAME                         a transformers architecture, from its configuration
+  timm:NAME, torchvision:NAME     an architecture with random weights
+
+\b
+Exit status: 0 done, 1 a verification failed, 2 usage or configuration, 3 no residual
+connection, 4 capture or export failed, 5 an optional package is missing.
+"""
+
+
+def _common(function: Any) -> Any:
+    """Options that both commands take."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr."),
+        click.option("-q", "--quiet", is_flag=True, help="Show no stages."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the factory, or field of the architecture's configuration."),
+    ):
+        function = option(function)
+    return function
+
+
+@click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--variant", default="rw+lr", show_default=True, help=f"LAuReL terms: {_VARIANTS}.")
+@click.option("--rank", default=16, show_default=True, help="Rank r of the low-rank maps.")
+@click.option("--history", default=3, show_default=True, help="States k that PA reads, the skip included.")
+@click.option("--normalize", default="softmax", show_default=True, help="Bound on a and b: softmax, sigmoid, none, paper.")
+@click.option("--init-down", default="orthogonal", show_default=True, help="Start of V: orthogonal, xavier.")
+@click.option("--history-map", default="low-rank", show_default=True, help="h of PA without LR: low-rank, identity.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only sites whose id, owner or kind matches.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No sites whose id, owner or kind matches.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Carry out an edited plan.")
+@click.option("--plan-out", type=click.Path(path_type=Path), help="Write the plan to this file, and stop.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, and stop.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
+@click.option("--profile-seconds", default=10.0, show_default=True, help="Time to measure latency; 0 for no profile.")
+@_common
+@click.version_option(__version__, prog_name="laurel-rewrite")
+@click.pass_context
+def rewrite(
+    context: click.Context,
+    model: str,
+    plan: Path | None,
+    plan_out: Path | None,
+    dry_run: bool,
+    seed: int,
+    out: Path,
+    profile_seconds: float,
+    settings: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Replace the residual connections of MODEL by LAuReL: write a trainable model, verify it, export it to ONNX and profile it."""
+    _start(verbose)
+    if plan is not None:
+        given = [name for name in _SITE_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        if given:
+            raise ConfigError(f"--plan says what each site gets, so --{given[0].replace('_', '-')} cannot be given with it. Edit the plan.")
+    from laurel_rewrite.plan import LaurelConfig
+
+    config = LaurelConfig(**options, seed=seed)
+    from laurel_rewrite import job, terminal
+    from laurel_rewrite.models import parse_settings
+
+    listener = terminal.Stages(_console(stderr=True), quiet=quiet)
+    if dry_run or plan_out is not None:
+        report = job.plan_only(model, config, plan=plan, settings=parse_settings(settings), listener=listener)
+        if plan_out is not None:
+            _write_plan(plan_out, report.plan.to_toml())
+        if as_json:
+            _print_json(report.to_dict())
+        else:
+            terminal.show_plan(_console(), report)
+            if plan_out is not None:
+                click.echo(f"Written to {plan_out}. Edit it, then: laurel-rewrite {model} --plan {plan_out}")
+        return
+    try:
+        report = job.run(model, config, out, plan=plan, settings=parse_settings(settings), seconds=profile_seconds, listener=listener)
+    except VerificationError as error:
+        if len(error.args) > 1:
+            failed = error.args[1]
+            _print_json(failed.to_dict()) if as_json else terminal.show_report(_console(), failed)
+        raise
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        terminal.show_report(_console(), report)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@_common
+def sites(model: str, settings: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool) -> None:
+    """List the residual connections of MODEL, and every other addition with the reason why it is none. Changes nothing."""
+    _start(verbose)
+    from laurel_rewrite import job, terminal
+    from laurel_rewrite.models import parse_settings
+
+    listener = terminal.Stages(_console(stderr=True), quiet=quiet)
+    with listener("detect"):
+        _, found = job.find_sites(model, parse_settings(settings))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        terminal.show_sites(_console(), model, found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `laurel-rewrite`: the default action is `rewrite`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (sites, given[1:]) if given[:1] == ["sites"] else (rewrite, given)
+    name = "laurel-rewrite sites" if command is sites else "laurel-rewrite"
+    try:
+        command.main(rest or ["--help"], prog_name=name, standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ConfigError.exit_code)
+    except LaurelError as error:
+        label = "Nothing to do" if isinstance(error, NoSiteError) else "Error"
+        click.echo(f"{label}: {error.args[0]}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _start(verbose: bool) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
+    if not verbose:
+        import os
+        import warnings
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")  # of the libraries a model is made of: nothing a user of this command can mend
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    click.echo(json.dumps(data, indent=1, default=str))
+
+
+def _write_plan(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"The plan {path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,245 @@
+"""The main job: capture, rewrite, export, verify, profile, and only then put the results in their place."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from laurel_rewrite import variants
+from laurel_rewrite.errors import ConfigError, VerificationError
+from laurel_rewrite.models import Built, build
+from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.profiling import Profile, profile
+from laurel_rewrite.sites import Sites, detect
+from laurel_rewrite.verify import Check, check_gradients, check_onnx, check_start, randomized
+
+REPORT = "report.json"
+
+
+class Stage(Protocol):
+    """A stage that is running; the listener shows it."""
+
+    def done(self, text: str) -> None: ...
+
+    def progress(self, fraction: float) -> None: ...
+
+
+class _Silent:
+    def done(self, text: str) -> None:
+        pass
+
+    def progress(self, fraction: float) -> None:
+        pass
+
+
+Listener = Callable[[str], AbstractContextManager[Stage]]
+
+
+def silent(name: str) -> AbstractContextManager[Stage]:
+    """A listener that shows nothing."""
+    return nullcontext(_Silent())
+
+
+@dataclass
+class Report:
+    """Everything the job found out, as `report.json` holds it."""
+
+    model: str
+    plan: Plan
+    sites: Sites
+    parameters: dict[str, int]
+    checks: list[Check] = field(default_factory=list)
+    profile: Profile | None = None
+    out: str = ""
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            **self.sites.to_dict(),
+            "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites]},
+            "parameters": self.parameters,
+            "verification": [check.to_dict() for check in self.checks],
+            "profile": self.profile.to_dict() if self.profile is not None else None,
+            "out": self.out,
+            "files": self.files,
+        }
+
+
+def find_sites(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Sites]:
+    """Build a model and detect, on the meta device where the model allows it: a large architecture needs no memory for this."""
+    from laurel_rewrite.errors import CaptureError
+
+    try:
+        built = build(spec, settings, device="meta")
+        return built, detect(built.model, built.args, built.kwargs)
+    except CaptureError:
+        built = build(spec, settings)
+        return built, detect(built.model, built.args, built.kwargs)
+
+
+def make_plan(sites: Sites, config: LaurelConfig, plan: Path | None, model: str) -> Plan:
+    """The plan of a configuration, or the one in a file, checked against the model."""
+    if plan is None:
+        return Plan.from_sites(sites, config).with_model(model)
+    chosen = Plan.read(plan)
+    chosen.check(sites)
+    return chosen
+
+
+def plan_only(spec: str, config: LaurelConfig, *, plan: Path | None = None, settings: Mapping[str, Any] | None = None, listener: Listener = silent) -> Report:
+    """Detection and plan, nothing more."""
+    with listener("detect") as stage:
+        built, sites = find_sites(spec, settings or {})
+        stage.done(_counts(sites))
+    chosen = make_plan(sites, config, plan, spec)
+    return Report(spec, chosen, sites, _parameters(built, chosen))
+
+
+def run(
+    spec: str,
+    config: LaurelConfig,
+    out: Path,
+    *,
+    plan: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seconds: float = 10.0,
+    listener: Listener = silent,
+) -> Report:
+    """Do the main job. The files appear in `out` when everything has passed; else nothing does.
+
+    Raises:
+        VerificationError: a check failed; the report is its `args[1]`.
+    """
+    import torch
+
+    from laurel_rewrite.exporting import export_onnx
+    from laurel_rewrite.saving import replacing, save
+    from laurel_rewrite.surgery import apply_plan, refuse_second_time
+
+    _writable(out)
+    with listener("build") as stage:
+        torch.manual_seed(config.seed)
+        built = build(spec, settings)
+        model, args, kwargs = built.model, built.args, built.kwargs
+        refuse_second_time(model)
+        stage.done(f"{type(model).__name__}, {_millions(sum(p.numel() for p in model.parameters()))} parameters")
+    with listener("detect") as stage:
+        sites = detect(model, args, kwargs)
+        stage.done(_counts(sites))
+    with listener("rewrite") as stage:
+        chosen = make_plan(sites, config, plan, spec)
+        rewritten = apply_plan(model, sites, chosen)
+        report = Report(spec, chosen, sites, _parameters(built, chosen), out=str(out))
+        added = report.parameters["added"]
+        stage.done(f"{len(chosen.sites)} LAuReL modules, {_millions(added)} parameters more (+{100 * added / report.parameters['model']:.2f} %)")
+    with listener("verify the start") as stage:
+        report.checks += check_start(model, rewritten, args, kwargs, seed=config.seed)
+        stage.done(_verdict(report.checks))
+    with listener("verify gradients") as stage:
+        report.checks.append(check_gradients(rewritten, args, kwargs, seed=config.seed))
+        stage.done(_verdict(report.checks[-1:]))
+    _stop_if_failed(report)
+    with replacing(out) as draft:
+        with listener("export") as stage:
+            baseline = export_onnx(model, args, kwargs, draft / "baseline.onnx")
+            laurel = export_onnx(rewritten, args, kwargs, draft / "laurel.onnx")
+            stage.done("baseline.onnx, laurel.onnx")
+        with listener("verify ONNX") as stage:
+            with randomized(rewritten, config.seed):
+                probe = export_onnx(rewritten, args, kwargs, draft / "probe.onnx")
+                checks = check_onnx(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
+            for file in draft.glob("probe.onnx*"):
+                file.unlink()
+            checks += check_onnx(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)
+            report.checks += checks
+            stage.done(_verdict(checks))
+        _stop_if_failed(report)
+        with listener("save") as stage:
+            save(rewritten, draft, built=built)
+            stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
+        if seconds > 0:
+            with listener("profile") as stage:
+                report.profile = profile([baseline, laurel], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress)
+                report.profile = _renamed(report.profile, out)
+                stage.done(f"{report.profile.rows[1].ratio:.3f}x the baseline's latency")
+        report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), REPORT])
+        (draft / REPORT).write_text(json.dumps(report.to_dict(), indent=1, default=str) + "\n")
+    return report
+
+
+def _writable(out: Path) -> None:
+    """Say at once that the results could not be written, not after minutes."""
+    from laurel_rewrite.saving import replacing
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"The output folder {out} is a file. Choose another with --out.")
+    existed = out.exists()
+    with replacing(out):
+        pass
+    if not existed:
+        out.rmdir()
+
+
+def _stop_if_failed(report: Report) -> None:
+    failed = [check for check in report.checks if not check.passed]
+    if failed:
+        first = failed[0]
+        raise VerificationError(
+            f"Verification failed: {first.name}: largest difference {first.difference:.3g}, allowed {first.tolerance}. {first.detail}. "
+            "Nothing was written.",
+            report,
+        )
+
+
+def _feeds(path: Path, built: Built) -> dict[str, Any]:
+    """The model's own example inputs, for the profile."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from laurel_rewrite.exporting import widened
+    from laurel_rewrite.verify import session_of
+
+    args, kwargs = widened(built.args, built.kwargs)
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    inputs = session_of(path).get_inputs()
+    return {info.name: (kwargs[info.name] if info.name in kwargs else leaves[n]).cpu().numpy() for n, info in enumerate(inputs)}
+
+
+def _renamed(result: Profile, out: Path) -> Profile:
+    from dataclasses import replace
+
+    return replace(result, rows=tuple(replace(row, path=str(out / Path(row.path).name)) for row in result.rows))
+
+
+def _parameters(built: Built, plan: Plan) -> dict[str, int]:
+    flops = sum(variants.operator(s.variant).flops(plan.config(s)) * s.calls for s in plan.sites)
+    return {
+        "model": sum(p.numel() for p in built.model.parameters()),
+        "added": plan.parameters(),
+        "added_flops_per_position": flops,
+    }
+
+
+def _counts(sites: Sites) -> str:
+    kinds = Counter(site.kind for site in sites)
+    streams = len({site.stream for site in sites})
+    return f"{len(sites)} sites ({', '.join(f'{n} {k}' for k, n in kinds.items()) or 'none'}), {streams} streams, {len(sites.rejected)} other additions"
+
+
+def _verdict(checks: list[Check]) -> str:
+    failed = [check.name for check in checks if not check.passed]
+    return f"FAILED: {', '.join(failed)}" if failed else f"{len(checks)} passed"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

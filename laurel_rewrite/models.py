@@ -1,0 +1,264 @@
+"""MODEL on the command line: a file, an importable factory, or the name of an architecture in transformers, timm or torchvision."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, nearest
+
+FACTORIES = ("build_model", "get_model", "model")
+_ZOO = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
+_stubs: list[torch.library.Library] = []
+
+
+@dataclass
+class Built:
+    """A model with inputs of its forward.
+
+    Attributes:
+        spec: the MODEL it was built from.
+        settings: what was set with `--set`.
+        files: source files beside the model's own that its classes need, by path relative to the model's folder.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    spec: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+def build(spec: str, settings: Mapping[str, Any] | None = None, *, device: str = "cpu", batch: int = 2) -> Built:
+    """Build the model that a MODEL names, with random weights, in train mode.
+
+    Args:
+        spec: `model.py`, `model.py:factory`, `package.module:factory`, `hf:NAME`, `timm:NAME` or `torchvision:NAME`.
+        settings: keyword arguments of the factory, or fields of the architecture's configuration.
+        device: "meta" builds without memory; a file's own code decides for itself.
+        batch: batch size of the inputs of named architectures.
+
+    Raises:
+        ConfigError: there is no such file, factory or name.
+        CaptureError: the factory or its example inputs raise.
+        MissingPackageError: the package of the prefix is not installed.
+    """
+    given = dict(settings or {})
+    prefix, _, name = spec.partition(":")
+    if prefix in _ZOO and name:
+        maker = {"hf": _hugging_face, "timm": _timm, "torchvision": _torchvision}[prefix]
+        _require(_ZOO[prefix])
+        return maker(name, given, device, batch)
+    path, _, factory = spec.rpartition(":") if ":" in spec[2:] else (spec, "", "")
+    if path.endswith(".py"):
+        module, files = _load_file(Path(path))
+    elif factory:
+        module, files = _load_package(path), {}
+    elif Path(spec).suffix:
+        raise ConfigError(f"{spec}: a model is a .py file, package.module:factory, or hf:, timm: or torchvision: and a name.")
+    else:
+        raise ConfigError(f"{spec!r} is no model: there is no such file. Give model.py, package.module:factory, hf:NAME, timm:NAME or torchvision:NAME.")
+    return _from_module(module, factory, given, spec, files)
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["n_layer=2", "name=x"]` as `{"n_layer": 2, "name": "x"}`: Python literals, else text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign or not key.isidentifier():
+            raise ConfigError(f"--set takes NAME=VALUE, not {pair!r}.")
+        try:
+            settings[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            settings[key] = text
+    return settings
+
+
+# Files and packages
+
+
+def _load_file(path: Path) -> tuple[ModuleType, dict[str, Path]]:
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path()
+        raise ConfigError(f"There is no file {path}. {nearest(path.name, (p.name for p in folder.glob('*.py')))}")
+    folder, name = path.resolve().parent, path.stem
+    before = set(sys.modules)
+    present = sys.modules.get(name)
+    if present is not None and getattr(present, "__file__", None) != str(path.resolve()):
+        other = getattr(present, "__file__", None) or "built in"
+        if name in sys.stdlib_module_names or "site-packages" in other:
+            raise ConfigError(f"{path}: {name!r} is the name of a module that is imported already ({other}); rename the file.")
+        del sys.modules[name]  # another model file of this name
+    sys.path.insert(0, str(folder))
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # whatever the user's code raises
+        raise CaptureError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(folder))
+    if Path(module.__file__ or "").resolve() != path.resolve():
+        raise ConfigError(f"{path}: Python finds another module under the name {name!r} ({module.__file__}); rename the file.")
+    files = {path.name: path.resolve()}
+    for other in set(sys.modules) - before:
+        file = getattr(sys.modules.get(other), "__file__", None)
+        if file and Path(file).is_relative_to(folder) and "site-packages" not in file:
+            files[str(Path(file).relative_to(folder))] = Path(file)
+    return module, files
+
+
+def _load_package(name: str) -> ModuleType:
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"There is no module {error.name!r} to import for {name}.") from error
+    except Exception as error:  # whatever the user's code raises
+        raise CaptureError(f"{name} could not be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove("")
+
+
+def _from_module(module: ModuleType, factory: str, settings: dict[str, Any], spec: str, files: dict[str, Path]) -> Built:
+    names = (factory,) if factory else FACTORIES
+    found = next((name for name in names if hasattr(module, name)), None)
+    if found is None:
+        offered = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        raise ConfigError(
+            f"{spec} has no {' or '.join(f'{name}()' if name != 'model' else name for name in names)}. "
+            + (f"It defines {', '.join(offered)}; name one as {module.__name__}.py:FACTORY." if offered else "It defines no function or class.")
+        )
+    thing = getattr(module, found)
+    model = thing if isinstance(thing, nn.Module) else _call(thing, settings, f"{spec}: {found}")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{spec}: {found} gave {type(model).__name__}, not a torch.nn.Module.")
+    examples = getattr(module, "example_inputs", None)
+    if examples is None:
+        raise ConfigError(f"{spec} has no example_inputs(): a function that returns a tuple, or a dict of keyword arguments, for the model's forward.")
+    inputs = _call(examples, {}, f"{spec}: example_inputs") if callable(examples) else examples
+    if isinstance(inputs, Mapping):
+        return Built(model.train(), (), dict(inputs), spec, settings, files)
+    return Built(model.train(), tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, spec, settings, files)
+
+
+def _call(function: Callable[..., Any], settings: Mapping[str, Any], label: str) -> Any:
+    try:
+        inspect.signature(function).bind(**settings)
+    except TypeError as error:
+        raise ConfigError(f"{label}: {error}; it must be callable without arguments, or with those given by --set.") from error
+    try:
+        return function(**settings)
+    except Exception as error:  # whatever the user's code raises
+        raise CaptureError(f"{label}() raised {type(error).__name__}: {error}") from error
+
+
+# Libraries
+
+
+def _require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackageError(f'This needs {package}: pip install "laurel-rewrite[zoo]" or pip install {package}.')
+    if importlib.util.find_spec("torchvision") is not None:
+        declare_torchvision_ops()
+
+
+def declare_torchvision_ops() -> None:
+    """Let torchvision be imported beside a PyTorch that it has no compiled ops for, by declaring the two ops that its import wants."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for op in ("nms", "qnms"):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _stubs.append(library)
+        importlib.import_module("torchvision")
+    except ImportError as error:
+        raise MissingPackageError(f"torchvision is installed but cannot be imported: {error}") from error
+
+
+def _on(device: str) -> Any:
+    return torch.device(device) if device != "cpu" else nullcontext()
+
+
+def _timm(name: str, settings: dict[str, Any], device: str, batch: int) -> Built:
+    import timm
+
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r}. {nearest(name, timm.list_models())}")
+    try:
+        with _on(device):
+            model = timm.create_model(name, **settings)
+    except TypeError as error:
+        raise ConfigError(f"timm:{name}: {error}") from error
+    size = settings.get("img_size") or model.default_cfg.get("input_size", (3, 224, 224))[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = settings.get("in_chans", 3)
+    image = torch.randn(batch, channels, height, width, device=device)
+    return Built(model.train(), (image,), {}, f"timm:{name}", settings)
+
+
+def _torchvision(name: str, settings: dict[str, Any], device: str, batch: int) -> Built:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError(f"torchvision has no classification model {name!r}. {nearest(name, known)}")
+    try:
+        with _on(device):
+            model = models.get_model(name, weights=None, **settings)
+    except TypeError as error:
+        raise ConfigError(f"torchvision:{name}: {error}") from error
+    crop = models.get_model_weights(name).DEFAULT.transforms.keywords.get("crop_size", 224)
+    size = crop[0] if isinstance(crop, list | tuple) else crop
+    return Built(model.train(), (torch.randn(batch, 3, size, size, device=device),), {}, f"torchvision:{name}", settings)
+
+
+def _hugging_face(name: str, settings: dict[str, Any], device: str, batch: int) -> Built:
+    import transformers
+
+    known = list(transformers.CONFIG_MAPPING.keys())
+    if name not in known:
+        raise ConfigError(f"transformers has no architecture {name!r}; names are model types, as in a config.json. {nearest(name, known)}")
+    config = transformers.CONFIG_MAPPING[name](**settings)
+    unknown = [key for key in settings if not hasattr(transformers.CONFIG_MAPPING[name](), key)]
+    if unknown:
+        fields = list(config.to_dict())
+        raise ConfigError(f"hf:{name}: the configuration has no field {unknown[0]!r}. {nearest(unknown[0], fields)}")
+    # What the architecture is pre-trained as, else its bare model.
+    autos = ("AutoModelForPreTraining", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+    auto = next((a for a in (getattr(transformers, n) for n in autos) if type(config) in a._model_mapping), None)
+    if auto is None:
+        raise ConfigError(f"hf:{name}: transformers has no model class for this configuration.")
+    try:
+        with _on(device):
+            model = auto.from_config(config)
+    except Exception as error:  # a library of models may raise anything
+        raise CaptureError(f"hf:{name} could not be built from its configuration: {type(error).__name__}: {error}") from error
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+        image = torch.randn(batch, getattr(config, "num_channels", 3), height, width, device=device)
+        return Built(model.train(), (), {"pixel_values": image}, f"hf:{name}", settings)
+    vocabulary = min(getattr(config, "vocab_size", 100), 1000)
+    ids = torch.randint(3, max(vocabulary, 4), (batch, 17), generator=torch.Generator().manual_seed(0)).to(device)
+    kwargs = {"input_ids": ids}
+    if getattr(config, "is_encoder_decoder", False):
+        kwargs["decoder_input_ids"] = ids.clone()
+    return Built(model.train(), (), kwargs, f"hf:{name}", settings)

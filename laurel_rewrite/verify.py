@@ -1,0 +1,214 @@
+"""Checks that run on every rewrite: the start is exact, ONNX equals PyTorch away from the start, gradients arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from laurel_rewrite.capture import quiet_export, training, without_caches
+from laurel_rewrite.exporting import widened
+from laurel_rewrite.operator import sites_of
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+RTOL, ATOL = 1e-4, 1e-5
+"""ONNX against PyTorch in float32: |difference| <= ATOL * max(1, max|reference|) + RTOL * |reference|."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verification: what was compared, whether it held, the largest difference, and the tolerance it was held to."""
+
+    name: str
+    passed: bool
+    difference: float
+    tolerance: str
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_start(original: nn.Module, rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int = 0) -> list[Check]:
+    """At the start the rewritten model equals the original bit for bit, in eval mode and, with one seed, in train mode.
+
+    The outputs of both and, in train mode, their buffers (running statistics) are compared. Neither model is changed.
+    """
+    if any(module.config.normalize == "paper" and module.config.weights for module in sites_of(rewritten).values()):
+        return [Check("exact start", True, float("nan"), "none", "normalize=paper starts at a = b = 1/2, which is not the original's function")]
+    checks = []
+    for mode in (False, True):
+        outputs = []
+        for model in (original, rewritten):
+            with training(model, mode), without_caches(model), _buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
+                torch.manual_seed(seed)
+                leaves = _floats(model(*args, **kwargs))
+                outputs.append([leaf.clone() for leaf in leaves + (_buffers(model) if mode else [])])
+        worst = max((_difference(a, b) for a, b in zip(*outputs, strict=True)), default=0.0)
+        name = "exact start, train mode, one seed" if mode else "exact start, eval mode"
+        checks.append(Check(name, worst == 0.0, worst, "max |difference| = 0", f"{len(outputs[0])} tensors"))
+    return checks
+
+
+def check_gradients(rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int = 0) -> Check:
+    """Every LAuReL parameter has a finite gradient that is not zero within two training steps of a copy of the model.
+
+    U starts at 0, so that V has its first gradient in the second step.
+    """
+    model = copy.deepcopy(rewritten).train()
+    parameters = {f"{site}.{name}": p for site, module in sites_of(model).items() for name, p in module.named_parameters()}
+    arrived: set[str] = set()
+    broken: set[str] = set()
+    with without_caches(model), torch.random.fork_rng():
+        for step in range(2):
+            torch.manual_seed(seed + step)
+            model.zero_grad()
+            leaves = [leaf for leaf in _floats(model(*args, **kwargs)) if leaf.requires_grad]
+            loss = sum(((leaf.float() * torch.randn_like(leaf, dtype=torch.float32)).mean() for leaf in leaves), torch.zeros(()))
+            loss.backward()
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    if parameter.grad is None:
+                        continue
+                    if not torch.isfinite(parameter.grad).all():
+                        broken.add(name)
+                    elif parameter.grad.abs().max() > 0:
+                        arrived.add(name)
+                    parameter -= 1e-2 * parameter.grad.sign()
+    missing = sorted(set(parameters) - arrived | broken)
+    detail = f"{len(parameters)} parameter tensors" if not missing else f"none or not finite: {', '.join(missing[:4])}"
+    return Check("gradients within two steps", not missing, float(len(missing)), "finite, not zero", detail)
+
+
+def check_onnx(model: nn.Module, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any], *, name: str, seed: int = 0) -> list[Check]:
+    """The ONNX file in onnxruntime equals the model in eval mode, at two shapes other than the captured ones where it has dynamic ones."""
+    session = session_of(path)
+    checks = []
+    for number, (feeds, call_args, call_kwargs, shapes) in enumerate(_variations(session, args, kwargs, seed)):
+        with training(model, False), without_caches(model), torch.no_grad(), quiet_export():
+            expected = _tensors(model(*call_args, **call_kwargs))
+        found = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
+        worst, passed = 0.0, len(found) == len(expected)
+        for mine, theirs in zip(expected, found, strict=False):
+            if mine.shape != theirs.shape:
+                passed = False
+                continue
+            difference, allowed = (mine.double() - theirs.double()).abs(), RTOL * mine.double().abs()
+            scale = max(1.0, mine.double().abs().max().item() if mine.numel() else 1.0)
+            passed = passed and bool((difference <= allowed + ATOL * scale).all())
+            worst = max(worst, (difference.max().item() / scale) if mine.numel() else 0.0)
+        tolerance = f"rtol {RTOL:g}, atol {ATOL:g} of max(1, max|y|)"
+        checks.append(Check(f"{name}, shape {number + 1}", passed, worst, tolerance, shapes))
+    return checks
+
+
+@contextlib.contextmanager
+def randomized(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """LAuReL parameters away from their start for a while: what is 0 or 1 at the start could be lost or swapped unseen."""
+    before: list[tuple[Tensor, Tensor]] = []
+    generator = torch.Generator().manual_seed(seed)
+    for module in sites_of(model).values():
+        for name, parameter in module.named_parameters():
+            before.append((parameter, parameter.detach().clone()))
+            spread = 0.25 if parameter.ndim == 1 else 0.5 if name.startswith("up") else float(parameter.detach().abs().max())
+            noise = torch.randn(parameter.shape, generator=generator) * spread
+            parameter.data.add_(noise.to(parameter.device, parameter.dtype))
+    try:
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.data.copy_(value)
+
+
+def session_of(path: Path) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU that says nothing below errors."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+# Inputs
+
+
+def _variations(
+    session: onnxruntime.InferenceSession, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int
+) -> Iterator[tuple[dict[str, np.ndarray], tuple[Any, ...], dict[str, Any], str]]:
+    """Feeds for onnxruntime with the same inputs for PyTorch, at two shapes."""
+    args, kwargs = widened(tuple(args), dict(kwargs))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    inputs = session.get_inputs()
+    named = {key: i for i, leaf in enumerate(leaves) for key, value in kwargs.items() if value is leaf}
+    where = {info.name: named.get(info.name, tensors[n] if n < len(tensors) else -1) for n, info in enumerate(inputs)}
+    for number, batch in enumerate((3, 5)):
+        generator = torch.Generator().manual_seed(seed + number)
+        sizes: dict[str, int] = {}
+        for info in inputs:
+            for position, dim in enumerate(info.shape):
+                if isinstance(dim, str) and dim not in sizes:
+                    traced = leaves[where[info.name]].shape[position]
+                    sizes[dim] = batch if position == 0 else max(2, traced * 3 // 4 if number == 0 else traced // 2 + 1)
+        changed = list(leaves)
+        for info in inputs:
+            like = leaves[where[info.name]]
+            shape = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in info.shape]
+            changed[where[info.name]] = draw(like, shape, generator)
+        new_args, new_kwargs = pytree.tree_unflatten(changed, spec)
+        feeds = {info.name: changed[where[info.name]].cpu().numpy() for info in inputs}
+        shapes = ", ".join(f"{info.name}{list(feeds[info.name].shape)}" for info in inputs)
+        yield feeds, tuple(new_args), new_kwargs, shapes
+
+
+def draw(like: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random values of a tensor's type and range, in another shape."""
+    if like.is_floating_point():
+        spread = float(like.float().std()) if like.numel() > 1 else 1.0
+        return (torch.randn(list(shape), generator=generator) * (spread or 1.0) + float(like.float().mean())).to(like.dtype)
+    low, high = int(like.min()), int(like.max())
+    return torch.randint(low, high + 1, list(shape), generator=generator).to(like.dtype)
+
+
+# Tensors
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in _tensors(outputs) if leaf.is_floating_point()]
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    return [b for b in model.buffers() if b.is_floating_point()]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference; a NaN is equal to a NaN, and infinitely far from a number."""
+    if a.shape != b.shape:
+        return float("inf")
+    same = (a == b) | (a.isnan() & b.isnan())
+    worst = torch.where(same, 0.0, (a.double() - b.double()).abs()).max().item() if a.numel() else 0.0
+    return float("inf") if worst != worst else worst
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    before = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
