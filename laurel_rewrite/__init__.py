@@ -46,7 +46,16 @@ _HOMES = {
     "param_groups": "operator",
     "LaurelConfig": "plan",
     **dict.fromkeys(
-        ("CaptureError", "ConfigError", "ExportError", "LaurelError", "MissingPackageError", "NoSiteError", "RewriteError", "VerificationError"),
+        (
+            "CaptureError",
+            "ConfigError",
+            "ExportError",
+            "LaurelError",
+            "MissingPackageError",
+            "NoSiteError",
+            "RewriteError",
+            "VerificationError",
+        ),
         "errors",
     ),
 }

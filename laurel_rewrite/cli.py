@@ -44,7 +44,13 @@ def _common(function: Any) -> Any:
         click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr."),
         click.option("-q", "--quiet", is_flag=True, help="Show no stages."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the factory, or field of the architecture's configuration."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Argument of the factory, or field of the architecture's configuration.",
+        ),
     ):
         function = option(function)
     return function

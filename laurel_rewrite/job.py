@@ -96,7 +96,9 @@ def make_plan(sites: Sites, config: LaurelConfig, plan: Path | None, model: str)
     return chosen
 
 
-def plan_only(spec: str, config: LaurelConfig, *, plan: Path | None = None, settings: Mapping[str, Any] | None = None, listener: Listener = silent) -> Report:
+def plan_only(
+    spec: str, config: LaurelConfig, *, plan: Path | None = None, settings: Mapping[str, Any] | None = None, listener: Listener = silent
+) -> Report:
     """Detection and plan, nothing more."""
     with listener("detect") as stage:
         built, sites = find_sites(spec, settings or {})
@@ -141,7 +143,9 @@ def run(
         rewritten = apply_plan(model, sites, chosen)
         report = Report(spec, chosen, sites, _parameters(built, chosen), out=str(out))
         added = report.parameters["added"]
-        stage.done(f"{len(chosen.sites)} LAuReL modules, {_millions(added)} parameters more (+{100 * added / report.parameters['model']:.2f} %)")
+        stage.done(
+            f"{len(chosen.sites)} LAuReL modules, {_millions(added)} parameters more (+{100 * added / report.parameters['model']:.2f} %)"
+        )
     with listener("verify the start") as stage:
         report.checks += check_start(model, rewritten, args, kwargs, seed=config.seed)
         stage.done(_verdict(report.checks))
@@ -169,7 +173,9 @@ def run(
             stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
         if seconds > 0:
             with listener("profile") as stage:
-                report.profile = profile([baseline, laurel], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress)
+                report.profile = profile(
+                    [baseline, laurel], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress
+                )
                 report.profile = _renamed(report.profile, out)
                 stage.done(f"{report.profile.rows[1].ratio:.3f}x the baseline's latency")
         report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), REPORT])

@@ -70,7 +70,9 @@ def build(spec: str, settings: Mapping[str, Any] | None = None, *, device: str =
     elif Path(spec).suffix:
         raise ConfigError(f"{spec}: a model is a .py file, package.module:factory, or hf:, timm: or torchvision: and a name.")
     else:
-        raise ConfigError(f"{spec!r} is no model: there is no such file. Give model.py, package.module:factory, hf:NAME, timm:NAME or torchvision:NAME.")
+        raise ConfigError(
+            f"{spec!r} is no model: there is no such file. Give model.py, package.module:factory, hf:NAME, timm:NAME or torchvision:NAME."
+        )
     return _from_module(module, factory, given, spec, files)
 
 
@@ -139,7 +141,11 @@ def _from_module(module: ModuleType, factory: str, settings: dict[str, Any], spe
         offered = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise ConfigError(
             f"{spec} has no {' or '.join(f'{name}()' if name != 'model' else name for name in names)}. "
-            + (f"It defines {', '.join(offered)}; name one as {module.__name__}.py:FACTORY." if offered else "It defines no function or class.")
+            + (
+                f"It defines {', '.join(offered)}; name one as {module.__name__}.py:FACTORY."
+                if offered
+                else "It defines no function or class."
+            )
         )
     thing = getattr(module, found)
     model = thing if isinstance(thing, nn.Module) else _call(thing, settings, f"{spec}: {found}")
@@ -147,7 +153,9 @@ def _from_module(module: ModuleType, factory: str, settings: dict[str, Any], spe
         raise ConfigError(f"{spec}: {found} gave {type(model).__name__}, not a torch.nn.Module.")
     examples = getattr(module, "example_inputs", None)
     if examples is None:
-        raise ConfigError(f"{spec} has no example_inputs(): a function that returns a tuple, or a dict of keyword arguments, for the model's forward.")
+        raise ConfigError(
+            f"{spec} has no example_inputs(): a function that returns a tuple, or a dict of keyword arguments, for the model's forward."
+        )
     inputs = _call(examples, {}, f"{spec}: example_inputs") if callable(examples) else examples
     if isinstance(inputs, Mapping):
         return Built(model.train(), (), dict(inputs), spec, settings, files)

@@ -206,17 +206,13 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as text."""
-        import tomli_w
+        import tomlkit
 
-        rows = []
-        for site in self.sites:
-            row = asdict(site)
-            row["shape"] = list(site.shape)
-            rows.append(row)
         head: dict[str, Any] = {"version": 1, "seed": self.seed}
         if self.model:
             head["model"] = self.model
-        return _HEADER + "\n" + tomli_w.dumps({**head, "site": rows})
+        rows = [{**asdict(site), "shape": list(site.shape)} for site in self.sites]
+        return _HEADER + "\n" + tomlkit.dumps({**head, "site": rows})
 
     @staticmethod
     def from_toml(text: str, origin: str = "the plan") -> Plan:
@@ -287,4 +283,6 @@ def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
 def _nothing(sites: Sites) -> str:
     reasons = Counter(rejected.reason for rejected in sites.rejected)
     why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
-    return "The model has no residual connection. " + (f"Of its {len(sites.rejected)} additions: {why}." if why else "It has no addition at all.")
+    return "The model has no residual connection. " + (
+        f"Of its {len(sites.rejected)} additions: {why}." if why else "It has no addition at all."
+    )

@@ -111,7 +111,9 @@ class _Finder:
         fixed = [self.values[i] for i in value.inputs if not self.values[i].data]
         if fixed:
             return Refusal(
-                value.index, "not data-dependent", f"{shapes}: {fixed[0].name} comes from parameters or constants (a bias, a position table)"
+                value.index,
+                "not data-dependent",
+                f"{shapes}: {fixed[0].name} comes from parameters or constants (a bias, a position table)",
             )
         if any(self.values[i].shape != value.shape for i in value.inputs):
             return Refusal(value.index, "broadcast", f"{shapes}: the operands have different shapes (a mask, an embedding)")

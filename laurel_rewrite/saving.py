@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -12,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +30,7 @@ from laurel_rewrite.source import BASE, module_text
 from laurel_rewrite.surgery import Rewriting, install, rewriting_of
 
 MODELING, WEIGHTS, PLAN, CONFIG, SKELETON = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "skeleton.pt"
+BASE_CONFIG = "base_config.json"
 _ORIGIN = "_laurel_origin"
 
 _HEADER = '''"""{name} with LAuReL, written by laurel-rewrite {version}.
@@ -68,16 +72,20 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None) ->
         (draft / MODELING).write_text(text)
         (draft / PLAN).write_text(record.plan.to_toml())
         save_model(model, str(draft / WEIGHTS))
-        origin = getattr(model, _ORIGIN, None) if built is None else _origin(built, draft)
+        origin = getattr(model, _ORIGIN, None) if built is None else _origin(built)
         if origin is None:
-            origin = _own_origin(model, draft)
+            origin = _own_origin(model)
+        for name, content in origin.files.items():
+            target = draft / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
         config = {
             "laurel_rewrite": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "seed": record.plan.seed,
-            "class": f"{type(model).__module__}:{type(model).__qualname__}",
-            "model": origin,
+            "class": _name(type(model)),
+            "model": {**origin.recipe, "files": sorted(origin.files)},
             "classes": names,
         }
         for package in ("transformers", "timm", "torchvision"):
@@ -149,12 +157,15 @@ def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Mod
     try:
         config = json.loads((folder / CONFIG).read_text())
         plan = Plan.read(folder / PLAN)
-        origin, names = config["model"], config["classes"]
+        recipe, names = config["model"], config["classes"]
+        origin = Origin(recipe, {name: (folder / name).read_bytes() for name in recipe["files"]})
+    except OSError as error:
+        raise ConfigError(f"{folder} is incomplete: {error.filename} cannot be read ({error.strerror}).") from error
     except (json.JSONDecodeError, KeyError) as error:
         raise ConfigError(f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}") from error
     meta = device is not None and torch.device(device).type == "meta"
     with _importable(folder):
-        model = _base(folder, origin, meta=meta)
+        model = _base(folder, recipe, meta=meta)
         module = _import_modeling(folder)
     classes: dict[str, type] = {}
     for owner, name in names.items():
@@ -199,33 +210,40 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 # How the base model is built again
 
 
-def _origin(built: Built, draft: Path) -> dict[str, Any]:
-    for name, file in built.files.items():
-        target = draft / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+@dataclass(frozen=True)
+class Origin:
+    """How the base model is built: the recipe, and the files it needs, by name."""
+
+    recipe: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
+
+
+def _origin(built: Built) -> Origin:
     spec = built.spec
     if built.files:
         path, _, factory = spec.rpartition(":") if ".py:" in spec else (spec, "", "")
         spec = Path(path).name + (f":{factory}" if factory else "")
-    return {"kind": "spec", "spec": spec, "settings": built.settings}
+    return Origin({"kind": "spec", "spec": spec, "settings": built.settings}, {n: f.read_bytes() for n, f in built.files.items()})
 
 
-def _own_origin(model: nn.Module, draft: Path) -> dict[str, Any]:
+def _own_origin(model: nn.Module) -> Origin:
     config = getattr(model, "config", None)
     if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel) and config is not None:
-        (draft / "base_config.json").write_text(config.to_json_string(use_diff=False))
         base = vars(type(model)).get(BASE, type(model))
-        return {"kind": "transformers", "class": f"{base.__module__}:{base.__qualname__}", "config": f"{type(config).__module__}:{type(config).__qualname__}"}
-    skeleton = _skeleton(model)
+        recipe = {"kind": "transformers", "class": _name(base), "config": _name(type(config))}
+        return Origin(recipe, {BASE_CONFIG: config.to_json_string(use_diff=False).encode()})
+    buffer = io.BytesIO()
     try:
-        torch.save(skeleton, draft / SKELETON)
+        torch.save(_skeleton(model), buffer)
     except Exception as error:  # pickle raises whatever an attribute of the model raises
         raise ConfigError(
             f"{type(model).__name__} cannot be saved without knowing how it is built: pickling its modules failed ({error}). "
             "Build it in a file with build_model() and use the command, which saves that file."
         ) from error
-    return {"kind": "skeleton"}
+    return Origin({"kind": "skeleton"}, {SKELETON: buffer.getvalue()})
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -234,7 +252,11 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        empty = torch.zeros(1, dtype=parameter.dtype).expand(parameter.numel()).view(parameter.shape) if parameter.numel() else parameter.detach()
+        empty = (
+            torch.zeros(1, dtype=parameter.dtype).expand(parameter.numel()).view(parameter.shape)
+            if parameter.numel()
+            else parameter.detach()
+        )
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     return remove(copy.deepcopy(model, memo))
 
@@ -247,13 +269,17 @@ def _base(folder: Path, origin: Mapping[str, Any], *, meta: bool) -> nn.Module:
         return models.build(path, origin["settings"], device="meta" if meta else "cpu").model
     if kind == "transformers":
         config_class, cls = _named(origin["config"]), _named(origin["class"])
-        config = config_class.from_dict(json.loads((folder / "base_config.json").read_text()))
+        config = config_class.from_dict(json.loads((folder / BASE_CONFIG).read_text()))
         with torch.device("meta") if meta else nullcontext():
             return cls._from_config(config)  # type: ignore[no-any-return]  # a PreTrainedModel
     if kind == "skeleton":
         model = torch.load(folder / SKELETON, weights_only=False)
         return model  # type: ignore[no-any-return]  # what was saved
     raise ConfigError(f"{folder / CONFIG} names an unknown kind of model: {kind!r}.")
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _named(name: str) -> Any:

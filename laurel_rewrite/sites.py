@@ -168,7 +168,9 @@ def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
     if any("val" in n.meta or "tensor_meta" in n.meta for n in module.graph.nodes if n.op.startswith("call")):
         return
     if not args and not kwargs:
-        raise CaptureError("The graph's nodes carry no shapes: pass example inputs, or run torch.fx.passes.shape_prop.ShapeProp on it first.")
+        raise CaptureError(
+            "The graph's nodes carry no shapes: pass example inputs, or run torch.fx.passes.shape_prop.ShapeProp on it first."
+        )
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     given = dict(zip((n.target for n in placeholders), args, strict=False)) | dict(kwargs or {})
     try:
@@ -245,9 +247,7 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
         name = path if not tied[path] else f"{path}@{tied[path]}"
         tied[path] += 1
         where = first.where if first is not None else output.where
-        sites.append(
-            Site(name, residual.kind, owner, where, output.shape or (), place.axis, place.dim, place.stream, place.index)
-        )
+        sites.append(Site(name, residual.kind, owner, where, output.shape or (), place.axis, place.dim, place.stream, place.index))
         bindings[name] = Binding(residual, adds, turn, turns)
     owners: dict[int, list[str]] = defaultdict(list)
     for site in sites:

@@ -199,7 +199,8 @@ class _FunctionEditor:
             assert isinstance(node, ast.Call)
             self._put(start, end, helper.name)
             paren = self.source.text.index(b"(", end) + 1
-            self._insert(paren, f"{laurel}, " if node.args or node.keywords else laurel)
+            broken = self.source.text[paren : paren + 1] == b"\n"
+            self._insert(paren, laurel + ("," if broken else ", ") if node.args or node.keywords else laurel)
 
     def finish(self, base: type, alias: str) -> Function:
         """The edited text, dedented, with what it needs."""
@@ -388,7 +389,9 @@ class _Source:
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 if first == code.co_firstlineno:
                     return node
-        raise RewriteError(f"{self.filename}:{code.co_firstlineno}: {code.co_name} is no plain function, or the file has changed since it was imported")
+        raise RewriteError(
+            f"{self.filename}:{code.co_firstlineno}: {code.co_name} is no plain function, or the file has changed since it was imported"
+        )
 
     def find(self, function: ast.FunctionDef, span: Span) -> ast.AST:
         """The expression or statement at a span."""
@@ -535,7 +538,9 @@ class _ModuleWriter:
             helpers.append(self._function(helper, renames))
         name = self._define(item.base.__name__, always=True)
         assert name is not None
-        body = "\n".join("".join(f"    {line}" if line.strip() else line for line in self._function(m, renames).splitlines(True)) for m in item.methods)
+        body = "\n".join(
+            "".join(f"    {line}" if line.strip() else line for line in self._function(m, renames).splitlines(True)) for m in item.methods
+        )
         extra = (
             "\n    # Its fused kernel for eval mode knows no LAuReL.\n    activation_relu_or_gelu = property(lambda self: 0)\n"
             if _without_fast_path(item.base)
@@ -558,7 +563,9 @@ class _ModuleWriter:
 
     def _import(self, wanted: str, thing: Any, module: str, attribute: str) -> str:
         if "<locals>" in attribute:
-            raise RewriteError(f"{module}.{attribute} is defined inside a function, so that it cannot be imported again; move it to the module's top level")
+            raise RewriteError(
+                f"{module}.{attribute} is defined inside a function, so that it cannot be imported again; move it to the module's top level"
+            )
         name, count = wanted, 1
         while (name in self.names and self.names[name] is not thing) or name in self.defined:
             count += 1
@@ -595,7 +602,9 @@ class _ModuleWriter:
                     if isinstance(thing, type):
                         swaps[node.id] = self._import_class(thing)
                     elif not isinstance(thing, FunctionType) or thing.__qualname__ == "" or "<locals>" in thing.__qualname__:
-                        raise RewriteError(f"{function.original.__qualname__} uses {node.id} from the function around it, so that it cannot be saved")
+                        raise RewriteError(
+                            f"{function.original.__qualname__} uses {node.id} from the function around it, so that it cannot be saved"
+                        )
                 elif node.id in scope:
                     swaps[node.id] = self._import(node.id, scope[node.id], scope["__name__"], node.id)
         return _renamed(function.text, tree, local, {a: b for a, b in swaps.items() if a != b})

@@ -282,4 +282,3 @@ def _like(owner: nn.Module, first: torch.Tensor | None) -> torch.Tensor | None:
     """A parameter whose device and dtype a new one beside it should have."""
     floating = (p for p in owner.parameters() if p.is_floating_point())
     return next(floating, first)
-

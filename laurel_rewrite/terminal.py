@@ -55,7 +55,15 @@ class _Shown:
 def show_sites(console: Console, model: str, sites: Sites) -> None:
     """The table of sites and, below, the other additions by reason."""
     table = Table(title=f"{model}: {len(sites)} residual connections", **_STYLE)
-    for heading, justify in (("site", "left"), ("kind", "left"), ("shape", "left"), ("axis", "right"), ("D", "right"), ("stream", "right"), ("where", "left")):
+    for heading, justify in (
+        ("site", "left"),
+        ("kind", "left"),
+        ("shape", "left"),
+        ("axis", "right"),
+        ("D", "right"),
+        ("stream", "right"),
+        ("where", "left"),
+    ):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a literal
     for site in sites:
         shape = "×".join(map(str, site.shape))

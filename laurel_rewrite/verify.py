@@ -45,7 +45,9 @@ def check_start(original: nn.Module, rewritten: nn.Module, args: Sequence[Any], 
     The outputs of both and, in train mode, their buffers (running statistics) are compared. Neither model is changed.
     """
     if any(module.config.normalize == "paper" and module.config.weights for module in sites_of(rewritten).values()):
-        return [Check("exact start", True, float("nan"), "none", "normalize=paper starts at a = b = 1/2, which is not the original's function")]
+        return [
+            Check("exact start", True, float("nan"), "none", "normalize=paper starts at a = b = 1/2, which is not the original's function")
+        ]
     checks = []
     for mode in (False, True):
         outputs = []

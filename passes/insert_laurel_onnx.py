@@ -59,7 +59,9 @@ class InsertLaurelOnnx(Pass[ir.Model]):
             missing = [name for name in parameter_names(site.config) if name not in site.parameters]
             clash = [name for name in site.parameters if f"{site.id}.{name}" in names]
             if missing or clash:
-                raise ExportError(f"{site.id}: the parameter {(missing or clash)[0]!r} is {'missing' if missing else 'in the graph already'}")
+                raise ExportError(
+                    f"{site.id}: the parameter {(missing or clash)[0]!r} is {'missing' if missing else 'in the graph already'}"
+                )
         if graph.opset_imports.get("", 0) < 15:
             raise ExportError(f"LAuReL functions need opset 15 or newer; the graph has {graph.opset_imports.get('')}.")
 

@@ -1,6 +1,6 @@
 """A GPT of about 10 M parameters, written plainly.
 
-    laurel-rewrite tools/examples/gpt.py --variant rw+lr --rank 16
+laurel-rewrite tools/examples/gpt.py --variant rw+lr --rank 16
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A small ResNet with downsample blocks and in-place residual sums, for images of 64 x 64.
 
-    laurel-rewrite tools/examples/resnet.py --variant rw+lr+pa --rank 16
+laurel-rewrite tools/examples/resnet.py --variant rw+lr+pa --rank 16
 """
 
 import torch
