@@ -1,0 +1,115 @@
+"""What the tests share: real architectures made small, and LAuReL parameters away from their start."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from laurel_rewrite.models import build, declare_torchvision_ops
+
+torch.set_num_threads(2)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of torchvision's import
+    declare_torchvision_ops()
+
+LLAMA = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
+REAL: dict[str, tuple[str, dict[str, Any], int]] = {
+    "resnet50": ("torchvision:resnet50", {}, 16),
+    "vit_small": ("timm:vit_small_patch16_224", {"img_size": 64, "drop_path_rate": 0.1}, 24),
+    "gpt2": ("hf:gpt2", {"n_layer": 3, "n_embd": 32, "n_head": 4, "vocab_size": 99}, 6),
+    "llama": ("hf:llama", LLAMA, 6),
+    "bert": ("hf:bert", {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99}, 6),
+    "t5": ("hf:t5", {"num_layers": 2, "d_model": 32, "d_ff": 64, "num_heads": 4, "d_kv": 8, "vocab_size": 99}, 10),
+    "falcon": ("hf:falcon", {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 99}, 3),
+    "falcon_sequential": (
+        "hf:falcon",
+        {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 99, "parallel_attn": False, "alibi": True},
+        6,
+    ),
+    "gptj": ("hf:gptj", {"n_layer": 3, "n_embd": 32, "n_head": 4, "rotary_dim": 4, "vocab_size": 99}, 3),
+    "cohere": ("hf:cohere", LLAMA, 3),
+}
+"""Name -> MODEL, settings, number of sites."""
+
+
+class Example:
+    """A model with inputs, and a second set of inputs of another shape to compare with."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], other: tuple[Any, dict[str, Any]], sites: int) -> None:
+        self.model, self.args, self.kwargs, self.sites = model, args, kwargs, sites
+        self.other_args, self.other_kwargs = other
+
+
+def real(name: str) -> Example:
+    spec, settings, sites = REAL[name]
+    torch.manual_seed(0)
+    built = build(spec, settings)
+    model, args, kwargs = built.model, built.args, built.kwargs
+    if name == "resnet50":
+        args = (torch.randn(2, 3, 64, 64),)
+    generator = torch.Generator().manual_seed(7)
+
+    def other(leaf: Any) -> Any:
+        if leaf.is_floating_point():
+            return torch.randn(3, *leaf.shape[1:], generator=generator)
+        return torch.randint(0, 90, (3, leaf.shape[1] - 4), generator=generator)
+
+    return Example(model, args, kwargs, pytree.tree_map(other, (args, kwargs)), sites)
+
+
+def output(model: nn.Module, args: Any = (), kwargs: dict[str, Any] | None = None, *, train: bool = False, seed: int = 0) -> Tensor:
+    """The first floating-point output, in eval mode or in train mode with a seed."""
+    model.train(train)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        result = model(*args, **(kwargs or {}))
+    return next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+def away_from_start(model: nn.Module, seed: int = 0, spread: float = 0.2) -> nn.Module:
+    """Random LAuReL parameters, for good."""
+    from laurel_rewrite.operator import sites_of
+
+    generator = torch.Generator().manual_seed(seed)
+    for module in sites_of(model).values():
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * spread)
+    return model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regen-golden", action="store_true", help="write the golden files anew; then read the difference")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with the file of this name, or write it with --regen-golden."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--regen-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert text == path.read_text()
+
+    return check
+
+
+@pytest.fixture
+def example() -> Callable[[str], Example]:
+    return real
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with contextlib.ExitStack():
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,152 @@
+"""ONNX in real onnxruntime against PyTorch, at shapes that were not captured, with LAuReL away from its start."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from conftest import away_from_start, output, real
+from toys import CASES, D
+
+import laurel_rewrite.exporting
+from laurel_rewrite import ConfigError, ExportError, export_onnx, rewrite
+from laurel_rewrite.operator import sites_of
+
+RTOL, ATOL = 1e-4, 1e-5
+VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
+
+
+def run(path, *inputs):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)})[0])
+
+
+def laurel_nodes(path):
+    return [node for node in ir.load(path).graph if node.domain == "laurel_rewrite"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["loop", "parallel_skip_middle", "tied", "images", "sequence_1d", "transformer_layer"])
+def test_toys(name, variant, tmp_path):
+    case = CASES[name]
+    model = away_from_start(rewrite(case.make(), (torch.randn(case.shape),), variant=variant, rank=4))
+    path = export_onnx(model, (torch.randn(case.shape),), None, tmp_path / "model.onnx")
+    other = torch.randn(case.shape[0] + 3, *case.shape[1:])
+    torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
+    residual = [n for n in laurel_nodes(path) if not n.op_type.endswith("_branch")]
+    assert len(residual) == case.sites
+
+
+@pytest.mark.parametrize("options", [{"normalize": "sigmoid"}, {"normalize": "none"}, {"normalize": "paper"}, {"history_map": "identity"}])
+def test_options(options, tmp_path):
+    x = torch.randn(2, 5, D)
+    model = away_from_start(rewrite(CASES["loop"].make(), (x,), variant="rw+pa", rank=4, **options))
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    other = torch.randn(3, 8, D)
+    torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("variant", ["rw+lr", "rw+lr+pa"])
+@pytest.mark.parametrize("name", ["gpt2", "cohere", "t5", "bert"])
+def test_real_architectures(name, variant, tmp_path):
+    example = real(name)
+    model = away_from_start(rewrite(example.model, (), example.kwargs, variant=variant, rank=4), spread=0.1)
+    path = export_onnx(model, (), example.kwargs, tmp_path / "model.onnx")
+    with torch.no_grad():
+        expected = output(model, (), {**example.other_kwargs, "use_cache": False})
+    torch.testing.assert_close(run(path, *example.other_kwargs.values()), expected, rtol=RTOL, atol=ATOL)
+
+
+def test_names_metadata_functions_and_dimensions(tmp_path):
+    example = real("gpt2")
+    model = rewrite(example.model, (), example.kwargs, variant="rw+lr", rank=4)
+    path = export_onnx(model, (), example.kwargs, tmp_path / "model.onnx")
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    nodes = laurel_nodes(path)
+    ids = list(sites_of(model))
+    assert [n.name for n in nodes] == ids
+    assert [n.metadata_props["laurel_rewrite.site"] for n in nodes] == ids
+    assert {n.metadata_props["laurel_rewrite.variant"] for n in nodes} == {"rw+lr"}
+    assert {n.metadata_props["laurel_rewrite.rank"] for n in nodes} == {"4"}
+    assert [f.domain for f in proto.functions] == ["laurel_rewrite"]
+    assert all(n.domain == "" for f in proto.functions for n in f.node)
+    names = {i.name for i in proto.graph.initializer}
+    assert {f"{site}.{p}" for site in ids for p in ("mix", "down.weight", "up.weight")} <= names
+    dims = [d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim]
+    assert dims == ["batch", "sequence"]
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+    assert inferred.graph.output[0].type.tensor_type.shape.dim[2].dim_value == 99
+
+
+def test_the_baseline_has_the_same_interface(tmp_path):
+    example = real("gpt2")
+    model = rewrite(example.model, (), example.kwargs, rank=4)
+    graphs = [ir.load(export_onnx(m, (), example.kwargs, tmp_path / f"{n}.onnx")).graph for n, m in enumerate((example.model, model))]
+    assert [(v.name, str(v.shape), v.dtype) for v in graphs[0].inputs] == [(v.name, str(v.shape), v.dtype) for v in graphs[1].inputs]
+    assert [(str(v.shape), v.dtype) for v in graphs[0].outputs] == [(str(v.shape), v.dtype) for v in graphs[1].outputs]
+
+
+def test_target_none_writes_plain_ops(tmp_path):
+    x = torch.randn(2, 5, D)
+    model = away_from_start(rewrite(CASES["plain"].make(), (x,), rank=4))
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target="none")
+    assert not laurel_nodes(path)
+    other = torch.randn(4, 3, D)
+    torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
+
+
+def test_a_batch_of_one_still_gives_a_dynamic_batch(tmp_path):
+    x = torch.randn(1, 5, D)
+    model = away_from_start(rewrite(CASES["plain"].make(), (torch.randn(2, 5, D),), rank=4))
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    other = torch.randn(6, 4, D)
+    torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
+
+
+def test_large_models_get_a_data_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(laurel_rewrite.exporting, "EXTERNAL_DATA_BYTES", 1000)
+    x = torch.randn(2, 5, D)
+    model = away_from_start(rewrite(CASES["plain"].make(), (x,), rank=4))
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    torch.testing.assert_close(run(path, x), output(model, (x,)), rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_half_precision_models_are_valid(dtype, tmp_path):
+    x = torch.randn(2, 5, D, dtype=dtype)
+    model = away_from_start(rewrite(CASES["plain"].make().to(dtype), (x,), rank=4))
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    torch.testing.assert_close(run(path, x), output(model, (x,)), rtol=2e-2, atol=2e-2)
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    x = torch.randn(2, 5, D)
+    model = rewrite(CASES["loop"].make(), (x,), variant="pa", rank=4).train()
+    export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    assert model.training
+    assert all("forward" not in vars(m) and "branch" not in vars(m) for m in sites_of(model).values())
+    assert all(m.slot is None or m.slot.value is None for m in sites_of(model).values())
+
+
+class Unexportable(CASES["plain"].make().__class__):
+    def forward(self, x):
+        return x + self.f(x) if x.sum() > 0 else x
+
+
+def test_failures_write_nothing(tmp_path):
+    x = torch.randn(2, 5, D)
+    with pytest.raises(ExportError, match="Unexportable could not be exported"):
+        export_onnx(Unexportable(), (x,), None, tmp_path / "model.onnx")
+    with pytest.raises(ConfigError, match="Unknown target 'fast'"):
+        export_onnx(CASES["plain"].make(), (x,), None, tmp_path / "model.onnx", target="fast")
+    with torch.device("meta"):
+        model = CASES["plain"].make()
+    with pytest.raises(ExportError, match="meta device"):
+        export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="could not be written"):
+        export_onnx(CASES["plain"].make(), (x,), None, tmp_path / "nowhere" / "model.onnx")
+    assert not list(tmp_path.iterdir())

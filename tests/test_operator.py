@@ -1,0 +1,196 @@
+"""The operator against formulas written out here in numpy, and against the mistakes other versions make."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from laurel_rewrite import ConfigError, LaurelConfig, param_groups
+from laurel_rewrite.operator import Laurel, Slot
+from laurel_rewrite.variants import SiteConfig, canonical, operator, operators
+
+VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
+D, R, K = 12, 4, 3
+
+
+def site(variant: str, axis: int = -1, **options) -> SiteConfig:
+    config = SiteConfig(variant=variant, dim=D, rank=R, lags=K, history=K, axis=axis, ndim=4 if axis == 1 else 3, **options)
+    return operator(variant).prepare(config)
+
+
+def reference(module: Laurel, window: list[np.ndarray], f: np.ndarray) -> np.ndarray:
+    """The paper's formula on arrays whose last axis is the feature axis."""
+    values = {name: p.detach().double().numpy() for name, p in module.named_parameters()}
+    values = {n: v.reshape(v.shape[:2]) if v.ndim == 4 else v for n, v in values.items()}
+    variant, x = module.config.variant, window[0]
+    a = b = 1.0
+    if "rw" in variant:
+        w = values["mix"]
+        if module.config.normalize == "sigmoid":
+            a = 2 / (1 + np.exp(-w[0]))
+            b = 2 - a
+        elif module.config.normalize == "none":
+            a, b = 1 + w
+        else:
+            a, b = np.exp(w) / np.exp(w).sum() * (2 if module.config.normalize == "softmax" else 1)
+
+    def low_rank(y: np.ndarray, suffix: str = "") -> np.ndarray:
+        return y @ values[f"down{suffix}.weight"].T @ values[f"up{suffix}.weight"].T
+
+    if variant in ("lr", "rw+lr"):
+        return a * f + b * (low_rank(x) + x)
+    if variant in ("lr+pa", "rw+lr+pa"):
+        return a * f + b * (x + sum(values["g"][j] * low_rank(y, f".{j}") for j, y in enumerate(window)))
+    if "pa" in variant:
+        h = (lambda y: y) if module.config.history_map == "identity" else low_rank
+        return a * f + b * (x + sum(values["g"][j] * h(y) for j, y in enumerate(window)))
+    return a * f + b * x
+
+
+def shuffled(module: Laurel) -> Laurel:
+    for p in module.parameters():
+        p.data.add_(torch.randn_like(p) * 0.3)
+    return module
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_formula(variant, axis):
+    module = shuffled(Laurel(site(variant, axis), dtype=torch.float64))
+    shape = (2, 5, D) if axis == -1 else (2, D, 3, 5)
+    window = [torch.randn(shape, dtype=torch.float64) for _ in range(K)]
+    f = torch.randn(shape, dtype=torch.float64)
+    module.past = (Slot(), Slot())
+    for slot, state in zip(module.past, window[1:], strict=True):
+        slot.value = state
+    last = [np.moveaxis(t.numpy(), axis, -1) for t in (*window, f)]
+    found = np.moveaxis(module(window[0], f).detach().numpy(), axis, -1)
+    np.testing.assert_allclose(found, reference(module, last[:K], last[K]), rtol=1e-12, atol=1e-12)
+    given = module(window[0], f, past=window[1:])
+    np.testing.assert_allclose(np.moveaxis(given.detach().numpy(), axis, -1), found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "sigmoid", "none", "paper"])
+@pytest.mark.parametrize("history_map", ["low-rank", "identity"])
+def test_formula_of_the_options(normalize, history_map):
+    module = shuffled(Laurel(site("rw+pa", normalize=normalize, history_map=history_map), dtype=torch.float64))
+    window = [torch.randn(2, 5, D, dtype=torch.float64) for _ in range(K)]
+    f = torch.randn(2, 5, D, dtype=torch.float64)
+    found = module(window[0], f, past=window[1:]).detach().numpy()
+    np.testing.assert_allclose(found, reference(module, [t.numpy() for t in window], f.numpy()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("init_down", ["orthogonal", "xavier"])
+@pytest.mark.parametrize("history_map", ["low-rank", "identity"])
+@pytest.mark.parametrize("normalize", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_start_is_exact(variant, normalize, history_map, init_down, dtype):
+    module = Laurel(site(variant, normalize=normalize, history_map=history_map, init_down=init_down), dtype=dtype)
+    x, f, *past = (torch.randn(2, 5, D, dtype=dtype) for _ in range(4))
+    assert torch.equal(module(x, f, past=past), x + f)
+    assert torch.equal(module(x, f, f, past=past), x + f + f)
+
+
+def test_paper_normalisation_starts_at_one_half():
+    module = Laurel(site("rw", normalize="paper"))
+    x, f = torch.randn(2, 5, D), torch.randn(2, 5, D)
+    torch.testing.assert_close(module(x, f), 0.5 * x + 0.5 * f, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "sigmoid"])
+def test_weights_are_bounded_and_sum_to_two(normalize):
+    module = Laurel(site("rw", normalize=normalize))
+    module.mix.data.copy_(torch.linspace(-30, 30, module.mix.numel()))
+    a, b = module.weights()
+    assert a.shape == b.shape == (1,)
+    assert 0 <= a.item() <= 2
+    torch.testing.assert_close(a + b, torch.full((1,), 2.0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [{}, {"normalize": "sigmoid"}, {"history_map": "identity"}])
+def test_parameter_formula(variant, options):
+    config = site(variant, **options)
+    module = Laurel(config)
+    assert operator(variant).parameters(config) == sum(p.numel() for p in module.parameters())
+    assert all(p.ndim >= 1 for p in module.parameters())  # FSDP refuses 0-d parameters
+
+
+@pytest.mark.parametrize("variant", ["lr", "rw+lr", "pa", "lr+pa", "rw+lr+pa"])
+def test_flop_formula_counts_the_matrix_products(variant):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = site(variant)
+    module = Laurel(config)
+    x, f, *past = (torch.randn(1, 1, D) for _ in range(4))
+    with FlopCounterMode(display=False) as counter:
+        module(x, f, past=past)
+    products = counter.get_total_flops()  # counts matrix products only
+    assert products == 4 * R * D * config.products
+    assert products <= operator(variant).flops(config) <= products + 10 * D
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_gets_a_gradient_within_two_steps(variant):
+    module = Laurel(site(variant))
+    arrived = set()
+    for _ in range(2):
+        x, f, *past = (torch.randn(2, 5, D) for _ in range(4))
+        module.zero_grad()
+        (module(x, f, past=past) * torch.randn(2, 5, D)).sum().backward()
+        arrived |= {n for n, p in module.named_parameters() if p.grad.abs().max() > 0}
+        with torch.no_grad():
+            for p in module.parameters():
+                p -= 0.1 * p.grad
+    assert arrived == {n for n, _ in module.named_parameters()}
+
+
+def test_orthogonal_start_is_the_papers():
+    down = Laurel(site("lr")).down.weight
+    expected = torch.zeros(R, D)
+    for i in range(D):
+        expected[i % R, i] = 1 / (R * D) ** 0.5
+    torch.testing.assert_close(down.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_start_depends_on_seed_and_site_alone():
+    def down(name, seed):
+        torch.randn(3)  # the global generator has no say
+        return Laurel(site("lr", init_down="xavier"), site=name, seed=seed).down.weight
+
+    assert torch.equal(down("a", 0), down("a", 0))
+    assert not torch.equal(down("a", 0), down("b", 0))
+    assert not torch.equal(down("a", 0), down("a", 1))
+
+
+def test_a_float32_skip_beside_a_bfloat16_branch():
+    module = Laurel(site("rw+lr"), dtype=torch.bfloat16)
+    x, f = torch.randn(2, 5, D), torch.randn(2, 5, D, dtype=torch.bfloat16)
+    assert module(x, f).dtype == torch.float32
+    assert torch.equal(module(x, f), x + f)
+
+
+def test_param_groups_leave_scalars_without_decay():
+    module = torch.nn.Sequential(torch.nn.Linear(D, D), Laurel(site("rw+lr+pa")))
+    decayed, plain = param_groups(module, lr=1e-3, weight_decay=0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0
+    names = {id(p): n for n, p in module.named_parameters()}
+    assert {names[id(p)] for p in plain["params"]} == {"0.bias", "1.mix", "1.g"}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    torch.optim.AdamW([decayed, plain])
+
+
+def test_canonical_names():
+    assert canonical(" LR+RW ") == "rw+lr"
+    assert set(operators()) == set(VARIANTS)
+    with pytest.raises(ConfigError, match="Unknown variant 'rw\\+xx'"):
+        canonical("rw+xx")
+
+
+def test_config_reports_every_mistake_at_once():
+    with pytest.raises(ConfigError) as info:
+        LaurelConfig(variant="no", rank=0, normalize="maybe")
+    assert all(word in str(info.value) for word in ("'no'", "rank", "'maybe'"))

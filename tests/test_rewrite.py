@@ -1,0 +1,262 @@
+"""Toy nets x variants x invariants, and the same invariants on real architectures. Traced with one input, compared with another."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import REAL, Example, away_from_start, output, real
+from toys import CASES, D, Branch, Helper, Plain
+from torch import nn
+
+from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, remove, rewrite
+from laurel_rewrite.operator import Laurel, sites_of
+from laurel_rewrite.plan import LaurelConfig, Plan
+
+VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
+
+
+def toy(name: str) -> Example:
+    case = CASES[name]
+    batch, *rest = case.shape
+    other = (torch.randn(batch + 1, *[n if n in (D, 3) else n + 3 for n in rest]),)
+    return Example(case.make(), (torch.randn(case.shape),), {}, (other, {}), case.sites)
+
+
+def check_invariants(example: Example, variant: str, modules: int | None = None) -> nn.Module:
+    model = example.model
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    better = rewrite(model, example.args, example.kwargs, variant=variant, rank=4)
+    assert list(model.state_dict()) == keys, "the caller's model was changed"
+    assert [type(m) for m in model.modules()] == classes
+    assert len(sites_of(better)) == (modules or example.sites)
+
+    # The start is exact, on inputs that were not captured.
+    for train in (False, True):
+        copies = [copy.deepcopy(m) for m in (model, better)]
+        expected, found = (output(m, example.other_args, example.other_kwargs, train=train) for m in copies)
+        assert torch.equal(expected, found), f"train={train}: {(expected - found).abs().max()}"
+        for (name, a), b in zip(copies[0].named_buffers(), dict(copies[1].named_buffers()).values(), strict=True):
+            assert torch.equal(a, b), name
+
+    # Checkpoints load both ways, with LAuReL keys alone left over.
+    result = better.load_state_dict(model.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert result.missing_keys
+    assert all("laurel_" in key for key in result.missing_keys)
+    back = copy.deepcopy(model).load_state_dict(better.state_dict(), strict=False)
+    assert not back.missing_keys
+    assert all("laurel_" in key for key in back.unexpected_keys)
+
+    # Every parameter takes part.
+    away_from_start(better)
+    assert not torch.equal(output(model, example.args, example.kwargs), output(better, example.args, example.kwargs))
+
+    # A second time is refused, and removal restores everything.
+    with pytest.raises(ConfigError, match="rewritten already"):
+        rewrite(better, example.args, example.kwargs)
+    restored = remove(copy.deepcopy(better))
+    assert [type(m) for m in restored.modules()] == classes
+    assert list(restored.state_dict()) == keys
+    assert torch.equal(output(restored, example.other_args, example.other_kwargs), output(model, example.other_args, example.other_kwargs))
+    return better
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CASES)
+def test_toys(name, variant):
+    check_invariants(toy(name), variant, CASES[name].modules)
+
+
+@pytest.mark.parametrize("variant", ["rw+lr", "rw+lr+pa"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_architectures(name, variant):
+    check_invariants(real(name), variant)
+
+
+def hand_written(blocks: list[Branch], lasts: list[Laurel], x: torch.Tensor, k: int) -> torch.Tensor:
+    """RW+LR+PA over a chain of residual connections, written out."""
+    states = []
+    for block, laurel in zip(blocks, lasts, strict=True):
+        states.insert(0, x)
+        mix = 2 * torch.softmax(laurel.mix, 0)
+        skip = x
+        for j, state in enumerate(states[:k]):
+            skip = skip + laurel.g[j] * (state @ laurel.down[j].weight.T @ laurel.up[j].weight.T)
+        x = mix[0] * block(x) + mix[1] * skip
+    return x
+
+
+def test_history_reads_the_stream_of_the_paper():
+    model = CASES["loop"].make().eval()
+    better = away_from_start(rewrite(model, (torch.randn(2, 5, D),), variant="rw+lr+pa", rank=4)).eval()
+    x = torch.randn(3, 7, D)
+    lasts = list(better.laurel_0)
+    assert [m.config.lags for m in lasts] == [1, 2, 3]
+    with torch.no_grad():
+        torch.testing.assert_close(better(x), hand_written(list(better.layers), lasts, x, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_block_reads_its_own_former_calls():
+    model = CASES["tied"].make().eval()
+    better = away_from_start(rewrite(model, (torch.randn(2, 5, D),), variant="rw+lr+pa", rank=4, history=2)).eval()
+    block = better.block
+    x, states = torch.randn(3, 7, D), []
+    with torch.no_grad():
+        expected = x
+        for _ in range(3):
+            for branch, laurel in ((block.f, block.laurel_0), (block.g, block.laurel_1)):
+                states.insert(0, expected)
+                mix = 2 * torch.softmax(laurel.mix, 0)
+                skip = expected
+                for j, state in enumerate(states[:2]):
+                    skip = skip + laurel.g[j] * (state @ laurel.down[j].weight.T @ laurel.up[j].weight.T)
+                expected = mix[0] * branch(expected) + mix[1] * skip
+        torch.testing.assert_close(better(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_states_do_not_outlive_a_pass():
+    model = rewrite(CASES["loop"].make(), (torch.randn(2, 5, D),), variant="pa", rank=4).eval()
+    with torch.no_grad():
+        first = model(torch.randn(2, 5, D))
+        assert all(m.slot is None or m.slot.value is None for m in sites_of(model).values())
+        x = torch.randn(4, 3, D)
+        assert torch.equal(model(x), model(x))
+    assert first.shape == (2, 5, D)
+
+
+def test_inplace_changes_the_model_itself():
+    model = Plain()
+    assert rewrite(model, (torch.randn(2, 5, D),), inplace=True, rank=4) is model
+    assert isinstance(model.laurel_0, Laurel)
+    assert type(model).__name__ == "Plain"
+    assert isinstance(model, Plain)
+
+
+def test_new_parameters_follow_device_and_dtype():
+    model = Plain().to(torch.bfloat16)
+    better = rewrite(model, (torch.randn(2, 5, D, dtype=torch.bfloat16),), rank=4)
+    assert {p.dtype for p in better.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        model, x = Plain(), torch.randn(2, 5, D)
+    better = rewrite(model, (x,), rank=4)
+    assert all(p.is_meta for p in better.parameters())
+
+
+def test_selectors_and_plan(tmp_path):
+    model, x = Plain(), torch.randn(2, 5, D)
+    only = rewrite(model, (x,), include="laurel_1", rank=4)
+    assert list(sites_of(only)) == ["laurel_1"]
+    assert list(sites_of(rewrite(model, (x,), exclude=["laurel_1"], rank=4))) == ["laurel_0"]
+    with pytest.raises(ConfigError, match="'laurel_7' matches no site. Nearest: laurel_"):
+        rewrite(model, (x,), include="laurel_7", rank=4)
+    with pytest.raises(ConfigError, match=r"laurel_0: rank 17 is above its feature size 16"):
+        rewrite(model, (x,), rank=17)
+    path = tmp_path / "plan.toml"
+    text = Plan.from_sites(detect(model, (x,)), LaurelConfig(rank=4)).to_toml()
+    path.write_text(text.replace("rank = 4", "rank = 2", 1).replace('variant = "rw+lr"', 'variant = "lr"', 1))
+    edited = rewrite(model, (x,), plan=str(path))
+    assert [(m.config.variant, m.config.rank) for m in sites_of(edited).values()] == [("lr", 2), ("rw+lr", 4)]
+    path.write_text(text.replace('id = "laurel_1"', 'id = "laurel_9"'))
+    with pytest.raises(ConfigError, match="names the site 'laurel_9'"):
+        rewrite(model, (x,), plan=str(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("version = 1", "version = 7", "version 7"),
+        ("rank = 4", "rank = 400", "not between 1 and its feature size 16"),
+        ("rank = 4", "rang = 4", "unknown key 'rang'. Nearest: rank"),
+        ("rank = 4\n", "", "the key 'rank' is missing"),
+        ('variant = "rw+lr"', 'variant = "rw+xx"', "Unknown variant"),
+        ("version = 1", "version = [", "not valid TOML"),
+        ('id = "laurel_1"', 'id = "laurel_0"', "twice"),
+    ],
+)
+def test_a_damaged_plan_says_what_is_wrong(old, new, message):
+    text = Plan.from_sites(detect(Plain(), (torch.randn(2, 5, D),)), LaurelConfig(rank=4)).to_toml()
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        Plan.from_toml(text.replace(old, new))
+
+
+def test_a_plan_round_trips():
+    plan = Plan.from_sites(detect(real("gpt2").model, (), real("gpt2").kwargs), LaurelConfig(variant="rw+lr+pa", rank=4, seed=3))
+    assert Plan.from_toml(plan.to_toml()) == plan
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Listed(Plain):
+    """Written in a way that is not rewritten."""
+
+    def forward(self, x):
+        return sum([x, self.f(x)])
+
+
+class Nested(Plain):
+    def forward(self, x):
+        add = lambda a, b: a + b  # noqa: E731  # the point of the test
+        return add(x, self.f(x))
+
+
+class Overridden(Plain):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_what_has_no_site():
+    with pytest.raises(NoSiteError, match="no residual connection"):
+        rewrite(Bare(), (torch.randn(2, D),))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Listed, "sum\\(...\\), which is not rewritten; write it with +".replace("+", r"\+")),
+        (Nested, "cannot be found by name|no plain function|cannot be rewritten"),
+        (Overridden, "overrides and calls through super"),
+    ],
+)
+def test_what_cannot_be_rewritten_is_refused_before_anything_changes(make, message):
+    model = make()
+    keys = list(model.state_dict())
+    with pytest.raises(RewriteError, match=message):
+        rewrite(model, (torch.randn(2, 5, D),), rank=4, inplace=True)
+    assert list(model.state_dict()) == keys
+    assert type(model) is make
+
+
+def test_an_instance_forward_is_refused():
+    model = Plain()
+    model.forward = model.forward
+    with pytest.raises(RewriteError, match="replaced on the instance"):
+        rewrite(model, (torch.randn(2, 5, D),), rank=4)
+
+
+def test_a_taken_name_is_refused():
+    model = Plain()
+    model.laurel_0 = nn.Identity()
+    with pytest.raises(RewriteError, match="has an attribute 'laurel_0' already"):
+        rewrite(model, (torch.randn(2, 5, D),), rank=4)
+
+
+def test_a_copy_and_its_original_do_not_share_states():
+    model = rewrite(CASES["loop"].make(), (torch.randn(2, 5, D),), variant="pa", rank=4)
+    twin = copy.deepcopy(model)
+    a, b = sites_of(model), sites_of(twin)
+    assert all(a[n].slot is not b[n].slot for n in a if a[n].slot is not None)
+    assert all(slot in [m.slot for m in b.values()] for m in b.values() for slot in m.past)
+
+
+def test_helpers_keep_their_keyword_arguments():
+    better = rewrite(Helper(), (torch.randn(2, 5, D),), rank=4)
+    assert len(sites_of(better)) == 2

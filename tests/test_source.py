@@ -1,0 +1,104 @@
+"""The rewritten text, as a person reads it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import real
+from toys import CASES, D
+
+from laurel_rewrite import RewriteError, rewrite
+from laurel_rewrite.saving import source_of
+from laurel_rewrite.surgery import rewriting_of
+
+GOLDEN = [name for name in CASES if name not in ("tied", "post_norm", "sequence_1d", "transformer_layer")]
+
+
+def text_of(model: torch.nn.Module) -> str:
+    text, _ = source_of(rewriting_of(model), type(model).__name__)
+    return text.split('"""\n\n', 1)[1]  # without the header, which names the version
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_text(name, golden):
+    case = CASES[name]
+    golden(f"{name}.txt", text_of(rewrite(case.make(), (torch.randn(case.shape),), rank=4)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon_sequential", "vit_small", "cohere"])
+def test_golden_text_of_real_classes(name, golden):
+    example = real(name)
+    golden(f"{name}.txt", text_of(rewrite(example.model, example.args, example.kwargs, rank=4)))
+
+
+def test_the_text_is_the_originals_but_for_the_sums(golden):
+    """A difference of two lines: one a site."""
+    import difflib
+    import inspect
+
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+    example = real("gpt2")
+    text = text_of(rewrite(example.model, example.args, example.kwargs, rank=4))
+    before = inspect.getsource(GPT2Block.forward).splitlines()
+    after = text[text.index("    def forward") :].splitlines()
+    changed = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
+    assert [line.strip() for line in changed] == [
+        "-         hidden_states = attn_output + residual",
+        "+         hidden_states = self.laurel_0(f=attn_output, x=residual)",
+        "-         hidden_states = residual + feed_forward_hidden_states",
+        "+         hidden_states = self.laurel_1(residual, feed_forward_hidden_states)",
+    ]
+
+
+@pytest.mark.parametrize("name", ["helper", "falcon_sequential"])
+def test_the_module_can_be_imported_in_a_fresh_process(name, tmp_path):
+    example = real(name) if name not in CASES else None
+    model = CASES[name].make() if example is None else example.model
+    args, kwargs = ((torch.randn(CASES[name].shape),), {}) if example is None else (example.args, example.kwargs)
+    text, names = source_of(rewriting_of(rewrite(model, args, kwargs, rank=4)), "model")
+    (tmp_path / "modeling_laurel.py").write_text(text)
+    path = [str(tmp_path), str(importlib.util.find_spec("toys").origin.rsplit("/", 1)[0])]
+    stub = "from laurel_rewrite.models import declare_torchvision_ops; declare_torchvision_ops()"
+    code = f"import sys, warnings; warnings.simplefilter('ignore'); sys.path[:0] = {path}; {stub}; import modeling_laurel as m; print([m.{next(iter(names.values()))}.__mro__[1].__name__])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert type(model).__name__ in done.stdout or "Layer" in done.stdout
+
+
+def test_a_class_inside_a_function_is_rewritten_but_not_saved():
+    class Local(CASES["plain"].make().__class__):
+        def forward(self, x):
+            return x + self.f(x)
+
+    model = Local()
+    better = rewrite(model, (torch.randn(2, 5, D),), rank=4)
+    with pytest.raises(RewriteError, match="defined inside a function"):
+        source_of(rewriting_of(better), "Local")
+
+
+def test_closures_keep_their_values():
+    scale = 0.5
+
+    class Scaled(CASES["plain"].make().__class__):
+        def forward(self, x):
+            return scale * x + self.f(x)
+
+    model = Scaled().eval()
+    x = torch.randn(2, 5, D)
+    assert torch.equal(rewrite(model, (x,), rank=4)(x), model(x))
+
+
+def test_without_source_there_is_a_reason():
+    namespace: dict = {"__name__": "nowhere"}
+    exec(
+        "import torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.l = torch.nn.Linear(16, 16)\n"
+        "    def forward(self, x):\n        return x + self.l(x)\n",
+        namespace,
+    )
+    with pytest.raises(RewriteError, match="source is not available"):
+        rewrite(namespace["Net"](), (torch.randn(2, D),), rank=4)

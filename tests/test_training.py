@@ -1,0 +1,116 @@
+"""What people train with: caches, activation checkpointing, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import away_from_start, real
+from toys import CASES, D
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from laurel_rewrite import LaurelError, rewrite
+
+IDS = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+def rewritten(name: str, variant: str) -> nn.Module:
+    example = real(name)
+    return away_from_start(rewrite(example.model, example.args, example.kwargs, variant=variant, rank=4), spread=0.1)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(5)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("variant", ["rw+lr", "rw+lr+pa"])
+def test_generate_with_and_without_cache(variant):
+    model = rewritten("gpt2", variant).eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(IDS, use_cache=True, **options), model.generate(IDS, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("variant", ["rw+lr", "rw+lr+pa", "pa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradient_checkpointing_gives_the_same_gradients(name, variant):
+    model = rewritten(name, variant).train()
+    plain = gradients(model)
+    assert all(g.abs().max() > 0 for n, g in plain.items() if "laurel_" in n)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients(model)
+    for key, gradient in plain.items():
+        torch.testing.assert_close(again[key], gradient, rtol=0, atol=0)
+
+
+def test_reentrant_checkpointing_with_history_is_refused():
+    model = rewritten("gpt2", "rw+lr+pa").train()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(LaurelError, match="use_reentrant=False"):
+        gradients(model)
+
+
+def test_two_forwards_before_a_checkpointed_backward_are_refused():
+    model = rewritten("gpt2", "rw+lr+pa").train()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    first = model(input_ids=IDS, labels=IDS).loss
+    second = model(input_ids=IDS.flip(0), labels=IDS).loss
+    with pytest.raises(LaurelError, match="earlier forward pass"):
+        (first + second).backward()
+
+
+def test_two_forwards_before_a_backward_are_fine_without_checkpointing():
+    model = rewritten("gpt2", "rw+lr+pa").eval()
+    total = model(input_ids=IDS, labels=IDS).loss + model(input_ids=IDS.flip(0), labels=IDS).loss
+    total.backward()
+
+
+def test_checkpointing_inside_a_loop_of_ones_own():
+    class Checkpointed(CASES["tied"].make().__class__):
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    model = Checkpointed()
+    better = away_from_start(rewrite(model.block, (torch.randn(2, 5, D),), variant="rw+lr+pa", rank=4))
+    model.block = better
+    x = torch.randn(2, 5, D)
+    model.eval()
+    model(x).sum().backward()
+    checkpointed = {n: p.grad.clone() for n, p in better.named_parameters()}
+    better.zero_grad()
+    better(x).sum().backward()
+    for name, p in better.named_parameters():
+        torch.testing.assert_close(p.grad, checkpointed[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("variant", "graphs"), [("rw+lr", 1), ("lr", 1), ("rw+lr+pa", 2)])
+def test_compiled_blocks_share_a_graph(variant, graphs):
+    """The window of PA is shorter in the first block (lags 1 and 2), so that one has a graph of its own."""
+    torch._dynamo.reset()
+    model = rewritten("llama", variant).eval()
+    expected = model(input_ids=IDS, use_cache=False).logits
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    for block in model.model.layers:
+        block.compile(backend=backend, fullgraph=True)
+    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
+    assert len(compiled) <= graphs + ("pa" in variant)
+
+
+def test_an_optimiser_step_lowers_the_loss():
+    model = rewritten("gpt2", "rw+lr+pa").train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimiser.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
