@@ -6,6 +6,8 @@ The exported program is only looked at. What it cannot do (switch train and eval
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +83,7 @@ def capture(
         CaptureError: the model cannot be called with these inputs, or cannot be exported.
     """
     recorder = _Recorder(model)
-    with training(model, True), without_caches(model), quiet_export():
+    with training(model, True), without_caches(model), quiet():
         try:
             with torch.fx.traceback.preserve_node_meta(), recorder:
                 program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
@@ -92,7 +94,7 @@ def capture(
 
 def _explain(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, error: Exception) -> str:
     inputs = [describe(a) for a in args] + [f"{k}={describe(v)}" for k, v in (kwargs or {}).items()]
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else ""
     return (
         f"{type(model).__name__} could not be captured with the inputs ({', '.join(inputs)}): {type(error).__name__}: {reason[:400]}. "
         "Check that the model can be called with these inputs in train mode, and that its forward has no branch on the values of tensors."
@@ -203,8 +205,13 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_export() -> Iterator[None]:
-    """Without the warnings that exporting other people's models brings: nothing of them concerns the user."""
-    with warnings.catch_warnings():
+def quiet() -> Iterator[None]:
+    """Without what exporting other people's models prints, logs and warns of: where it fails, the exception says why."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -177,7 +177,7 @@ def _start(verbose: bool) -> None:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False)
+    console = Console(file=sys.stderr if stderr else sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = 160
     return console

@@ -6,7 +6,6 @@ So the graph around the sites is what `torch.onnx.export` makes of the baseline,
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite import __version__
-from laurel_rewrite.capture import describe, quiet_export, training, without_caches
+from laurel_rewrite.capture import describe, quiet, training, without_caches
 from laurel_rewrite.errors import ConfigError, ExportError
 from laurel_rewrite.operator import Laurel, sites_of
 
@@ -87,7 +86,7 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, ma
     problems: list[str] = []
     for dynamic in (_dynamic(args, kwargs, sequence=True), _dynamic(args, kwargs, sequence=False), None):
         try:
-            with training(model, False), without_caches(model), quiet_export(), _silence(), torch.no_grad():
+            with training(model, False), without_caches(model), quiet(), torch.no_grad():
                 with marked(model) if markers else contextlib.nullcontext():
                     return torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:  # what an export of a foreign model raises is not documented
@@ -154,7 +153,7 @@ class _Marker:
 
 def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
     try:
-        with quiet_export(), _silence(), torch.no_grad():
+        with quiet(), torch.no_grad():
             exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
     except Exception as error:  # the exporter's own classes are private
         reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
@@ -241,18 +240,3 @@ def _write(model: ir.Model, path: Path) -> Path:
     except (OSError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path} could not be written as valid ONNX: {error}") from error
     return path
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter prints its progress, and its failures in full; the reason is in the exception too."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

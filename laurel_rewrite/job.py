@@ -80,11 +80,20 @@ def find_sites(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Sites]:
     from laurel_rewrite.errors import CaptureError
 
     try:
-        built = build(spec, settings, device="meta")
+        built = _build(spec, settings, device="meta")
         return built, detect(built.model, built.args, built.kwargs)
     except CaptureError:
-        built = build(spec, settings)
+        built = _build(spec, settings)
         return built, detect(built.model, built.args, built.kwargs)
+
+
+def _build(spec: str, settings: Mapping[str, Any] | None, *, device: str = "cpu") -> Built:
+    """A model with a batch of 2 or more: a batch of 1 hides broadcasts, and batch normalisation cannot train on it."""
+    from laurel_rewrite.exporting import widened
+
+    built = build(spec, settings, device=device)
+    built.args, built.kwargs = widened(built.args, built.kwargs)
+    return built
 
 
 def make_plan(sites: Sites, config: LaurelConfig, plan: Path | None, model: str) -> Plan:
@@ -131,7 +140,7 @@ def run(
     _writable(out)
     with listener("build") as stage:
         torch.manual_seed(config.seed)
-        built = build(spec, settings)
+        built = _build(spec, settings)
         model, args, kwargs = built.model, built.args, built.kwargs
         refuse_second_time(model)
         stage.done(f"{type(model).__name__}, {_millions(sum(p.numel() for p in model.parameters()))} parameters")
@@ -212,13 +221,11 @@ def _feeds(path: Path, built: Built) -> dict[str, Any]:
     import torch
     from torch.utils import _pytree as pytree
 
-    from laurel_rewrite.exporting import widened
     from laurel_rewrite.verify import session_of
 
-    args, kwargs = widened(built.args, built.kwargs)
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in pytree.tree_leaves((built.args, built.kwargs)) if isinstance(leaf, torch.Tensor)]
     inputs = session_of(path).get_inputs()
-    return {info.name: (kwargs[info.name] if info.name in kwargs else leaves[n]).cpu().numpy() for n, info in enumerate(inputs)}
+    return {info.name: built.kwargs.get(info.name, leaves[n]).cpu().numpy() for n, info in enumerate(inputs)}
 
 
 def _renamed(result: Profile, out: Path) -> Profile:

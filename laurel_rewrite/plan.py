@@ -272,7 +272,7 @@ def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
     for pattern in (*config.include, *config.exclude):
         if not any(matches(site, pattern) for site in sites):
             names: Iterable[str] = [name for site in sites for name in (site.id, site.owner, site.kind)]
-            raise ConfigError(f"The selector {pattern!r} matches no site. {nearest(pattern, dict.fromkeys(names))}")
+            raise ConfigError(f"The selector {pattern!r} matches no site. {nearest(pattern, dict.fromkeys(filter(None, names)))}")
     include = config.include or ("identity", "projection")
     chosen = [s for s in sites if any(matches(s, p) for p in include) and not any(matches(s, p) for p in config.exclude)]
     if not chosen:

@@ -259,7 +259,10 @@ def _away_from_start(path: Path, folder: Path, seed: int) -> Path:
 
     from laurel_rewrite.operator_onnx import DOMAIN
 
-    model = ir.load(path)
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
+        raise ConfigError(f"{path} is no ONNX model: {type(error).__name__}: {error}") from error
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     if not nodes:
         return path

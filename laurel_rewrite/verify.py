@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from laurel_rewrite.capture import quiet_export, training, without_caches
+from laurel_rewrite.capture import quiet, training, without_caches
 from laurel_rewrite.exporting import widened
 from laurel_rewrite.operator import sites_of
 
@@ -97,7 +97,7 @@ def check_onnx(model: nn.Module, path: Path, args: Sequence[Any], kwargs: Mappin
     session = session_of(path)
     checks = []
     for number, (feeds, call_args, call_kwargs, shapes) in enumerate(_variations(session, args, kwargs, seed)):
-        with training(model, False), without_caches(model), torch.no_grad(), quiet_export():
+        with training(model, False), without_caches(model), torch.no_grad(), quiet():
             expected = _tensors(model(*call_args, **call_kwargs))
         found = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
         worst, passed = 0.0, len(found) == len(expected)
@@ -170,6 +170,7 @@ def _variations(
         new_args, new_kwargs = pytree.tree_unflatten(changed, spec)
         feeds = {info.name: changed[where[info.name]].cpu().numpy() for info in inputs}
         shapes = ", ".join(f"{info.name}{list(feeds[info.name].shape)}" for info in inputs)
+        shapes += "" if sizes else " (no dynamic dimension)"
         yield feeds, tuple(new_args), new_kwargs, shapes
 
 

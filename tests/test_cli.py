@@ -1,0 +1,212 @@
+"""The command as a user runs it: in a process of its own, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toys import D
+
+from laurel_rewrite import cli
+
+EXAMPLES = Path(__file__).parent.parent / "tools" / "examples"
+NET = f"""
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = torch.nn.Linear({D}, {D})
+
+    def forward(self, x):
+        return x + self.l(x)
+
+def build_model():
+    return Net()
+
+def example_inputs():
+    return (torch.randn(2, {D}),)
+"""
+FILES = {"baseline.onnx", "laurel.onnx", "laurel_config.json", "model.safetensors", "modeling_laurel.py", "plan.toml", "report.json"}
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "laurel_rewrite", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """The command in this process, in an empty folder: most of a process of its own is importing torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        code = 0
+        try:
+            cli.main(words)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    (tmp_path / "net.py").write_text(NET)
+    return tmp_path
+
+
+def test_help_answers_without_heavy_imports(tmp_path):
+    code = "import sys; from laurel_rewrite.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'rich', 'numpy', 'onnx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Exit status: 0 done, 1 a verification failed" in done.stdout
+    assert run(tmp_path).stdout.startswith("Usage: laurel-rewrite")
+
+
+def test_the_main_job(net):
+    done = run(net, "net.py", "--rank", "4", "--profile-seconds", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress in a pipe
+    assert "Verification" in done.stdout
+    assert "Profile in onnxruntime" in done.stdout
+    assert {p.name for p in (net / "laurel_out").iterdir()} == FILES | {"net.py"}
+    report = json.loads((net / "laurel_out" / "report.json").read_text())
+    assert all(check["passed"] for check in report["verification"])
+    assert report["parameters"]["added"] == 2 + 2 * 4 * D
+    assert [row["verdict"] for row in report["profile"]["rows"]][0] == "baseline"
+    assert set(report["files"]) == FILES | {"net.py"}
+    code = "import laurel_rewrite, torch; print(type(laurel_rewrite.load('laurel_out').laurel_0).__name__)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=net, capture_output=True, text=True, check=True).stdout == "Laurel\n"
+
+
+@pytest.mark.parametrize("variant", ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"])
+@pytest.mark.parametrize(("name", "settings"), [("gpt", ["depth=3", "width=40", "heads=2", "vocabulary=4096"]), ("resnet", [])])
+def test_the_examples_through_every_variant(name, settings, variant, here, tmp_path):
+    words = [w for s in settings for w in ("--set", s)]
+    done = here(str(EXAMPLES / f"{name}.py"), "--variant", variant, "--rank", "8", "--profile-seconds", "0", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["plan"]["sites"]) == (6 if name == "gpt" else 8)
+    assert all(check["passed"] for check in report["verification"])
+    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == FILES | {f"{name}.py"}
+
+
+def test_sites(net):
+    data = json.loads(run(net, "sites", "net.py", "--json").stdout)
+    assert set(data) == {"sites", "rejected"}
+    assert set(data["sites"][0]) == {"id", "kind", "owner", "where", "shape", "axis", "dim", "stream", "index"}
+    table = run(net, "sites", "torchvision:resnet18")
+    assert "torchvision:resnet18: 8 residual connections" in table.stdout
+    assert "integer" in table.stdout
+    rejected = json.loads(run(net, "sites", "torchvision:resnet18", "--json").stdout)["rejected"]
+    assert rejected
+    assert all(set(r) == {"where", "reason", "detail"} for r in rejected)
+
+
+def test_plan_out_edit_plan(net, here):
+    done = here("net.py", "--rank", "4", "--plan-out", "plan.toml")
+    assert done.returncode == 0, done.stderr
+    assert not (net / "laurel_out").exists()
+    text = (net / "plan.toml").read_text()
+    (net / "plan.toml").write_text(text.replace('variant = "rw+lr"', 'variant = "lr"').replace("rank = 4", "rank = 3"))
+    done = here("net.py", "--plan", "plan.toml", "--dry-run", "--json")
+    site = json.loads(done.stdout)["plan"]["sites"][0]
+    assert (site["variant"], site["rank"]) == ("lr", 3)
+    assert not (net / "laurel_out").exists()
+
+
+def test_modules_and_factories(net):
+    assert json.loads(run(net, "sites", "net.py:Net", "--json").stdout)["sites"]
+    assert json.loads(run(net, "sites", "net:build_model", "--json").stdout)["sites"]
+
+
+BAD = {
+    "missing file": (None, ["missing.py"], 2, "There is no file missing.py"),
+    "no factory": ("x = 1\n", ["bad.py"], 2, "has no build_model()"),
+    "no inputs": (NET.replace("example_inputs", "other"), ["bad.py"], 2, "has no example_inputs()"),
+    "not a model": (NET.replace("return Net()", "return 3"), ["bad.py"], 2, "gave int, not a torch.nn.Module"),
+    "factory raises": (NET.replace("return Net()", "raise RuntimeError('no luck')"), ["bad.py"], 4, "build_model() raised RuntimeError: no luck"),
+    "import fails": ("def (", ["bad.py"], 4, "could not be imported: SyntaxError"),
+    "inputs do not fit": (NET.replace(f"randn(2, {D})", "randn(2, 5)"), ["bad.py"], 4, "could not be captured with the inputs (float32[2, 5])"),
+    "unknown variant": (NET, ["bad.py", "--variant", "rw+xx"], 2, "Unknown variant 'rw+xx'"),
+    "rank 0": (NET, ["bad.py", "--rank", "0"], 2, "rank must be a whole number of at least 1"),
+    "rank above D": (NET, ["bad.py", "--rank", str(D + 1)], 2, f"rank {D + 1} is above its feature size {D}"),
+    "selector": (NET, ["bad.py", "--include", "nothing*"], 2, "'nothing*' matches no site"),
+    "no site": (NET.replace("x + self.l(x)", "self.l(x)"), ["bad.py"], 3, "no residual connection"),
+    "plan and variant": (NET, ["bad.py", "--plan", "p.toml", "--rank", "4"], 2, "--rank cannot be given with it"),
+    "missing plan": (NET, ["bad.py", "--plan", "p.toml"], 2, "p.toml cannot be read"),
+    "out is a file": (NET, ["bad.py", "--rank", "4", "--out", "bad.py"], 2, "bad.py is a file"),
+    "out cannot be written": (NET, ["bad.py", "--rank", "4", "--out", "/proc/nowhere"], 2, "cannot be written"),
+    "rewritten already": (
+        NET.replace("return Net()", f"import laurel_rewrite; return laurel_rewrite.rewrite(Net(), (torch.randn(2, {D}),), rank=2)"),
+        ["bad.py"], 2, "rewritten already",
+    ),
+    "value-dependent": (NET.replace("return x + self.l(x)", "return x + self.l(x) if x.sum() > 0 else x"), ["bad.py"], 4, "could not be captured"),
+    "unknown option": (NET, ["bad.py", "--nothing"], 2, "No such option"),
+    "unknown architecture": (None, ["hf:gtp2"], 2, "Nearest: gpt2"),
+    "unknown timm": (None, ["timm:resnet5"], 2, "timm has no model"),
+    "unknown field": (None, ["hf:gpt2", "--set", "layers=3"], 2, "has no field 'layers'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, here, tmp_path):
+    text, words, code, message = BAD[name]
+    if text is not None:
+        (tmp_path / "bad.py").write_text(text)
+    before = {p.name for p in tmp_path.iterdir()}
+    done = here(*words)
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 4
+    assert done.stdout == ""
+    assert {p.name for p in tmp_path.iterdir()} - before <= {"__pycache__"}
+
+
+def test_a_failed_verification_is_a_failed_exit(net, here):
+    """A model that draws numbers of its own on every call is not equal to its rewritten copy."""
+    (net / "net.py").write_text(NET.replace("import torch", "import random\nimport torch").replace("self.l(x)", "self.l(x) * random.random()"))
+    done = here("net.py", "--rank", "4")
+    assert done.returncode == 1
+    assert "Verification failed: exact start, eval mode" in done.stderr
+    assert "FAILED" in done.stdout
+    assert not (net / "laurel_out").exists()
+
+
+def test_a_missing_package_says_how_to_install_it(tmp_path):
+    code = "import sys, importlib.util as u\nreal = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'timm' else real(n, *a)\nfrom laurel_rewrite.cli import main\nmain(['timm:resnet18'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert 'pip install "laurel-rewrite[zoo]"' in done.stderr
+
+
+def test_stages_are_shown_on_a_terminal(net):
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "laurel_rewrite", "net.py", "--rank", "4", "--profile-seconds", "0"],
+        cwd=net, stdout=subprocess.DEVNULL, stderr=follower, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(follower)
+    shown, deadline = b"", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            piece = os.read(leader, 4096)
+        except OSError:  # the process has ended
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(leader)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert all(stage in text for stage in ("build", "detect", "rewrite", "verify the start", "export", "verify ONNX", "save"))
+    assert "1 sites" in text

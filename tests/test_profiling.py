@@ -1,0 +1,76 @@
+"""The profile: what it measures is what it says. No test measures time."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from toys import CASES, D
+
+from laurel_rewrite import ConfigError, export_onnx, profile, rewrite
+from laurel_rewrite.profiling import _away_from_start, _ratio
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graphs")
+    x = torch.randn(2, 5, D)
+    model = CASES["plain"].make()
+    export_onnx(model, (x,), None, folder / "baseline.onnx")
+    export_onnx(rewrite(model, (x,), rank=4), (x,), None, folder / "laurel.onnx")
+    return folder / "baseline.onnx", folder / "laurel.onnx"
+
+
+def test_rows_and_conditions(graphs):
+    seen = []
+    result = profile(graphs, seconds=0.05, min_rounds=15, threads=1, progress=seen.append)
+    baseline, laurel = result.rows
+    assert (baseline.ratio, baseline.low, baseline.high, baseline.verdict) == (1, 1, 1, "baseline")
+    assert laurel.low <= laurel.ratio <= laurel.high
+    assert laurel.verdict in ("faster", "slower", "within noise")
+    assert all(r.p10_ms <= r.median_ms <= r.p90_ms for r in result.rows)
+    assert all(r.resident_bytes > 1 << 20 and r.file_bytes > 1000 and r.activation_bytes > 0 for r in result.rows)
+    assert result.conditions["rounds"] >= 15
+    assert result.conditions["inputs"] == {"x": f"float32[1, 128, {D}]"}
+    assert seen[-1] == 1.0
+
+
+def test_activation_memory_grows_with_the_input(graphs):
+    small, large = (
+        profile(graphs[:1], seconds=0, min_rounds=1, inputs={"x": np.zeros((batch, 64, D), np.float32)}).rows[0].activation_bytes
+        for batch in (2, 64)
+    )
+    tensor = 64 * D * 4
+    assert large - small >= 62 * tensor
+
+
+def test_the_ratio_is_the_median_of_the_rounds():
+    baseline = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    times = baseline * np.array([1.1, 1.2, 1.3, 1.2, 1.2])
+    ratio, low, high = _ratio(times, baseline, seed=0)
+    assert ratio == pytest.approx(1.2, rel=1e-12)
+    assert 1.1 <= low <= 1.2 <= high <= 1.3
+
+
+def test_the_start_is_not_what_is_measured(graphs, tmp_path):
+    """U = 0 and equal weights would let the runtime delete nodes."""
+    copy = _away_from_start(graphs[1], tmp_path / "copy", seed=0)
+    before, after = (ir.load(p).graph.initializers for p in (graphs[1], copy))
+    for name in before:
+        a, b = before[name].const_value.numpy(), after[name].const_value.numpy()
+        changed = name.endswith(".mix") or ".up." in name
+        assert (a != b).any() == changed, name
+    assert _away_from_start(graphs[0], tmp_path / "other", seed=0) == graphs[0]
+
+
+def test_bad_requests(graphs, tmp_path):
+    with pytest.raises(ConfigError, match="There is no file"):
+        profile([tmp_path / "none.onnx"])
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(ConfigError, match=r"broken\.onnx"):
+        profile([tmp_path / "broken.onnx"])
+    with pytest.raises(ConfigError, match=r"takes the inputs \['x'\], not \['y'\]"):
+        profile(graphs, inputs={"y": np.zeros((1, 2, D), np.float32)})
+    with pytest.raises(ConfigError, match="does not run with these inputs"):
+        profile(graphs, inputs={"x": np.zeros((1, 2, D + 1), np.float32)})

@@ -1,0 +1,102 @@
+"""The checks fail when what they check is broken."""
+
+from __future__ import annotations
+
+import torch
+from conftest import real
+from toys import CASES, D
+
+from laurel_rewrite import export_onnx, rewrite
+from laurel_rewrite.operator import sites_of
+from laurel_rewrite.verify import check_gradients, check_onnx, check_start, draw, randomized
+
+X = (torch.randn(2, 5, D),)
+
+
+def test_a_good_rewrite_passes(tmp_path):
+    model = CASES["plain"].make()
+    better = rewrite(model, X, variant="rw+lr+pa", rank=4)
+    assert all(c.passed and c.difference == 0 for c in check_start(model, better, X, {}))
+    assert check_gradients(better, X, {}).passed
+    before = {k: v.clone() for k, v in better.state_dict().items()}
+    with randomized(better):
+        path = export_onnx(better, X, None, tmp_path / "model.onnx")
+        checks = check_onnx(better, path, X, {}, name="onnx")
+    assert [c.passed for c in checks] == [True, True]
+    assert [c.detail for c in checks] == [f"x[3, 3, {D}]", f"x[5, 3, {D}]"]
+    assert all(torch.equal(before[k], v) for k, v in better.state_dict().items())
+
+
+def test_another_start_fails():
+    model = CASES["plain"].make()
+    better = rewrite(model, X, rank=4)
+    better.laurel_1.mix.data[0] = 1e-3
+    checks = check_start(model, better, X, {})
+    assert [c.passed for c in checks] == [False, False]
+    assert checks[0].difference > 0
+
+
+def test_another_order_of_random_numbers_fails():
+    class Reordered(CASES["plain"].make().__class__):
+        def forward(self, x):
+            torch.rand(1)
+            return super().forward(x)
+
+    model = CASES["plain"].make()
+    other = Reordered()
+    other.load_state_dict(model.state_dict())
+    evaluated, trained = check_start(model, rewrite(other.__class__.__bases__[0](), X, rank=4), X, {})
+    assert not evaluated.passed  # other weights
+    evaluated, trained = check_start(model, other, X, {})
+    assert evaluated.passed
+    assert not trained.passed
+
+
+def test_changed_running_statistics_fail():
+    model = CASES["images"].make()
+    images = (torch.randn(2, 3, 8, 8),)
+    better = rewrite(model, images, rank=4)
+    better.down[1].momentum = 0.5
+    checks = check_start(model, better, images, {})
+    assert [c.passed for c in checks] == [True, False]
+
+
+def test_checks_keep_buffers_and_modes():
+    example = real("resnet50")
+    better = rewrite(example.model, example.args, rank=4).eval()
+    before = {k: v.clone() for k, v in better.state_dict().items()}
+    check_start(example.model, better, example.args, {})
+    check_gradients(better, example.args, {})
+    assert not better.training
+    assert all(torch.equal(before[k], v) for k, v in better.state_dict().items())
+
+
+def test_a_parameter_without_a_gradient_fails():
+    better = rewrite(CASES["plain"].make(), X, rank=4)
+    better.laurel_0.up.weight.requires_grad_(False)
+    check = check_gradients(better, X, {})
+    assert not check.passed
+    assert "laurel_0.up.weight" in check.detail
+
+
+def test_a_wrong_graph_fails(tmp_path):
+    model = CASES["plain"].make()
+    better = rewrite(model, X, rank=4)
+    path = export_onnx(model, X, None, tmp_path / "model.onnx")
+    with randomized(better):
+        assert not any(c.passed for c in check_onnx(better, path, X, {}, name="onnx"))
+
+
+def test_the_paper_normalisation_is_said_not_checked():
+    model = CASES["plain"].make()
+    checks = check_start(model, rewrite(model, X, rank=4, normalize="paper"), X, {})
+    assert "starts at a = b = 1/2" in checks[0].detail
+
+
+def test_drawn_inputs_keep_type_and_range():
+    generator = torch.Generator().manual_seed(0)
+    ids = draw(torch.tensor([[3, 9], [4, 5]]), (50, 50), generator)
+    assert ids.dtype == torch.int64
+    assert (ids.min(), ids.max()) == (3, 9)
+    assert draw(torch.ones(2, 3, dtype=torch.bool), (4, 5), generator).all()
+    assert sites_of(torch.nn.Linear(2, 2)) == {}
