@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -25,6 +25,7 @@ from laurel_rewrite.errors import CaptureError
 _TORCH = torch.__path__[0]
 _MACHINERY = tuple(f"{_TORCH}/{part}" for part in ("_", "fx/", "overrides", "utils/", "export/", "functional", "autograd/", "compiler/"))
 _CALL = f"{_TORCH}/nn/modules/module.py"
+_COPY = "<copy>"
 _ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "iadd"})
 
 
@@ -89,7 +90,20 @@ def capture(
                 program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             raise CaptureError(_explain(model, args, kwargs, error)) from error
-    return Capture(program, recorder.calls)
+    return Capture(program, _with_owners(program, recorder.calls))
+
+
+def _with_owners(program: torch.export.ExportedProgram, calls: list[Call]) -> list[Call]:
+    """Name the owners that ran as copies of the model's modules, which some exports make, by the path in the graph's metadata."""
+    named = list(calls)
+    for node in program.graph.nodes:
+        index = (node.meta.get("custom") or {}).get("laurel_call")
+        stack = node.meta.get("nn_module_stack")
+        if index is not None and stack and named[index].owner == _COPY:  # the first node is the add
+            key, (path, _) = next(reversed(stack.items()))
+            turn = str(key).rpartition("@")[2]
+            named[index] = replace(calls[index], owner=path, owner_call=int(turn) if turn.isdigit() else 0)
+    return named
 
 
 def _explain(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, error: Exception) -> str:
@@ -150,7 +164,8 @@ class _Recorder(TorchFunctionMode):
         code = frame.f_code
         if not code.co_argcount or frame.f_code.co_filename == _CALL:
             return None
-        return self._paths.get(id(frame.f_locals.get(code.co_varnames[0])))
+        this = frame.f_locals.get(code.co_varnames[0])
+        return self._paths.get(id(this), _COPY if isinstance(this, nn.Module) else None)
 
     def _count(self, owner: str, frame: FrameType) -> int:
         """The how-manieth call of the owner this frame belongs to."""

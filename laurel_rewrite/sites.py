@@ -223,7 +223,7 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
     runs: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for value in values:
         call = call_of(value.index)
-        if call is not None and value.role.value in ("sum", "transparent"):
+        if call is not None:
             runs[call.owner, call.owner_call, call.steps].append(value.index)
     ordinals: dict[str, dict[Any, int]] = defaultdict(dict)
     tied: dict[str, int] = defaultdict(int)

@@ -219,7 +219,7 @@ class _FunctionEditor:
                 raise RewriteError(f"{self.code.co_filename}:{node.lineno}: uses __class__")
         free = dict(zip(self.code.co_freevars, self.original.__closure__ or (), strict=False))
         needs |= {name: cell.cell_contents for name, cell in free.items() if name != "__class__"}
-        lines = [d.lineno for d in self.node.decorator_list] + [self.node.lineno]
+        lines = [d.lineno for d in self._drop_idle_decorators(defining)] + [self.node.lineno]
         start = self.source.line_start(min(lines))
         end = self.source.extent(self.node)[1]
         text = self._edited(start, end)
@@ -232,6 +232,29 @@ class _FunctionEditor:
         done = span in self.done
         self.done.add(span)
         return not done
+
+    def _drop_idle_decorators(self, defining: type) -> list[ast.expr]:
+        """Leave out decorators that gave the function itself back (documentation, registration), and return the others.
+
+        They have done their work on the original, and some look at the file that the function stands in.
+        """
+        decorators = self.node.decorator_list
+        wrappers: set[str] = set()
+        candidate = vars(defining).get(self.code.co_name) if self.is_method else None
+        while isinstance(candidate, FunctionType) and candidate.__code__ is not self.code:
+            wrappers.add(candidate.__code__.co_qualname.partition(".")[0])
+            candidate = getattr(candidate, "__wrapped__", None)
+        wrappers -= {c.__name__ for c in defining.__mro__}  # put there by a base class
+        names = {id(d): _last_name(d) for d in decorators}
+        if not decorators or not self.is_method or wrappers - set(names.values()):
+            return decorators
+        kept = [d for d in decorators if names[id(d)] in wrappers]
+        first = min((d.lineno for d in kept), default=self.node.lineno)
+        following = [*[d.lineno for d in decorators[1:]], self.node.lineno]
+        for decorator, line in zip(decorators, following, strict=True):
+            if decorator not in kept and decorator.lineno > first:
+                self._put(self.source.line_start(decorator.lineno), self.source.line_start(line), "")
+        return kept
 
     # The forms an add can have
 
@@ -471,6 +494,13 @@ def _without_fast_path(base: type) -> dict[str, Any]:
     from torch import nn
 
     return {"activation_relu_or_gelu": property(lambda self: 0)} if issubclass(base, nn.TransformerEncoderLayer) else {}
+
+
+def _last_name(node: ast.expr) -> str:
+    """`c` of the decorators a.b.c and a.b.c(...)."""
+    if isinstance(node, ast.Call):
+        return _last_name(node.func)
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def _is_docstring(node: ast.stmt) -> bool:

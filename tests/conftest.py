@@ -20,13 +20,24 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torchvision's import
     declare_torchvision_ops()
 
-LLAMA = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
+LLAMA = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+}
 REAL: dict[str, tuple[str, dict[str, Any], int]] = {
     "resnet50": ("torchvision:resnet50", {}, 16),
     "vit_small": ("timm:vit_small_patch16_224", {"img_size": 64, "drop_path_rate": 0.1}, 24),
     "gpt2": ("hf:gpt2", {"n_layer": 3, "n_embd": 32, "n_head": 4, "vocab_size": 99}, 6),
     "llama": ("hf:llama", LLAMA, 6),
-    "bert": ("hf:bert", {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99}, 6),
+    "bert": (
+        "hf:bert",
+        {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99},
+        6,
+    ),
     "t5": ("hf:t5", {"num_layers": 2, "d_model": 32, "d_ff": 64, "num_heads": 4, "d_kv": 8, "vocab_size": 99}, 10),
     "falcon": ("hf:falcon", {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 99}, 3),
     "falcon_sequential": (
@@ -43,7 +54,9 @@ REAL: dict[str, tuple[str, dict[str, Any], int]] = {
 class Example:
     """A model with inputs, and a second set of inputs of another shape to compare with."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], other: tuple[Any, dict[str, Any]], sites: int) -> None:
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], other: tuple[Any, dict[str, Any]], sites: int
+    ) -> None:
         self.model, self.args, self.kwargs, self.sites = model, args, kwargs, sites
         self.other_args, self.other_kwargs = other
 

@@ -174,7 +174,9 @@ def test_bad_input(name, here, tmp_path):
 
 def test_a_failed_verification_is_a_failed_exit(net, here):
     """A model that draws numbers of its own on every call is not equal to its rewritten copy."""
-    (net / "net.py").write_text(NET.replace("import torch", "import random\nimport torch").replace("self.l(x)", "self.l(x) * random.random()"))
+    (net / "net.py").write_text(
+        NET.replace("import torch", "import random\nimport torch").replace("self.l(x)", "self.l(x) * random.random()")
+    )
     done = here("net.py", "--rank", "4")
     assert done.returncode == 1
     assert "Verification failed: exact start, eval mode" in done.stderr

@@ -156,7 +156,9 @@ def test_what_cannot_be_saved(tmp_path):
 
 
 def test_importing_the_package_is_light():
-    code = "import sys, laurel_rewrite, laurel_rewrite.cli; print([m for m in ('torch', 'onnxruntime', 'rich', 'onnx') if m in sys.modules])"
+    code = (
+        "import sys, laurel_rewrite, laurel_rewrite.cli; print([m for m in ('torch', 'onnxruntime', 'rich', 'onnx') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     assert set(laurel_rewrite.__all__) <= set(dir(laurel_rewrite))
     assert all(getattr(laurel_rewrite, name) is not None for name in laurel_rewrite.__all__)

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import real
+from conftest import LLAMA, real
 from toys import CASES, D
 
 from laurel_rewrite import RewriteError, rewrite
+from laurel_rewrite.models import build
+from laurel_rewrite.operator import sites_of
 from laurel_rewrite.saving import source_of
 from laurel_rewrite.surgery import rewriting_of
+
+
+def registered(function):
+    assert function.__code__.co_filename == __file__
+    return function
+
+
+def no_grad_twice(function):
+    @functools.wraps(function)
+    def no_grad_wrapper(*args):
+        return function(*args)
+
+    return no_grad_wrapper
+
+
+class Decorated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(D, D)
+
+    @registered
+    @no_grad_twice
+    @registered
+    def forward(self, x):
+        return x + self.linear(x)
+
 
 GOLDEN = [name for name in CASES if name not in ("tied", "post_norm", "sequence_1d", "transformer_layer")]
 
@@ -68,6 +97,26 @@ def test_the_module_can_be_imported_in_a_fresh_process(name, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert type(model).__name__ in done.stdout or "Layer" in done.stdout
+
+
+def test_decorators_that_do_nothing_at_run_time_are_left_out():
+    """One that looks at the file it stands in would fail in another file; one that wraps must stay."""
+    better = rewrite(Decorated(), (torch.randn(2, D),), rank=4)
+    text = text_of(better)
+    assert "@no_grad_twice" in text
+    assert "@registered" not in text
+    x = torch.randn(3, D)
+    assert torch.equal(better(x), Decorated.forward(better, x))
+
+
+def test_owners_that_the_export_copies_are_found_by_their_path():
+    built = build(
+        "hf:phi4_multimodal",
+        {**LLAMA, "pad_token_id": 0, "vision_config": {"num_hidden_layers": 1}, "audio_config": {"num_blocks": 1}},
+        device="meta",
+    )
+    better = rewrite(built.model, (), built.kwargs, rank=4)
+    assert list(sites_of(better)) == [f"model.layers.{n}.laurel_{k}" for n in range(3) for k in (0, 1)]
 
 
 def test_a_class_inside_a_function_is_rewritten_but_not_saved():

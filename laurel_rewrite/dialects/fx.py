@@ -96,7 +96,7 @@ class _Reader:
             owner=owner,
             existing=existing,
             where=where_of(node),
-            call=(node.meta.get("custom") or {}).get("laurel_call"),
+            call=(node.meta.get("custom") or {}).get("laurel_call") if op in SUMS else None,
         )
         if value.role is Role.TRANSPARENT and inputs:
             value.axes = _axes(node, op, self.flow.values[inputs[0]], value)
