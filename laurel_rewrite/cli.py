@@ -77,6 +77,7 @@ def _common(function: Any) -> Any:
 @click.pass_context
 def rewrite(
     context: click.Context,
+    /,
     model: str,
     plan: Path | None,
     plan_out: Path | None,

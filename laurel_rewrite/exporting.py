@@ -86,9 +86,9 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, ma
     problems: list[str] = []
     for dynamic in (_dynamic(args, kwargs, sequence=True), _dynamic(args, kwargs, sequence=False), None):
         try:
-            with training(model, False), without_caches(model), quiet(), torch.no_grad():
-                with marked(model) if markers else contextlib.nullcontext():
-                    return torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
+            marks = marked(model) if markers else contextlib.nullcontext()
+            with training(model, False), without_caches(model), quiet(), torch.no_grad(), marks:
+                return torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:  # what an export of a foreign model raises is not documented
             problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}")
             _log.info("export with dynamic shapes %s failed: %s", dynamic, problems[-1])

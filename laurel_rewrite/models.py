@@ -21,7 +21,7 @@ from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError
 
 FACTORIES = ("build_model", "get_model", "model")
 _ZOO = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
-_stubs: list[torch.library.Library] = []
+_stubs: list[Any] = []
 
 
 @dataclass
@@ -192,7 +192,7 @@ def declare_torchvision_ops() -> None:
             raise
         for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch types it not
         for op in ("nms", "qnms"):
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _stubs.append(library)
@@ -212,7 +212,7 @@ def _timm(name: str, settings: dict[str, Any], device: str, batch: int) -> Built
         raise ConfigError(f"timm has no model {name!r}. {nearest(name, timm.list_models())}")
     try:
         with _on(device):
-            model = timm.create_model(name, **settings)
+            model: Any = timm.create_model(name, **settings)
     except TypeError as error:
         raise ConfigError(f"timm:{name}: {error}") from error
     size = settings.get("img_size") or model.default_cfg.get("input_size", (3, 224, 224))[1:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,9 @@ class Laurel(nn.Module):
         device, dtype: of the parameters. On the meta device nothing is initialised.
     """
 
+    down: Any  # a layer, or a ModuleList of one a lag
+    up: Any
+
     def __init__(
         self,
         config: SiteConfig,
@@ -101,15 +104,15 @@ class Laurel(nn.Module):
             self.g.fill_(1 / config.history if self._low_rank else 0.0)
         for down, up in self.pairs():
             up.weight.zero_()
-            flat = torch.zeros(config.rank, config.dim)
+            flat = torch.zeros(config.rank, config.dim, device="cpu")
             if config.init_down == "orthogonal":
-                columns = torch.arange(config.dim)
+                columns = torch.arange(config.dim, device="cpu")
                 flat[columns % config.rank, columns] = 1 / math.sqrt(config.rank * config.dim)
             else:
                 nn.init.xavier_uniform_(flat, generator=generator)
             down.weight.copy_(flat.reshape(down.weight.shape))
 
-    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs(self) -> list[tuple[Any, Any]]:
         """The (down, up) layers, one pair a lag for LR+PA, else one or none."""
         if self._per_lag:
             return list(zip(self.down, self.up, strict=True))
@@ -210,21 +213,22 @@ class PlainResidual(nn.Module):
 
 
 def _projection(config: SiteConfig, inputs: int, outputs: int, kind: dict[str, Any]) -> nn.Module:
-    """A map over the feature axis without bias: Linear where it is last, a 1x1 convolution where it is axis 1."""
+    """A map over the feature axis without bias: Linear where it is last, a 1x1 convolution where it is axis 1.
+
+    Built without its usual initialisation, which would draw from the global generator.
+    """
+    options = {"bias": False, "device": kind["device"] or torch.get_default_device(), "dtype": kind["dtype"]}
+    skip_init: Callable[..., nn.Module] = nn.utils.skip_init
     if config.axis == -1:
-        return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, **_device(kind))
+        return skip_init(nn.Linear, inputs, outputs, **options)
     conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[config.ndim]
-    return nn.utils.skip_init(conv, inputs, outputs, 1, bias=False, **_device(kind))
+    return skip_init(conv, inputs, outputs, 1, **options)
 
 
-def _device(kind: dict[str, Any]) -> dict[str, Any]:
-    return {"device": kind["device"] or torch.get_default_device(), "dtype": kind["dtype"]}
-
-
-def _apply(down: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
+def _apply(down: Any, up: Any, x: Tensor) -> Tensor:
     """U V x in the maps' own dtype, returned in the skip's: a skip may be kept in float32 beside a bfloat16 branch."""
-    weight: Any = down.weight
-    return up(down(x.to(weight.dtype))).to(x.dtype)  # type: ignore[no-any-return]  # nn.Module.__call__ returns Any
+    low: Tensor = up(down(x.to(down.weight.dtype)))
+    return low.to(x.dtype)
 
 
 def _recomputing() -> bool:

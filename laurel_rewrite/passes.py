@@ -15,7 +15,7 @@ if Path(_passes.__file__ or "").resolve().parent.parent != Path(__file__).resolv
         "Put laurel-rewrite before it on sys.path, or uninstall the other."
     )
 
-from passes.base import Pass, PassResult  # noqa: E402  # after the check of what was imported
-from passes.insert_laurel import InsertLaurel  # noqa: E402
+from passes.base import Pass, PassResult  # after the check of what was imported
+from passes.insert_laurel import InsertLaurel
 
 __all__ = ["InsertLaurel", "Pass", "PassResult"]

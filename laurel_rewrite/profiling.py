@@ -7,6 +7,7 @@ machine, ratios within a round do not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -214,7 +215,7 @@ def _resident_bytes(path: Path, threads: int, feeds: Mapping[str, np.ndarray], f
     if not Path("/proc/self/status").exists():
         return 0
     inputs = Path(folder) / "inputs.npz"
-    np.savez(inputs, **feeds)
+    np.savez(inputs, allow_pickle=False, **feeds)
     done = subprocess.run([sys.executable, "-c", _FRESH, str(path), str(inputs), str(threads)], capture_output=True, text=True, check=False)
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
 
@@ -273,10 +274,9 @@ def _away_from_start(path: Path, folder: Path, seed: int) -> Path:
         if tensor is None or not any(name.startswith(f"{site}.") for site in sites):
             continue
         array = tensor.numpy()
-        if name.endswith(".mix") or ".up." in name:
-            if not array.any():
-                noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
-                value.const_value = ir.tensor(noise.astype(array.dtype), name=name)
+        if (name.endswith(".mix") or ".up." in name) and not array.any():
+            noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
+            value.const_value = ir.tensor(noise.astype(array.dtype), name=name)
     folder.mkdir()
     copy = folder / path.name
     split = path.with_name(path.name + ".data").exists()  # as the file itself, so that loading costs the same
@@ -288,10 +288,8 @@ def _conditions(threads: int, rounds: int, feeds: Mapping[str, np.ndarray], seed
     import onnxruntime
 
     cpu = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
         "onnxruntime": onnxruntime.__version__,
         "provider": "CPUExecutionProvider",

@@ -27,7 +27,7 @@ from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.models import Built
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.source import BASE, module_text
-from laurel_rewrite.surgery import Rewriting, install, rewriting_of
+from laurel_rewrite.surgery import RECORD, Rewriting, install, rewriting_of
 
 MODELING, WEIGHTS, PLAN, CONFIG, SKELETON = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "skeleton.pt"
 BASE_CONFIG = "base_config.json"
@@ -177,7 +177,7 @@ def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Mod
         setattr(cls, BASE, base)
         classes[owner] = cls
     install(model, plan, classes)
-    setattr(model, "_laurel_rewriting", Rewriting(plan, {}, (folder / MODELING).read_text(), names))
+    setattr(model, RECORD, Rewriting(plan, {}, (folder / MODELING).read_text(), names))
     setattr(model, _ORIGIN, origin)
     model.train()
     if meta:
@@ -192,7 +192,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     with safe_open(str(path), "pt") as file:
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118  # not a dict
             tensor = own.get(key)
             dtype = file.get_slice(key).get_dtype()
             wanted = _DTYPES.get(dtype)

@@ -6,7 +6,6 @@ same text is what runs and what is saved, so that a person can read and diff it.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -14,8 +13,9 @@ import linecache
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from laurel_rewrite.capture import Call, Span
 from laurel_rewrite.errors import RewriteError
@@ -117,7 +117,7 @@ class _ClassEditor:
         if change.loop:
             entry.iterate(change.name, owner)
             laurel = f"next({change.name})"
-        for step, callee in zip(steps, steps[1:], strict=False):
+        for step, callee in pairwise(steps):
             helper = self._editor(callee.code, helper=True)
             entry.pass_down(step, laurel, helper)
             entry, laurel = helper, "laurel"
@@ -384,7 +384,7 @@ class _FunctionEditor:
 class _Source:
     """A source file: its text as bytes (the positions of syntax trees count bytes) and its functions."""
 
-    _files: dict[str, _Source] = {}
+    _files: ClassVar[dict[str, _Source]] = {}
 
     def __init__(self, filename: str) -> None:
         lines = linecache.getlines(filename)

@@ -23,7 +23,8 @@ from laurel_rewrite.plan import LaurelConfig, Plan, PlanSite
 from laurel_rewrite.sites import Sites, detect
 from laurel_rewrite.source import BASE, Change, Rewritten, rewrite_class
 
-_RECORD = "_laurel_rewriting"
+RECORD = "_laurel_rewriting"
+"""Attribute of a rewritten model: its `Rewriting`."""
 
 
 @dataclass
@@ -126,12 +127,11 @@ def apply_plan(model: nn.Module, sites: Sites, plan: Plan, *, inplace: bool = Fa
     if isinstance(model, fx.GraphModule):
         from passes.insert_laurel import InsertLaurel
 
-        target = model if inplace else copy.deepcopy(model)
-        return InsertLaurel(plan)(target).graph_module
+        return InsertLaurel(plan)(model if inplace else copy.deepcopy(model)).graph_module
     classes = rewritten_classes(model, sites, plan)
     target = model if inplace else copy.deepcopy(model)
     install(target, plan, {owner: rewritten.cls for owner, rewritten in classes.items()})
-    setattr(target, _RECORD, Rewriting(plan, classes))
+    setattr(target, RECORD, Rewriting(plan, classes))
     return target
 
 
@@ -147,7 +147,7 @@ def refuse_second_time(model: nn.Module) -> None:
 
 def rewriting_of(model: nn.Module) -> Rewriting:
     """What was done to a rewritten model; ConfigError where nothing was."""
-    record = getattr(model, _RECORD, None)
+    record = getattr(model, RECORD, None)
     if not isinstance(record, Rewriting):
         raise ConfigError(f"This {type(model).__name__} was not made by laurel_rewrite.rewrite or load.")
     return record
@@ -273,8 +273,8 @@ def remove(model: nn.Module) -> nn.Module:
         base = vars(type(module)).get(BASE)
         if base is not None:
             module.__class__ = base
-    if hasattr(model, _RECORD):
-        delattr(model, _RECORD)
+    if hasattr(model, RECORD):
+        delattr(model, RECORD)
     return model
 
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -66,7 +67,7 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
     ):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a literal
     for site in sites:
-        shape = "×".join(map(str, site.shape))
+        shape = "x".join(map(str, site.shape))
         table.add_row(
             Text(site.id), site.kind, shape, str(site.axis), str(site.dim or "?"), f"{site.stream}:{site.index}", Text(_short(site.where))
         )
@@ -130,7 +131,7 @@ def show_report(console: Console, report: Report) -> None:
         console.print(Text(f"Written to {report.out}/: {', '.join(report.files)}"))
 
 
-_STYLE: dict[str, object] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
+_STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
 
 
 def _parameter_line(report: Report) -> str:

@@ -77,7 +77,7 @@ def check_gradients(rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[s
             model.zero_grad()
             leaves = [leaf for leaf in _floats(model(*args, **kwargs)) if leaf.requires_grad]
             loss = sum(((leaf.float() * torch.randn_like(leaf, dtype=torch.float32)).mean() for leaf in leaves), torch.zeros(()))
-            loss.backward()
+            torch.autograd.backward(loss)
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     if parameter.grad is None:
@@ -86,7 +86,7 @@ def check_gradients(rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[s
                         broken.add(name)
                     elif parameter.grad.abs().max() > 0:
                         arrived.add(name)
-                    parameter -= 1e-2 * parameter.grad.sign()
+                    parameter.sub_(1e-2 * parameter.grad.sign())
     missing = sorted(set(parameters) - arrived | broken)
     detail = f"{len(parameters)} parameter tensors" if not missing else f"none or not finite: {', '.join(missing[:4])}"
     return Check("gradients within two steps", not missing, float(len(missing)), "finite, not zero", detail)
@@ -128,8 +128,8 @@ def randomized(model: nn.Module, seed: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, value in before:
-            parameter.data.copy_(value)
+        for changed, value in before:
+            changed.data.copy_(value)
 
 
 def session_of(path: Path) -> onnxruntime.InferenceSession:
@@ -165,7 +165,7 @@ def _variations(
         changed = list(leaves)
         for info in inputs:
             like = leaves[where[info.name]]
-            shape = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in info.shape]
+            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.shape]
             changed[where[info.name]] = draw(like, shape, generator)
         new_args, new_kwargs = pytree.tree_unflatten(changed, spec)
         feeds = {info.name: changed[where[info.name]].cpu().numpy() for info in inputs}

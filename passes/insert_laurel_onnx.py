@@ -111,7 +111,7 @@ class InsertLaurelOnnx(Pass[ir.Model]):
 
 def _initializer(model: ir.Model, known: dict[str, ir.Value], name: str, tensor: ir.TensorProtocol) -> ir.Value:
     if name not in known:
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         model.graph.register_initializer(value)
         known[name] = value
     return known[name]

@@ -81,7 +81,7 @@ def test_the_main_job(net):
     report = json.loads((net / "laurel_out" / "report.json").read_text())
     assert all(check["passed"] for check in report["verification"])
     assert report["parameters"]["added"] == 2 + 2 * 4 * D
-    assert [row["verdict"] for row in report["profile"]["rows"]][0] == "baseline"
+    assert report["profile"]["rows"][0]["verdict"] == "baseline"
     assert set(report["files"]) == FILES | {"net.py"}
     code = "import laurel_rewrite, torch; print(type(laurel_rewrite.load('laurel_out').laurel_0).__name__)"
     assert subprocess.run([sys.executable, "-c", code], cwd=net, capture_output=True, text=True, check=True).stdout == "Laurel\n"

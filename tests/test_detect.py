@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import real
 from hypothesis import given, settings
-from toys import CASES, D
 from torch import fx, nn
+from toys import CASES, D
 
 from laurel_rewrite import CaptureError, detect, rewrite
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from conftest import away_from_start, real
-from toys import CASES, D
 from torch import fx
+from toys import CASES, D
 
 from laurel_rewrite import ConfigError, RewriteError, detect, rewrite
 from laurel_rewrite.operator import sites_of

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from conftest import REAL, Example, away_from_start, output, real
-from toys import CASES, D, Branch, Helper, Plain
 from torch import nn
+from toys import CASES, Branch, D, Helper, Plain
 
 from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, remove, rewrite
 from laurel_rewrite.operator import Laurel, sites_of
@@ -149,7 +149,7 @@ def test_selectors_and_plan(tmp_path):
     only = rewrite(model, (x,), include="laurel_1", rank=4)
     assert list(sites_of(only)) == ["laurel_1"]
     assert list(sites_of(rewrite(model, (x,), exclude=["laurel_1"], rank=4))) == ["laurel_0"]
-    with pytest.raises(ConfigError, match="'laurel_7' matches no site. Nearest: laurel_"):
+    with pytest.raises(ConfigError, match=r"'laurel_7' matches no site\. Nearest: laurel_"):
         rewrite(model, (x,), include="laurel_7", rank=4)
     with pytest.raises(ConfigError, match=r"laurel_0: rank 17 is above its feature size 16"):
         rewrite(model, (x,), rank=17)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import away_from_start, real
-from toys import CASES, D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from toys import CASES, D
 
 from laurel_rewrite import LaurelError, rewrite
 

@@ -191,7 +191,7 @@ class _Reader:
         if node.op == "call_module":
             return list(getattr(self._module(node), "normalized_shape", ())) or None
         shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
-        return list(shape) if isinstance(shape, list | tuple) else None  # type: ignore[arg-type]  # a list of ints
+        return list(shape) if isinstance(shape, list | tuple) else None
 
     def _kernel(self, node: fx.Node, inputs: list[int]) -> set[int | str]:
         if node.op == "call_module":
@@ -240,7 +240,7 @@ def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:
     val = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(val, torch.Tensor):
         return tuple(s if isinstance(s, int) else str(s) for s in val.shape), val.is_floating_point()
-    meta = node.meta.get("tensor_meta")
+    meta: Any = node.meta.get("tensor_meta")
     if hasattr(meta, "dtype") and hasattr(meta, "shape"):
         return tuple(meta.shape), meta.dtype.is_floating_point
     return None, False
@@ -284,7 +284,7 @@ def _axes(node: fx.Node, op: str, operand: Value, result: Value) -> tuple[int | 
         args = list(node.args[1:]) or list(node.kwargs.values())
         if op == "permute":
             dims = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
-            return tuple(int(d) % rank for d in dims)  # type: ignore[arg-type, call-overload, union-attr]  # permute takes ints
+            return tuple(int(d) % rank for d in dims)  # type: ignore[arg-type]  # permute takes ints
         if op in ("transpose", "swapaxes", "swapdims") and len(args) >= 2:
             a, b = int(args[0]) % rank, int(args[1]) % rank  # type: ignore[arg-type]  # transpose takes ints
             order[a], order[b] = order[b], order[a]
