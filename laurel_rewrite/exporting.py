@@ -67,7 +67,7 @@ def export_onnx(
     proto = _to_onnx(program)
     if target == "portable":
         _insert(proto, model)
-    _name_dimensions(proto)
+    _name_dimensions(proto, _fixed_symbols(program))
     return _write(proto, Path(path))
 
 
@@ -195,10 +195,26 @@ def laurel_initializers(model: ir.Model, modules: Mapping[str, Laurel]) -> list[
     return [key for key in model.graph.initializers if key in names]
 
 
-def _name_dimensions(model: ir.Model) -> None:
-    """Call the dynamic dimensions batch and sequence instead of s77."""
+def _fixed_symbols(program: torch.export.ExportedProgram) -> dict[str, int]:
+    """Symbols that the model turned out to fix, by a loop over the sequence for instance; the exporter still calls them dynamic."""
+    fixed: dict[str, int] = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                replaced = size.node.shape_env.replacements
+                fixed |= {str(symbol): int(number) for symbol, number in replaced.items() if number.is_number}
+    return fixed
+
+
+def _name_dimensions(model: ir.Model, fixed: Mapping[str, int]) -> None:
+    """Call the dynamic dimensions batch and sequence instead of s77, and the fixed ones by their size."""
     import onnx_ir as ir
 
+    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is not None and any(isinstance(d, ir.SymbolicDim) and d.value in fixed for d in value.shape):
+            value.shape = ir.Shape([fixed.get(str(d.value), d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for position, dim in enumerate(value.shape or ()):
@@ -210,7 +226,6 @@ def _name_dimensions(model: ir.Model) -> None:
     if not names:
         return
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
         if value.shape is not None:
             value.shape = ir.Shape(

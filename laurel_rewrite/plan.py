@@ -5,8 +5,9 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,23 +119,23 @@ class Plan:
     sites: tuple[PlanSite, ...]
     seed: int = 0
     model: str = ""
-    _past: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def past(self, site: PlanSite) -> tuple[str, ...]:
         """Ids of the sites whose skips a PA site reads, nearest first; the window ends where the stream begins."""
-        if "pa" not in site.variant:
+        if not variants.operator(site.variant).uses_history:
             return ()
-        if not self._past:
-            streams: dict[int, list[str]] = {}
-            for other in self.sites:
-                stream = streams.setdefault(other.stream, [])
-                # A shared module reads, from its second call on, its own former call and those between.
-                before = stream if other.calls == 1 else [s.id for s in self.sites if s.stream == other.stream]
-                at = before.index(other.id) if other.calls > 1 else len(before)
-                cycle = before[:at][::-1] + (before[at:][::-1] if other.calls > 1 else [])
-                self._past[other.id] = tuple(cycle[: other.history - 1])
-                stream.append(other.id)
-        return self._past[site.id]
+        stream = self._streams[site.stream]
+        at = stream.index(site.id)
+        # A shared module reads, from its second call on, those after it in its former call, and itself.
+        window = stream[:at][::-1] + (stream[at:][::-1] if site.calls > 1 else [])
+        return tuple(window[: site.history - 1])
+
+    @cached_property
+    def _streams(self) -> dict[int, list[str]]:
+        streams: dict[int, list[str]] = {}
+        for site in self.sites:
+            streams.setdefault(site.stream, []).append(site.id)
+        return streams
 
     def config(self, site: PlanSite) -> SiteConfig:
         """What the operator of a site is built from."""

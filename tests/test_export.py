@@ -12,6 +12,7 @@ from toys import CASES, D
 
 import laurel_rewrite.exporting
 from laurel_rewrite import ConfigError, ExportError, export_onnx, rewrite
+from laurel_rewrite.models import build
 from laurel_rewrite.operator import sites_of
 
 RTOL, ATOL = 1e-4, 1e-5
@@ -87,6 +88,18 @@ def test_the_baseline_has_the_same_interface(tmp_path):
     graphs = [ir.load(export_onnx(m, (), example.kwargs, tmp_path / f"{n}.onnx")).graph for n, m in enumerate((example.model, model))]
     assert [(v.name, str(v.shape), v.dtype) for v in graphs[0].inputs] == [(v.name, str(v.shape), v.dtype) for v in graphs[1].inputs]
     assert [(str(v.shape), v.dtype) for v in graphs[0].outputs] == [(str(v.shape), v.dtype) for v in graphs[1].outputs]
+
+
+def test_a_dimension_that_the_model_fixes_is_static(tmp_path):
+    """Mamba loops over its sequence in Python: its length is part of the graph, its batch is not."""
+    built = build("hf:mamba", {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 99})
+    ids = built.kwargs["input_ids"][:, :5]
+    model = away_from_start(rewrite(built.model, (), {"input_ids": ids}, rank=4))
+    path = export_onnx(model, (), {"input_ids": ids}, tmp_path / "model.onnx")
+    assert [str(d) for d in ir.load(path).graph.inputs[0].shape] == ["batch", "5"]
+    other = torch.randint(0, 90, (3, 5))
+    expected = output(model, (), {"input_ids": other, "use_cache": False})
+    torch.testing.assert_close(run(path, other), expected, rtol=RTOL, atol=ATOL)
 
 
 def test_target_none_writes_plain_ops(tmp_path):
