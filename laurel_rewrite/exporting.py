@@ -6,6 +6,7 @@ So the graph around the sites is what `torch.onnx.export` makes of the baseline,
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -63,11 +64,9 @@ def export_onnx(
         raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
     if any(p.is_meta for p in model.parameters()):
         raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
-    program = _export(model, args, dict(kwargs or {}), markers=target == "portable")
-    proto = _to_onnx(program)
+    proto = _export(model, args, dict(kwargs or {}), markers=target == "portable")
     if target == "portable":
         _insert(proto, model)
-    _name_dimensions(proto, _fixed_symbols(program))
     return _write(proto, Path(path))
 
 
@@ -81,22 +80,30 @@ def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return widened_args, widened_kwargs
 
 
-def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, markers: bool) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, markers: bool) -> ir.Model:
+    """The graph with as many dynamic dimensions as the model, its capture and the exporter go along with."""
     args, kwargs = widened(tuple(args), kwargs)
+    # A view of a larger tensor would put a guard on its strides into the program, which the exporter cannot carry out.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
     problems: list[str] = []
-    for dynamic in (_dynamic(args, kwargs, sequence=True), _dynamic(args, kwargs, sequence=False), None):
+    for dynamic in (_dynamic(model, args, kwargs, sequence=True), _dynamic(model, args, kwargs, sequence=False), None):
         try:
             marks = marked(model) if markers else contextlib.nullcontext()
             with training(model, False), without_caches(model), quiet(), torch.no_grad(), marks:
-                return torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
-        except Exception as error:  # what an export of a foreign model raises is not documented
-            problems.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}")
+                program = torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
+                exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
+            assert exported is not None
+            _name_dimensions(exported.model, _fixed_symbols(program))
+            return exported.model
+        except Exception as error:  # what the exporters raise for a foreign model is not documented
+            reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
+            problems.append(f"{type(error).__name__}: {reason[:400]}")
             _log.info("export with dynamic shapes %s failed: %s", dynamic, problems[-1])
     inputs = ", ".join([describe(a) for a in args] + [f"{k}={describe(v)}" for k, v in kwargs.items()])
     raise ExportError(f"{type(model).__name__} could not be exported in eval mode with the inputs ({inputs}): {problems[-1]}")
 
 
-def _dynamic(args: Sequence[Any], kwargs: Mapping[str, Any], *, sequence: bool) -> Any:
+def _dynamic(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, sequence: bool) -> dict[str, Any]:
     """Batch dynamic, and the sequence of ids ([B, S]), masks and embeddings ([B, S, D]): where the model allows it."""
 
     def of(leaf: Any) -> Any:
@@ -107,10 +114,12 @@ def _dynamic(args: Sequence[Any], kwargs: Mapping[str, Any], *, sequence: bool) 
             dims[1] = torch.export.Dim.AUTO
         return dims
 
-    shapes = {"args": pytree.tree_map(of, tuple(args)), "kwargs": pytree.tree_map(of, dict(kwargs))}
-    if not kwargs:
-        return shapes["args"]
-    return shapes["kwargs"] if not args else None
+    signature = inspect.signature(model.forward)
+    named = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return {name: pytree.tree_map(of, value) for name, value in named.items()}
 
 
 @contextlib.contextmanager
@@ -149,17 +158,6 @@ class _Marker:
         if not self.module.config.weights:
             return f
         return torch.onnx.ops.symbolic(f"{_MARKER}::Branch", (f,), {"site": self.site}, dtype=f.dtype, shape=f.shape, version=1)
-
-
-def _to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
-    try:
-        with quiet(), torch.no_grad():
-            exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
-    except Exception as error:  # the exporter's own classes are private
-        reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
-        raise ExportError(f"The ONNX exporter of PyTorch failed: {type(error).__name__}: {reason[:600]}") from error
-    assert exported is not None
-    return exported.model
 
 
 def _insert(model: ir.Model, module: nn.Module) -> None:
@@ -207,14 +205,20 @@ def _fixed_symbols(program: torch.export.ExportedProgram) -> dict[str, int]:
     return fixed
 
 
+def _size(dim: Any, fixed: Mapping[str, int]) -> Any:
+    """A dimension as a number where it is one; the exporter writes some numbers as symbols."""
+    symbol = str(getattr(dim, "value", dim))
+    return int(symbol) if symbol.isdigit() else fixed.get(symbol, dim)
+
+
 def _name_dimensions(model: ir.Model, fixed: Mapping[str, int]) -> None:
     """Call the dynamic dimensions batch and sequence instead of s77, and the fixed ones by their size."""
     import onnx_ir as ir
 
     values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
-        if value.shape is not None and any(isinstance(d, ir.SymbolicDim) and d.value in fixed for d in value.shape):
-            value.shape = ir.Shape([fixed.get(str(d.value), d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+        if value.shape is not None:
+            value.shape = ir.Shape([_size(d, fixed) for d in value.shape])
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for position, dim in enumerate(value.shape or ()):

@@ -2,7 +2,8 @@
 
 One session a model, the same options and pinned threads, no spinning, a warm-up; then every round runs every model once in random
 order. The figure is the median over rounds of the ratio to the first model, with a bootstrap interval: absolute times drift with the
-machine, ratios within a round do not.
+machine, ratios within a round do not. Where a session's memory happens to lie is worth a per cent or two, so that the sessions are
+made anew several times, and the interval counts each making as one observation.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _ELEMENT = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
     "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
 }  # fmt: skip
+_BLOCKS = 6  # makings of the sessions
 _DEFAULT_SIZES = {"batch": 1, "sequence": 128}
 
 
@@ -111,22 +113,25 @@ def profile(
     order = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="laurel-profile-") as folder:
         measured = [_away_from_start(file, Path(folder) / str(n), seed) for n, file in enumerate(files)]
-        sessions = [_session(file, threads) for file in measured]
-        feeds = dict(inputs) if inputs is not None else _draw_inputs(sessions[0], seed)
-        for file, session in zip(files, sessions, strict=True):
-            _check_feeds(file, session, feeds)
-        times = _interleave(sessions, feeds, seconds, min_rounds, order, progress)
+        feeds = dict(inputs) if inputs is not None else _draw_inputs(_session(measured[0], threads), seed)
+        for file, copy in zip(files, measured, strict=True):
+            _check_feeds(file, _session(copy, threads), feeds)
+        blocks = []
+        for block in range(_BLOCKS):
+            step = None if progress is None else lambda done, block=block: progress((block + done) / _BLOCKS)
+            blocks.append(_interleave(measured, threads, feeds, seconds / _BLOCKS, -(-min_rounds // _BLOCKS), order, step))
         activation = [_activation_bytes(file, threads, feeds, folder) for file in measured]
         resident = [_resident_bytes(file, threads, feeds, folder) for file in measured]
     rows = []
     for n, file in enumerate(files):
-        ratio, low, high = _ratio(times[n], times[0], seed)
+        times = np.concatenate([block[n] for block in blocks])
+        ratio, low, high = _ratio([block[n] / block[0] for block in blocks], seed)
         verdict = "baseline" if n == 0 else "within noise" if low <= 1 <= high else "slower" if ratio > 1 else "faster"
-        p10, median, p90 = np.percentile(times[n], [10, 50, 90]) * 1e3
+        p10, median, p90 = np.percentile(times, [10, 50, 90]) * 1e3
         rows.append(
             Row(str(file), float(median), float(p10), float(p90), ratio, low, high, verdict, activation[n], resident[n], _file_bytes(file))
         )
-    return Profile(tuple(rows), _conditions(threads, times.shape[1], feeds, seed))
+    return Profile(tuple(rows), _conditions(threads, sum(block.shape[1] for block in blocks), feeds, seed))
 
 
 # Latency
@@ -151,14 +156,17 @@ def _session(path: Path, threads: int, *, profile_prefix: str = "") -> onnxrunti
 
 
 def _interleave(
-    sessions: Sequence[onnxruntime.InferenceSession],
+    files: Sequence[Path],
+    threads: int,
     feeds: Mapping[str, np.ndarray],
     seconds: float,
     min_rounds: int,
     order: random.Random,
     progress: Callable[[float], None] | None,
 ) -> np.ndarray:
-    """Seconds of each run, [models, rounds]."""
+    """Seconds of each run, [models, rounds], in sessions made for this call in random order."""
+    made = {n: _session(files[n], threads) for n in order.sample(range(len(files)), len(files))}
+    sessions = [made[n] for n in range(len(files))]
     for session in sessions:
         for _ in range(3):
             session.run(None, feeds)
@@ -176,12 +184,15 @@ def _interleave(
     return np.array(rounds).T
 
 
-def _ratio(times: np.ndarray, baseline: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Median of the per-round ratios and the 95 % interval of that median by resampling the rounds."""
-    ratios = times / baseline
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (2000, len(ratios)))
-    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+def _ratio(blocks: Sequence[np.ndarray], seed: int) -> tuple[float, float, float]:
+    """Median of the per-round ratios, and the 95 % interval of that median by resampling blocks and the rounds within them."""
+    generator = np.random.default_rng(seed)
+    medians = []
+    for _ in range(1000):
+        drawn = generator.integers(0, len(blocks), len(blocks))
+        medians.append(np.median(np.concatenate([generator.choice(blocks[b], len(blocks[b])) for b in drawn])))
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(np.median(np.concatenate(list(blocks)))), float(low), float(high)
 
 
 # Memory
