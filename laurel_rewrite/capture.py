@@ -31,9 +31,13 @@ _ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "iadd"})
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of source: code object, and its lines (from 1) and columns (UTF-8 bytes, from 0)."""
+    """A piece of source: code object, and its lines (from 1) and columns (UTF-8 bytes, from 0).
+
+    The file is named too, because code objects of two files are equal where their text is.
+    """
 
     code: CodeType
+    filename: str
     line: int
     end_line: int
     column: int
@@ -54,7 +58,7 @@ class Call:
     @property
     def where(self) -> str:
         last = self.steps[-1]
-        return f"{last.code.co_filename}:{last.line}"
+        return f"{last.filename}:{last.line}"
 
 
 @dataclass
@@ -130,7 +134,7 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self._paths = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self._running: dict[str, tuple[FrameType, int]] = {}
-        self._positions: dict[tuple[CodeType, int], Span | None] = {}
+        self._positions: dict[tuple[CodeType, str, int], Span | None] = {}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _ADDS:
@@ -176,12 +180,12 @@ class _Recorder(TorchFunctionMode):
         return count
 
     def _span(self, frame: FrameType) -> Span | None:
-        key = (frame.f_code, frame.f_lasti)
+        key = (frame.f_code, frame.f_code.co_filename, frame.f_lasti)
         if key not in self._positions:
             position = list(frame.f_code.co_positions())[frame.f_lasti // 2]
             line, end_line, column, end_column = position
             known = line is not None and end_line is not None and column is not None and end_column is not None
-            self._positions[key] = Span(frame.f_code, line, end_line, column, end_column) if known else None  # type: ignore[arg-type]  # known
+            self._positions[key] = Span(frame.f_code, frame.f_code.co_filename, line, end_line, column, end_column) if known else None  # type: ignore[arg-type]  # known
         return self._positions[key]
 
 

@@ -134,8 +134,9 @@ def run(
     import torch
 
     from laurel_rewrite.exporting import export_onnx
+    from laurel_rewrite.operator import refuse_second_time
     from laurel_rewrite.saving import replacing, save
-    from laurel_rewrite.surgery import apply_plan, refuse_second_time
+    from laurel_rewrite.surgery import apply_plan
 
     _writable(out)
     with listener("build") as stage:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laurel_rewrite.errors import LaurelError
+from laurel_rewrite.errors import ConfigError, LaurelError
 from laurel_rewrite.variants import SiteConfig
 
 
@@ -239,6 +239,16 @@ def _recomputing() -> bool:
 def sites_of(model: nn.Module) -> dict[str, Laurel]:
     """The LAuReL modules in `model` by module path; one that is shared appears once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Laurel)}
+
+
+def refuse_second_time(model: nn.Module) -> None:
+    """Raise ConfigError where the model has LAuReL modules of ours."""
+    present = sites_of(model)
+    if present:
+        raise ConfigError(
+            f"The model was rewritten already: it has {len(present)} LAuReL modules, the first at {next(iter(present))!r}. "
+            "Call laurel_rewrite.remove(model) first."
+        )
 
 
 def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

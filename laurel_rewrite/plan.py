@@ -9,12 +9,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import variants
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.sites import Site, Sites
 from laurel_rewrite.variants import SiteConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from laurel_rewrite.operator import Laurel
 
 _HEADER = """\
 # A plan of laurel-rewrite: one [[site]] for each LAuReL module. Delete a site to leave that connection as it is; change its
@@ -154,6 +159,12 @@ class Plan:
                 history_map=site.history_map,
             )
         )
+
+    def build(self, site: PlanSite, like: torch.Tensor | None) -> Laurel:
+        """The LAuReL module of a site, on the device and of the dtype of a parameter beside it."""
+        kind = {"device": like.device, "dtype": like.dtype} if like is not None else {}
+        module: Laurel = variants.operator(site.variant).module(self.config(site), site=site.id, seed=self.seed, **kind)
+        return module
 
     def parameters(self) -> int:
         """Number of parameters that the plan adds."""

@@ -24,9 +24,10 @@ from torch import fx, nn
 
 from laurel_rewrite import __version__, models
 from laurel_rewrite.errors import CaptureError, ConfigError
+from laurel_rewrite.modeling import module_text
 from laurel_rewrite.models import Built
 from laurel_rewrite.plan import Plan
-from laurel_rewrite.source import BASE, module_text
+from laurel_rewrite.source import BASE
 from laurel_rewrite.surgery import RECORD, Rewriting, install, rewriting_of
 
 MODELING, WEIGHTS, PLAN, CONFIG, SKELETON = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "skeleton.pt"

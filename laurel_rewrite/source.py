@@ -11,14 +11,15 @@ import __future__
 import ast
 import linecache
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import CodeType, FunctionType, ModuleType
-from typing import Any, ClassVar
+from types import CodeType, FunctionType
+from typing import Any
 
 from laurel_rewrite.capture import Call, Span
 from laurel_rewrite.errors import RewriteError
+from laurel_rewrite.source_file import SourceFile, place
 
 _BRANCH = "branch"
 
@@ -82,7 +83,7 @@ class _ClassEditor:
         self.ways: dict[Span, set[tuple[Span, ...]]] = {}
         for call in calls:
             self.ways.setdefault(call.steps[-1], set()).add(call.steps)
-        self.editors: dict[tuple[CodeType, bool], _FunctionEditor] = {}
+        self.editors: dict[tuple[CodeType, str, bool], _FunctionEditor] = {}
         self.alias = f"_{base.__name__}"
 
     def rewrite(self) -> Rewritten:
@@ -102,7 +103,7 @@ class _ClassEditor:
         namespace: dict[str, Any] = {function.name: _compile(function, function.needs) for function in methods}
         namespace |= {"__module__": self.base.__module__, "__qualname__": self.base.__qualname__, "__doc__": self.base.__doc__}
         namespace[BASE] = self.base
-        namespace |= _without_fast_path(self.base)
+        namespace |= without_fast_path(self.base)
         return Rewritten(self.base, type(self.base)(self.base.__name__, (self.base,), namespace), methods, list(reversed(helpers)))
 
     def _apply(self, change: Change, steps: tuple[Span, ...], side: int, *, inner: bool) -> None:
@@ -110,7 +111,7 @@ class _ClassEditor:
         if len(steps) > 1 and len(self.ways.get(last, ())) == 1 and _method_of(self.base, last.code) is not None and not change.loop:
             steps = steps[-1:]  # reached in one way: no need to pass the module down
         if change.loop and (len(steps) > 1 or len(change.adds) > 1):
-            raise RewriteError(f"{_place(last)}: a sum in a loop must stand in one expression of the looping method itself")
+            raise RewriteError(f"{place(last)}: a sum in a loop must stand in one expression of the looping method itself")
         entry = self._editor(steps[0].code)
         owner = steps[0].code.co_varnames[0]
         laurel = f"{owner}.{change.name}"
@@ -124,7 +125,7 @@ class _ClassEditor:
         entry.replace(last, laurel, side, inner=inner)
 
     def _editor(self, code: CodeType, *, helper: bool = False) -> _FunctionEditor:
-        key = (code, helper)
+        key = (code, code.co_filename, helper)
         if key not in self.editors:
             method = _method_of(self.base, code)
             if method is None and not helper:
@@ -140,7 +141,7 @@ class _FunctionEditor:
         self.code = code
         self.is_method = method is not None
         self.original = method
-        self.source = _Source.of(code.co_filename)
+        self.source = SourceFile.of(code.co_filename)
         self.node = self.source.function(code)
         self.helper = helper
         self.holds: Span | None = None
@@ -160,7 +161,7 @@ class _FunctionEditor:
             return
         if self.helper and inner:
             if self.holds is not None:
-                raise RewriteError(f"{_place(span)}: the helper {self.code.co_name} holds more than one site")
+                raise RewriteError(f"{place(span)}: the helper {self.code.co_name} holds more than one site")
             self.holds = span
         node = self.source.find(self.node, span)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -170,7 +171,7 @@ class _FunctionEditor:
         elif isinstance(node, ast.Call):
             self._call(node, laurel, side, inner, span)
         else:
-            raise RewriteError(f"{_place(span)}: no addition was found at this place in the source")
+            raise RewriteError(f"{place(span)}: no addition was found at this place in the source")
 
     def iterate(self, name: str, owner: str) -> None:
         """Begin the function with an iterator over the turns' modules: local to the call, so a second run starts anew."""
@@ -194,7 +195,7 @@ class _FunctionEditor:
             end = self.source.extent(func)[1]
             start = end - len(func.attr.encode())
         else:
-            raise RewriteError(f"{_place(span)}: the helper {helper.code.co_name} is called in a way that cannot be rewritten")
+            raise RewriteError(f"{place(span)}: the helper {helper.code.co_name} is called in a way that cannot be rewritten")
         if self._take(span, laurel):
             assert isinstance(node, ast.Call)
             self._put(start, end, helper.name)
@@ -228,7 +229,7 @@ class _FunctionEditor:
     def _take(self, span: Span, laurel: str) -> bool:
         """Whether an expression is still to be edited; one expression cannot serve two sites."""
         if self.taken.setdefault(span, laurel) != laurel:
-            raise RewriteError(f"{_place(span)}: one expression serves two sites here")
+            raise RewriteError(f"{place(span)}: one expression serves two sites here")
         done = span in self.done
         self.done.add(span)
         return not done
@@ -287,7 +288,7 @@ class _FunctionEditor:
         function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if function not in ("add", "add_") or node.keywords or not 1 <= len(node.args) <= 2:
             raise RewriteError(
-                f"{_place(span)}: the addition is written as {source.segment(node.func)}(...), which is not rewritten; write it with +"
+                f"{place(span)}: the addition is written as {source.segment(node.func)}(...), which is not rewritten; write it with +"
             )
         start, end = source.extent(node)
         method = len(node.args) == 1 and isinstance(node.func, ast.Attribute)
@@ -381,73 +382,6 @@ class _FunctionEditor:
         return b"".join([*pieces, self.source.text[at:end]]).decode()
 
 
-class _Source:
-    """A source file: its text as bytes (the positions of syntax trees count bytes) and its functions."""
-
-    _files: ClassVar[dict[str, _Source]] = {}
-
-    def __init__(self, filename: str) -> None:
-        lines = linecache.getlines(filename)
-        if not lines:
-            raise RewriteError(f"{filename}: the source is not available, so the class cannot be rewritten")
-        self.filename = filename
-        self.text = "".join(lines).encode()
-        self.tree = ast.parse(self.text)
-        self.starts = [0]
-        for line in lines:
-            self.starts.append(self.starts[-1] + len(line.encode()))
-
-    @classmethod
-    def of(cls, filename: str) -> _Source:
-        linecache.checkcache(filename)
-        found = cls._files.get(filename)
-        if found is None or found.text != "".join(linecache.getlines(filename)).encode():
-            cls._files[filename] = found = cls(filename)
-        return found
-
-    def function(self, code: CodeType) -> ast.FunctionDef:
-        """The definition that a code object was compiled from."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                if first == code.co_firstlineno:
-                    return node
-        raise RewriteError(
-            f"{self.filename}:{code.co_firstlineno}: {code.co_name} is no plain function, or the file has changed since it was imported"
-        )
-
-    def find(self, function: ast.FunctionDef, span: Span) -> ast.AST:
-        """The expression or statement at a span."""
-        for node in ast.walk(function):
-            if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call):
-                place = (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
-                if place == (span.line, span.end_line, span.column, span.end_column):
-                    return node
-        for node in ast.walk(function):  # a method call broken over lines is recorded from its attribute on
-            if isinstance(node, ast.Call) and (node.end_lineno, node.end_col_offset) == (span.end_line, span.end_column):
-                return node
-        raise RewriteError(f"{_place(span)}: no addition was found at this place in the source")
-
-    def parent(self, function: ast.FunctionDef, child: ast.AST) -> ast.AST | None:
-        return next((n for n in ast.walk(function) if any(c is child for c in ast.iter_child_nodes(n))), None)
-
-    def line_start(self, line: int) -> int:
-        return self.starts[line - 1]
-
-    def extent(self, node: ast.expr | ast.stmt | ast.arg) -> tuple[int, int]:
-        assert node.end_lineno is not None and node.end_col_offset is not None
-        return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
-
-    def segment(self, node: ast.expr) -> str:
-        start, end = self.extent(node)
-        return self.text[start:end].decode()
-
-    def find_operator(self, start: int, end: int, operator: bytes) -> int:
-        """Position of an operator between two operands; comments are skipped."""
-        blanked = re.sub(rb"#[^\n]*", lambda m: b" " * len(m.group()), self.text[start:end])
-        return start + blanked.index(operator)
-
-
 def _method_of(cls: type, code: CodeType) -> FunctionType | None:
     """The method of a class, its own or inherited, that a code object belongs to; a method that another overrides is refused."""
     overridden = None
@@ -489,7 +423,7 @@ def _compile(function: Function, needs: dict[str, Any]) -> FunctionType:
     return made
 
 
-def _without_fast_path(base: type) -> dict[str, Any]:
+def without_fast_path(base: type) -> dict[str, Any]:
     """torch.nn.TransformerEncoderLayer computes its sums in a fused kernel in eval mode, unless its activation is unknown."""
     from torch import nn
 
@@ -510,163 +444,3 @@ def _is_docstring(node: ast.stmt) -> bool:
 def _dedent(text: str, columns: int) -> str:
     blank = " " * columns
     return "".join(line.removeprefix(blank) for line in text.splitlines(keepends=True)).rstrip() + "\n"
-
-
-def _place(span: Span) -> str:
-    return f"{span.code.co_filename}:{span.line}"
-
-
-# The saved module
-
-
-def module_text(rewritten: Iterable[Rewritten], header: str) -> tuple[str, dict[type, str]]:
-    """The text of a module with all rewritten classes, and the name of each there.
-
-    Raises:
-        RewriteError: a class cannot be imported (it was defined inside a function, or in a session without a file).
-    """
-    writer = _ModuleWriter()
-    names = {}
-    blocks: list[str] = []
-    for item in rewritten:
-        text, name = writer.write(item)
-        blocks.append(text)
-        names[item.cls] = name
-    return header + writer.imports() + "\n\n" + "\n\n\n".join(blocks), names
-
-
-class _ModuleWriter:
-    def __init__(self) -> None:
-        self.names: dict[str, Any] = {}  # name in the module -> object
-        self.lines: dict[str, str] = {}  # name -> import
-        self.defined: set[str] = set()
-
-    def imports(self) -> str:
-        plain = sorted(line for line in self.lines.values() if line.startswith("import "))
-        grouped: dict[str, list[str]] = {}
-        for line in self.lines.values():
-            if line.startswith("from "):
-                module, _, what = line.removeprefix("from ").partition(" import ")
-                grouped.setdefault(module, []).append(what)
-        parts = [*plain]
-        for module, items in sorted(grouped.items()):
-            line = f"from {module} import {', '.join(sorted(items))}"
-            if len(line) > 100:
-                line = f"from {module} import (\n" + "".join(f"    {item},\n" for item in sorted(items)) + ")"
-            parts.append(line)
-        return "from __future__ import annotations\n\n" + "\n".join(parts) + "\n"
-
-    def write(self, item: Rewritten) -> tuple[str, str]:
-        base = self._import_class(item.base)
-        helpers = []
-        renames: dict[str, str] = {}
-        for helper in item.helpers:
-            name = self._define(helper.name)
-            if name is None:  # the same helper serves another class already
-                continue
-            renames[helper.name] = name
-            helpers.append(self._function(helper, renames))
-        name = self._define(item.base.__name__, always=True)
-        assert name is not None
-        body = "\n".join(
-            "".join(f"    {line}" if line.strip() else line for line in self._function(m, renames).splitlines(True)) for m in item.methods
-        )
-        extra = (
-            "\n    # Its fused kernel for eval mode knows no LAuReL.\n    activation_relu_or_gelu = property(lambda self: 0)\n"
-            if _without_fast_path(item.base)
-            else ""
-        )
-        return "\n\n".join([*helpers, f"class {name}({base}):\n{body}{extra}"]), name
-
-    def _define(self, name: str, *, always: bool = False) -> str | None:
-        if name in self.defined and not always:
-            return None
-        chosen, count = name, 1
-        while chosen in self.defined or chosen in self.names:
-            count += 1
-            chosen = f"{name}_{count}"
-        self.defined.add(chosen)
-        return chosen
-
-    def _import_class(self, cls: type) -> str:
-        return self._import(f"_{cls.__name__}", cls, cls.__module__, cls.__qualname__)
-
-    def _import(self, wanted: str, thing: Any, module: str, attribute: str) -> str:
-        if "<locals>" in attribute:
-            raise RewriteError(
-                f"{module}.{attribute} is defined inside a function, so that it cannot be imported again; move it to the module's top level"
-            )
-        name, count = wanted, 1
-        while (name in self.names and self.names[name] is not thing) or name in self.defined:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.names[name] = thing
-        if "." in attribute:
-            outer, _, inner = attribute.partition(".")
-            holder = self._import(f"_{outer}", getattr(_module(module), outer), module, outer)
-            self.lines[name] = self.lines[holder]
-            self.names[f"{holder}.{inner}"] = thing
-            return f"{holder}.{inner}"
-        if isinstance(thing, ModuleType):
-            path, _, last = thing.__name__.rpartition(".")
-            if thing.__name__ == name:
-                self.lines[name] = f"import {name}"
-            elif last == name and path:
-                self.lines[name] = f"from {path} import {name}"
-            else:
-                self.lines[name] = f"import {thing.__name__} as {name}"
-        else:
-            self.lines[name] = f"from {module} import {attribute}" + ("" if attribute == name else f" as {name}")
-        return name
-
-    def _function(self, function: Function, renames: dict[str, str]) -> str:
-        """The function's text with every global name bound by an import, renamed where two modules' names collide."""
-        tree = ast.parse(function.text)
-        scope = function.original.__globals__
-        local = _local_names(tree)
-        swaps: dict[str, str] = dict(renames)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id not in local and node.id not in swaps:
-                if node.id in function.needs:
-                    thing = function.needs[node.id]
-                    if isinstance(thing, type):
-                        swaps[node.id] = self._import_class(thing)
-                    elif not isinstance(thing, FunctionType) or thing.__qualname__ == "" or "<locals>" in thing.__qualname__:
-                        raise RewriteError(
-                            f"{function.original.__qualname__} uses {node.id} from the function around it, so that it cannot be saved"
-                        )
-                elif node.id in scope:
-                    swaps[node.id] = self._import(node.id, scope[node.id], scope["__name__"], node.id)
-        return _renamed(function.text, tree, local, {a: b for a, b in swaps.items() if a != b})
-
-
-def _local_names(tree: ast.AST) -> set[str]:
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    return names | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-
-
-def _renamed(text: str, tree: ast.AST, local: set[str], swaps: dict[str, str]) -> str:
-    if not swaps:
-        return text
-    data = text.encode()
-    starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line.encode()))
-    for node in sorted(_names(tree), key=lambda n: (n.lineno, n.col_offset), reverse=True):
-        name = node.id if isinstance(node, ast.Name) else node.name
-        if name in swaps and name not in local:
-            at = starts[node.lineno - 1] + node.col_offset
-            if isinstance(node, ast.FunctionDef):
-                at = data.index(name.encode(), at + 4)
-            data = data[:at] + swaps[name].encode() + data[at + len(name.encode()) :]
-    return data.decode()
-
-
-def _names(tree: ast.AST) -> Iterator[ast.Name | ast.FunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.FunctionDef))
-
-
-def _module(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(name)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from laurel_rewrite import variants
 from laurel_rewrite.capture import Call
 from laurel_rewrite.errors import ConfigError, RewriteError
-from laurel_rewrite.operator import Laurel, PlainResidual, Slot, sites_of
-from laurel_rewrite.plan import LaurelConfig, Plan, PlanSite
+from laurel_rewrite.operator import Laurel, PlainResidual, Slot, refuse_second_time, sites_of
+from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.sites import Sites, detect
 from laurel_rewrite.source import BASE, Change, Rewritten, rewrite_class
 
@@ -135,16 +134,6 @@ def apply_plan(model: nn.Module, sites: Sites, plan: Plan, *, inplace: bool = Fa
     return target
 
 
-def refuse_second_time(model: nn.Module) -> None:
-    """Raise ConfigError where the model has LAuReL modules of ours."""
-    present = sites_of(model)
-    if present:
-        raise ConfigError(
-            f"The model was rewritten already: it has {len(present)} LAuReL modules, the first at {next(iter(present))!r}. "
-            "Call laurel_rewrite.remove(model) first."
-        )
-
-
 def rewriting_of(model: nn.Module) -> Rewriting:
     """What was done to a rewritten model; ConfigError where nothing was."""
     record = getattr(model, RECORD, None)
@@ -211,7 +200,7 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
     first = next(iter(model.parameters()), None)
     for row in plan.sites:
         owner = model.get_submodule(row.owner)
-        laurel = build(row, plan, _like(owner, first))
+        laurel = plan.build(row, _like(owner, first))
         laurel.train(owner.training)
         if row.turns:
             if not hasattr(owner, row.attribute):
@@ -222,13 +211,6 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
     for name, cls in classes.items():
         model.get_submodule(name).__class__ = cls
     connect(model, plan)
-
-
-def build(row: PlanSite, plan: Plan, like: torch.Tensor | None) -> Laurel:
-    """The LAuReL module of one site, on the device and of the dtype of a parameter beside it."""
-    kind = {"device": like.device, "dtype": like.dtype} if like is not None else {}
-    module: Any = variants.operator(row.variant).module(plan.config(row), site=row.id, seed=plan.seed, **kind)
-    return module  # type: ignore[no-any-return]  # an operator's module is a Laurel or its equal
 
 
 def connect(model: nn.Module, plan: Plan) -> None:

@@ -23,7 +23,6 @@ from laurel_rewrite.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import onnx_ir
-    from torch import nn
 
 NORMALIZE = ("softmax", "sigmoid", "none", "paper")
 INIT_DOWN = ("orthogonal", "xavier")
@@ -88,7 +87,7 @@ class Operator:
     formula: str
     parameters: Callable[[SiteConfig], int]
     flops: Callable[[SiteConfig], int]
-    module: Callable[..., nn.Module]
+    module: Callable[..., Any]
     onnx_function: Callable[..., onnx_ir.Function]
     uses_rank: bool
     uses_history: bool
@@ -149,7 +148,7 @@ def operator(name: str) -> Operator:
     return _registry[canonical(name)]
 
 
-def _laurel_module(*args: Any, **kwargs: Any) -> nn.Module:
+def _laurel_module(*args: Any, **kwargs: Any) -> Any:
     from laurel_rewrite.operator import Laurel
 
     return Laurel(*args, **kwargs)

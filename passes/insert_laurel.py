@@ -8,9 +8,8 @@ from torch import fx
 
 from laurel_rewrite.dialects.fx import mutates
 from laurel_rewrite.errors import RewriteError
-from laurel_rewrite.operator import Laurel
+from laurel_rewrite.operator import Laurel, refuse_second_time
 from laurel_rewrite.sites import Binding, Sites, sites_of_graph
-from laurel_rewrite.surgery import build, refuse_second_time
 from passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class InsertLaurel(Pass[fx.GraphModule]):
         rows = {row.id: row for row in self.plan.sites}
         states: dict[str, fx.Node] = {}  # the latest skip of each site: PA's history, as edges of the graph
         for row in rows.values():
-            module = build(row, self.plan, like)
+            module = self.plan.build(row, like)
             module.train(graph.training)
             graph.add_submodule(row.id, module)
         for site in self._sites:

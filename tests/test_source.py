@@ -12,7 +12,7 @@ import torch
 from conftest import LLAMA, real
 from toys import CASES, D
 
-from laurel_rewrite import RewriteError, rewrite
+from laurel_rewrite import RewriteError, load, rewrite, save
 from laurel_rewrite.models import build
 from laurel_rewrite.operator import sites_of
 from laurel_rewrite.saving import source_of
@@ -117,6 +117,44 @@ def test_owners_that_the_export_copies_are_found_by_their_path():
     )
     better = rewrite(built.model, (), built.kwargs, rank=4)
     assert list(sites_of(better)) == [f"model.layers.{n}.laurel_{k}" for n in range(3) for k in (0, 1)]
+
+
+LAYER = """
+import torch
+
+WEIGHT = {weight}
+
+
+def join(x, f):
+    return x + WEIGHT * f
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        return join(x, self.linear(x))
+"""
+
+
+def test_equal_names_of_two_modules_do_not_collide(tmp_path, monkeypatch):
+    """Two classes, two helpers and two constants of one name each."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, weight in (("first_layers", 0.5), ("second_layers", 2.0)):
+        (tmp_path / f"{name}.py").write_text(LAYER.format(weight=weight))
+    first, second = (importlib.import_module(name) for name in ("first_layers", "second_layers"))
+    model = torch.nn.Sequential(first.Layer(), second.Layer())
+    x = torch.randn(3, D)
+    better = rewrite(model, (x,), rank=4).eval()
+    assert torch.equal(better(x), model(x))
+    save(better, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out").eval()(x), model(x))
+    text = text_of(better)
+    assert "class Layer(_Layer):" in text
+    assert "class Layer_2(_Layer_2):" in text
+    assert "WEIGHT_2" in text
 
 
 def test_a_class_inside_a_function_is_rewritten_but_not_saved():
