@@ -37,7 +37,8 @@ class Stages:
             yield stage
         if self.shown:
             seconds = time.perf_counter() - begin
-            self.console.print(Text.assemble((" ✓ ", "green"), f"{name:<18}", stage.text, (f"  {seconds:.1f} s", "dim")))
+            mark = (" ✗ ", "bold red") if stage.text.startswith("FAILED") else (" ✓ ", "green")
+            self.console.print(Text.assemble(mark, f"{name:<18}", stage.text, (f"  {seconds:.1f} s", "dim")))
 
 
 class _Shown:
@@ -104,8 +105,8 @@ def show_report(console: Console, report: Report) -> None:
     """What was rewritten, whether it is right, what it costs, and where it lies."""
     show_plan(console, report)
     table = Table(title="Verification", **_STYLE)
-    for heading, justify in (("check", "left"), ("", "left"), ("largest difference", "right"), ("allowed", "left"), ("detail", "left")):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a literal
+    for heading in ("check", "", "difference", "allowed", "detail"):
+        table.add_column(heading, justify="right" if heading == "difference" else "left", no_wrap=heading in ("check", "", "difference"))
     for check in report.checks:
         mark = Text("passed", "green") if check.passed else Text("FAILED", "bold red")
         table.add_row(check.name, mark, f"{check.difference:.2g}", check.tolerance, Text(check.detail))
@@ -118,12 +119,13 @@ def show_report(console: Console, report: Report) -> None:
             caption=f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {inputs}\n{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}",
             **_STYLE,
         )
-        for heading in ("model", "median ms", "p10-p90 ms", "ratio [95 %]", "verdict", "peak arena", "peak resident", "file"):
-            table.add_column(heading, justify="left" if heading in ("model", "verdict") else "right", overflow="fold")
+        for heading in ("model", "median ms\n(p10-p90)", "ratio\n[95 %]", "verdict", "peak\narena", "peak\nresident", "file"):
+            left = heading in ("model", "verdict")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "verdict")
         for row in report.profile.rows:
+            ratio = "1" if row.verdict == "baseline" else f"{row.ratio:.3f}\n[{row.low:.3f}, {row.high:.3f}]"
             table.add_row(
-                Text(row.path.rsplit("/", 1)[-1]), f"{row.median_ms:.2f}", f"{row.p10_ms:.2f}-{row.p90_ms:.2f}",
-                "1" if row.verdict == "baseline" else f"{row.ratio:.3f} [{row.low:.3f}, {row.high:.3f}]", row.verdict,
+                Text(row.path.rsplit("/", 1)[-1]), f"{row.median_ms:.2f}\n({row.p10_ms:.2f}-{row.p90_ms:.2f})", Text(ratio), row.verdict,
                 _bytes(row.activation_bytes), _bytes(row.resident_bytes), _bytes(row.file_bytes),
             )  # fmt: skip
         console.print(table)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 RTOL, ATOL = 1e-4, 1e-5
-"""ONNX against PyTorch in float32: |difference| <= ATOL * max(1, max|reference|) + RTOL * |reference|."""
+"""ONNX against PyTorch in float32: |difference| <= ATOL * max(1, max |reference|) + RTOL * |reference|."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def check_onnx(model: nn.Module, path: Path, args: Sequence[Any], kwargs: Mappin
     for number, (feeds, call_args, call_kwargs, shapes) in enumerate(_variations(session, args, kwargs, seed)):
         with training(model, False), without_caches(model), torch.no_grad(), quiet():
             expected = _tensors(model(*call_args, **call_kwargs))
-        tolerance = f"rtol {RTOL:g}, atol {ATOL:g} of max(1, max|y|)"
+        tolerance = f"rtol {RTOL:.0e}, atol {ATOL:.0e} x max(1, max|y|)"
         try:
             found = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
         except Exception as error:  # onnxruntime's exceptions share no base class

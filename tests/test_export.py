@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -58,6 +60,17 @@ def test_real_architectures(name, variant, tmp_path):
     with torch.no_grad():
         expected = output(model, (), {**example.other_kwargs, "use_cache": False})
     torch.testing.assert_close(run(path, *example.other_kwargs.values()), expected, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("variant", ["rw+lr", "rw+lr+pa"])
+@pytest.mark.parametrize("name", ["gpt", "resnet"])
+def test_the_examples_at_shapes_that_were_not_captured(name, variant, tmp_path):
+    built = build(str(Path(__file__).parent.parent / "tools" / "examples" / f"{name}.py"))
+    model = away_from_start(rewrite(built.model, built.args, variant=variant, rank=16), spread=0.1)
+    path = export_onnx(model, built.args, None, tmp_path / "model.onnx")
+    others = [torch.randint(0, 4096, shape) for shape in ((3, 31), (5, 100))] if name == "gpt" else [torch.randn(3, 3, 64, 64)]
+    for other in others:
+        torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
 
 
 def test_names_metadata_functions_and_dimensions(tmp_path):

@@ -10,7 +10,7 @@ from conftest import REAL, Example, away_from_start, output, real
 from torch import nn
 from toys import CASES, Branch, D, Helper, Plain
 
-from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, remove, rewrite
+from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, load, remove, rewrite, save
 from laurel_rewrite.operator import Laurel, sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan
 
@@ -124,6 +124,31 @@ def test_states_do_not_outlive_a_pass():
         x = torch.randn(4, 3, D)
         assert torch.equal(model(x), model(x))
     assert first.shape == (2, 5, D)
+
+
+def test_a_turn_that_is_left_out_stays_plain(tmp_path):
+    model, x = CASES["loop"].make().eval(), torch.randn(2, 5, D)
+    better = rewrite(model, (x,), variant="rw+lr+pa", rank=4, exclude="laurel_0.1").eval()
+    assert list(sites_of(better)) == ["laurel_0.0", "laurel_0.2"]
+    assert torch.equal(better(x), model(x))
+    assert sites_of(better)["laurel_0.2"].config.lags == 2  # the stream of the sites that were rewritten
+    away_from_start(better)
+    save(better, tmp_path)
+    assert torch.equal(load(tmp_path).eval()(x), better(x))
+    assert list(remove(better).state_dict()) == list(model.state_dict())
+
+
+def test_a_list_of_layers_of_ones_own_is_not_called_so_the_stream_begins_above_it():
+    """GPT-2's `h` is a ModuleList: a hook on it would never run."""
+    model = rewrite(real("gpt2").model, (), real("gpt2").kwargs, variant="pa", rank=4).eval()
+    ids = real("gpt2").kwargs["input_ids"]
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :5]).logits
+        model(input_ids=ids)
+        assert torch.equal(model(input_ids=ids[:, :5]).logits, first)
+    model(input_ids=ids).logits.sum().backward()  # states of the pass with gradients are kept, and cleared by the next
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids[:, :5]).logits, first)
 
 
 def test_inplace_changes_the_model_itself():
