@@ -85,9 +85,9 @@ def test_checkpointing_inside_a_loop_of_ones_own():
         torch.testing.assert_close(p.grad, checkpointed[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("variant", "graphs"), [("rw+lr", 1), ("lr", 1), ("rw+lr+pa", 2)])
+@pytest.mark.parametrize(("variant", "graphs"), [("rw+lr", 1), ("lr", 1), ("rw+lr+pa", 3)])
 def test_compiled_blocks_share_a_graph(variant, graphs):
-    """The window of PA is shorter in the first block (lags 1 and 2), so that one has a graph of its own."""
+    """PA: the windows are clipped in the first block (lags 1 and 2), and the second is the first to read two states of others."""
     torch._dynamo.reset()
     model = rewritten("llama", variant).eval()
     expected = model(input_ids=IDS, use_cache=False).logits
@@ -99,8 +99,9 @@ def test_compiled_blocks_share_a_graph(variant, graphs):
 
     for block in model.model.layers:
         block.compile(backend=backend, fullgraph=True)
+    # float32, and dynamo's graph may order sums otherwise.
     torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
-    assert len(compiled) <= graphs + ("pa" in variant)
+    assert len(compiled) == graphs
 
 
 def test_an_optimiser_step_lowers_the_loss():
