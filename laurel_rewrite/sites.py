@@ -163,6 +163,7 @@ def sites_of_graph(module: fx.GraphModule) -> Sites:
 
 def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
     """Give the nodes of a graph their shapes, where they have none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.shape_prop import ShapeProp
 
     if any("val" in n.meta or "tensor_meta" in n.meta for n in module.graph.nodes if n.op.startswith("call")):
@@ -176,15 +177,9 @@ def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
     try:
         inputs = [given[n.target] if n.target in given else n.args[0] for n in placeholders]
         # On fake tensors: shapes only, no compute, no change to a buffer.
-        ShapeProp(module, fake_mode=_fake_mode(inputs, module)).propagate(*inputs)
+        ShapeProp(module, fake_mode=FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
     except Exception as error:
         raise CaptureError(f"The graph could not be run with the given inputs: {type(error).__name__}: {error}") from error
-
-
-def _fake_mode(inputs: Sequence[Any], module: nn.Module) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _called_once(graph: fx.Graph) -> frozenset[str]:

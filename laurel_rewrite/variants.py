@@ -63,15 +63,10 @@ class SiteConfig:
 
     @property
     def maps(self) -> int:
-        """How many low-rank pairs (U, V) the operator holds."""
+        """How many low-rank pairs (U, V) the operator holds and applies: one that the lags share is applied to their weighted sum."""
         if {"lr", "pa"} <= self.terms:
             return self.lags
         return int("lr" in self.terms or ("pa" in self.terms and self.history_map == "low-rank"))
-
-    @property
-    def products(self) -> int:
-        """How many times a low-rank pair is applied: a shared pair is applied once, to the weighted sum."""
-        return self.maps
 
     @property
     def weights(self) -> int:
@@ -105,7 +100,7 @@ def laurel_parameters(config: SiteConfig) -> int:
 def laurel_flops(config: SiteConfig) -> int:
     """FLOPs (a multiply and an add are two) for one position (token, pixel) of one site: 4 r D for each low-rank pair."""
     scale = 4 if "rw" in config.terms else 1
-    return config.dim * (4 * config.rank * config.products + 2 * config.lags + scale)
+    return config.dim * (4 * config.rank * config.maps + 2 * config.lags + scale)
 
 
 _registry: dict[str, Operator] = {}

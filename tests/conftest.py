@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +115,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return check
 
 
-@pytest.fixture
-def example() -> Callable[[str], Example]:
-    return real
-
-
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    with contextlib.ExitStack():
-        torch.manual_seed(0)
-        yield
+def _seeded() -> None:
+    torch.manual_seed(0)
