@@ -5,18 +5,21 @@ ancestor of another operand through a path with at least one mixing op. Two oper
 one by linear ops only and the other through a non-linearity, are a projection shortcut.
 
 Topological order bounds every search: an ancestor of a value comes before it, and nothing before c descends from c. So the walk
-back from an operand visits the branch and nothing else, and the time is near-linear in the size of the graph.
+back from an operand visits the branch and nothing else, and each walk spares the later ones what it has seen: the time is near-linear
+in the size of the graph.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from laurel_rewrite.dataflow import Dataflow, Role, Value
 
-_PLAIN, _MIXED = 1, 2  # bits: reached without, with a mixing op on the way
+_PLAIN, _MIXED, _EITHER = 1, 2, 3  # bits: reached without, with a mixing op on the way
+_ENTRIES = 16  # a region with more ways out than this is walked each time
+_Leaf = tuple[int, tuple[tuple[int, int], ...]]  # an operand of an n-ary sum, and the binary sums from it outwards
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class _Finder:
         self.flow = flow
         self.values = flow.values
         self.inner = {v.index for v in self.values if self._is_sum(v) and self._folds(v)}
+        self.jumps: dict[int, tuple[int, list[tuple[int, int]]]] = {}  # start -> lowest value passed, where the region is left and how
+        self.inputs = self._inputs()
 
     def find(self) -> tuple[list[Residual], list[Refusal]]:
         residuals: list[Residual] = []
@@ -90,9 +95,9 @@ class _Finder:
         reader = self.values[readers[0]]
         return self._is_sum(reader) and reader.inputs.count(value.index) == 1
 
-    def _leaves(self, index: int) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
+    def _leaves(self, index: int) -> Iterator[_Leaf]:
         """Each operand of the n-ary sum, with the binary sums from it outwards."""
-        stack: list[tuple[int, tuple[tuple[int, int], ...]]] = [(index, ())]
+        stack: list[_Leaf] = [(index, ())]
         while stack:
             node, path = stack.pop()
             for side, operand in reversed(list(enumerate(self.values[node].inputs))):
@@ -119,6 +124,21 @@ class _Finder:
             return Refusal(value.index, "broadcast", f"{shapes}: the operands have different shapes (a mask, an embedding)")
         return Refusal(value.index, "unknown shape", f"{shapes}: shapes are not known")
 
+    def _inputs(self) -> list[int]:
+        """For each value the model inputs that it descends from, as bits."""
+        inputs: list[int] = []
+        count = 0
+        for value in self.values:
+            mask = 0
+            if value.data and not value.inputs:
+                mask = 1 << count
+                count += 1
+            elif value.data:
+                for operand in value.inputs:
+                    mask |= inputs[operand]
+            inputs.append(mask)
+        return inputs
+
     # Verdicts
 
     def _judge(self, value: Value) -> Residual | Refusal:
@@ -128,25 +148,23 @@ class _Finder:
         if value.existing:
             return Refusal(value.index, "existing LAuReL", f"{where}: inside a LAuReL block that the model has already")
         roots = [self._root(operand) for operand in operands]
-        floor = min(roots)
-        cones = [self._cone(operand, floor) for operand in operands]
-
-        def descends(position: int, ancestor: int) -> int:
-            return max((cones[p].get(ancestor, 0) for p in range(len(operands)) if p != position), default=0)
-
-        identity = [p for p in range(len(operands)) if descends(p, roots[p]) & _MIXED]
+        descent = self._descent(roots, roots)
+        others = [descent[root] & ~(_EITHER << 2 * position) for position, root in enumerate(roots)]
+        identity = [position for position, ways in enumerate(others) if _mixed(ways)]
         if identity:
-            skip = max(identity, key=lambda p: roots[p])
+            skip = max(identity, key=lambda position: roots[position])
             return self._residual(value, leaves, skip, "identity", roots[skip])
-        if any(descends(p, roots[p]) for p in range(len(operands))):
+        if any(others):
             return Refusal(value.index, "pointwise", f"{where}: no mixing op between the operands (a gate, an activation)")
         partial = self._partial(operands)
         if partial is not None:
             return self._residual(value, leaves, partial[0], "partial", partial[1])
+        if len(operands) != 2:
+            return Refusal(value.index, "no skip", f"{where}: no operand is an ancestor of another")
         return self._projection(value, leaves, operands, where)
 
-    def _residual(self, value: Value, leaves: list[tuple[int, tuple[tuple[int, int], ...]]], skip: int, kind: str, source: int) -> Residual:
-        branches = tuple(leaf for p, (leaf, _) in enumerate(leaves) if p != skip)
+    def _residual(self, value: Value, leaves: list[_Leaf], skip: int, kind: str, source: int) -> Residual:
+        branches = tuple(leaf for position, (leaf, _) in enumerate(leaves) if position != skip)
         return Residual(value.index, leaves[skip][0], branches, leaves[skip][1], kind, source)
 
     def _root(self, index: int) -> int:
@@ -155,20 +173,54 @@ class _Finder:
             index = self.values[index].inputs[0]
         return index
 
-    def _cone(self, index: int, floor: int) -> dict[int, int]:
-        """The data-dependent ancestors of a value down to position `floor`, with how each is reached."""
-        reached = {index: _PLAIN}
-        heap = [-index]
+    def _descent(self, starts: Sequence[int], targets: Iterable[int]) -> dict[int, int]:
+        """For each target, how each start descends from it: two bits a start, `_PLAIN` and `_MIXED`, start 0 lowest.
+
+        One walk back in reverse topological order, down to the lowest target. A walk leaves a jump at each start: what lies between
+        the start and the floor is passed in one step by every later walk that looks for nothing in between. So nested regions and
+        long-range sums (a U-Net, a tower beside a tower) are walked once, not once for each sum.
+        """
+        wanted = sorted(set(targets))
+        floor = wanted[0]
+        ways: dict[int, int] = {}
+        heap: list[int] = []
+        below: dict[int, int] = {}  # reached, but not walked through
+        for position, start in enumerate(starts):
+            if start not in ways:
+                heapq.heappush(heap, -start)
+            ways[start] = ways.get(start, 0) | _PLAIN << 2 * position
+        plains = sum(_PLAIN << 2 * position for position in range(len(starts)))
+        lowest = max(starts)
         while heap:
             node = -heapq.heappop(heap)
-            bits = _MIXED if self.values[node].role is Role.MIXING else reached[node]
-            for operand in self.values[node].inputs:
-                if operand >= floor and self.values[operand].data:
-                    if operand not in reached:
-                        heapq.heappush(heap, -operand)
-                        reached[operand] = 0
-                    reached[operand] |= bits
-        return reached
+            reached = ways[node]
+            while wanted and wanted[-1] >= node:
+                wanted.pop()
+            if node <= floor:
+                below[node] = below.get(node, 0) | reached
+                continue
+            lowest = min(lowest, node)
+            through = (reached & plains) << 1 | reached & (plains << 1)  # every way, now mixed
+            jump = self.jumps.get(node)
+            if jump is not None and (not wanted or wanted[-1] < jump[0]):
+                lowest = min(lowest, jump[0])
+                steps = [(entry, (reached if how & _PLAIN else 0) | (through if how & _MIXED else 0)) for entry, how in jump[1]]
+            else:
+                carried = through if self.values[node].role is Role.MIXING else reached
+                steps = [(operand, carried) for operand in self.values[node].inputs if self.values[operand].data]
+            for operand, carried in steps:
+                if operand < floor:
+                    below[operand] = below.get(operand, 0) | carried
+                elif operand in ways:
+                    ways[operand] |= carried
+                else:
+                    ways[operand] = carried
+                    heapq.heappush(heap, -operand)
+        for position, start in enumerate(starts):
+            entries = [(entry, how) for entry, mask in below.items() if (how := mask >> 2 * position & _EITHER)]
+            if start > floor and len(entries) <= _ENTRIES:
+                self.jumps[start] = (lowest, entries)
+        return {target: ways.get(target, 0) for target in targets}
 
     def _partial(self, operands: list[int]) -> tuple[int, int] | None:
         """A skip that is a slice of what another operand reads whole: its position, and the whole."""
@@ -180,56 +232,62 @@ class _Finder:
                 index = self.values[index].inputs[0]
             if not sliced:
                 continue
+            whole = [reader for reader in self.flow.readers[index] if self.values[reader].role is not Role.SLICE]
             for other in operands:
-                cone = self._cone(other, index) if other != operand else {}
-                whole = [r for r in self.flow.readers[index] if r in cone and self.values[r].role is not Role.SLICE]
-                if cone.get(index, 0) & _MIXED and whole:
-                    return position, index
+                if other != operand and whole:
+                    descent = self._descent([other], [index, *whole])
+                    if _mixed(descent[index]) and any(descent[reader] for reader in whole):
+                        return position, index
         return None
 
-    def _projection(
-        self, value: Value, leaves: list[tuple[int, tuple[tuple[int, int], ...]]], operands: list[int], where: str
-    ) -> Residual | Refusal:
-        if len(operands) != 2 or operands[0] == operands[1]:
-            return Refusal(value.index, "no skip", f"{where}: no operand is an ancestor of another")
-        ancestor = self._common_ancestor(*operands)
-        if ancestor is None:
+    def _projection(self, value: Value, leaves: list[_Leaf], operands: list[int], where: str) -> Residual | Refusal:
+        if not self.inputs[operands[0]] & self.inputs[operands[1]]:
             return Refusal(value.index, "no common ancestor", f"{where}: the operands come from different inputs")
-        cones = [self._cone(operand, ancestor) for operand in operands]
-        if any(self.values[i].kind.upsample for cone in cones for i in cone):
-            return Refusal(value.index, "lateral", f"{where}: one operand was upsampled (a feature pyramid or U-Net)")
-        linear = [all(self._is_linear(self.values[i]) for i in cone if i != ancestor) for cone in cones]
-        narrow = [not any(self.values[i].kind.wide for i in cone if i != ancestor) for cone in cones]
-        # A second entry below the ancestor means that the operand is no function of the ancestor alone.
-        closed = [self._closed(cone, ancestor) for cone in cones]
-        for skip in (0, 1):
-            if linear[skip] and narrow[skip] and not linear[1 - skip] and closed[skip] and cones[skip].get(ancestor, 0) & _MIXED:
-                return self._residual(value, leaves, skip, "projection", ancestor)
-        if all(linear):
-            return Refusal(value.index, "both linear", f"{where}: both paths are linear (a low-rank delta, a re-parametrised convolution)")
+        for skip, other in ((0, 1), (1, 0)):
+            source = self._shortcut(operands[skip], operands[other])
+            if source is None:
+                continue
+            cone = self._between(source, operands[other])
+            if any(self.values[i].kind.upsample for i in cone):
+                return Refusal(value.index, "lateral", f"{where}: one operand was upsampled (a feature pyramid or U-Net)")
+            if all(self._is_linear(self.values[i]) for i in cone):
+                return Refusal(
+                    value.index, "both linear", f"{where}: both paths are linear (a low-rank delta, a re-parametrised convolution)"
+                )
+            return self._residual(value, leaves, skip, "projection", source)
         return Refusal(value.index, "no linear path", f"{where}: neither path is linear (experts, gates, sums of different streams)")
 
-    def _common_ancestor(self, left: int, right: int) -> int | None:
-        """The nearest: the latest value that both operands descend from."""
-        colours = {left: 1, right: 2}
-        heap = [-left, -right]
-        while heap:
-            node = -heapq.heappop(heap)
-            if colours[node] == 3:
-                return node
-            for operand in self.values[node].inputs:
-                if self.values[operand].data:
-                    if operand not in colours:
-                        heapq.heappush(heap, -operand)
-                        colours[operand] = 0
-                    colours[operand] |= colours[node]
-        return None
+    def _shortcut(self, skip: int, other: int) -> int | None:
+        """The nearest value that `skip` is computed from by linear ops alone, one of them mixing, and that `other` descends from."""
+        chain, index, mixed = [], skip, False
+        while self._is_linear(self.values[index]) and not self.values[index].kind.wide:
+            carried = {i for i in self.values[index].inputs if self.values[i].data}
+            if len(carried) != 1:
+                break
+            mixed = mixed or self.values[index].role is Role.MIXING
+            index = carried.pop()
+            if mixed:
+                chain.append(index)
+        descent = self._descent([other], chain) if chain else {}
+        return next((candidate for candidate in chain if descent[candidate]), None)
+
+    def _between(self, source: int, index: int) -> set[int]:
+        """The values from `source`, excluded, to `index`, and what else `index` reads above `source`."""
+        found, stack = {index}, [index]
+        while stack:
+            for operand in self.values[stack.pop()].inputs:
+                if operand > source and operand not in found and self.values[operand].data:
+                    found.add(operand)
+                    stack.append(operand)
+        return found
 
     def _is_linear(self, value: Value) -> bool:
         return value.kind.linear or value.role in (Role.TRANSPARENT, Role.SLICE, Role.SUM)
 
-    def _closed(self, cone: Iterable[int], ancestor: int) -> bool:
-        return all(operand >= ancestor for i in cone if i != ancestor for operand in self.values[i].inputs if self.values[operand].data)
+
+def _mixed(ways: int) -> bool:
+    """Whether a start, of any number, descends through a mixing op."""
+    return bool(ways) and any(ways >> shift & _MIXED for shift in range(0, ways.bit_length(), 2))
 
 
 def _shape(value: Value) -> str:

@@ -14,20 +14,19 @@ import torch
 from torch import fx
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
+from laurel_rewrite.dialects.rules import POINTWISE, SOURCE, TRANSPARENT, reshaped_axes, scaled
 from laurel_rewrite.dialects.torch_ops import (
     IGNORED,
     LEAF_MODULES,
     OPS,
     POINTWISE_MODULES,
+    PRODUCTS,
     SCALES,
     SHAPE_ONLY,
     SUMS,
     VIEWS,
 )
 
-_POINTWISE = OpKind(Role.POINTWISE)
-_TRANSPARENT = OpKind(Role.TRANSPARENT)
-_SOURCE = OpKind(Role.SOURCE)
 _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
@@ -88,7 +87,7 @@ class _Reader:
         value = self.flow.add(
             node.name,
             op,
-            _SOURCE if source else self._kind(node, op, inputs, shape),
+            SOURCE if source else self._kind(node, op, inputs, shape),
             inputs,
             shape=shape,
             floating=floating,
@@ -123,7 +122,7 @@ class _Reader:
                 data=True, axes=before.axes, owner=before.owner, existing=before.existing, where=before.where,
             )  # fmt: skip
             if mutates(node):  # its memory is its parent's
-                fresh.kind = _TRANSPARENT
+                fresh.kind = TRANSPARENT
             self.current[node] = fresh.index
             self.seen[node] = version
         return self.current[node]
@@ -141,7 +140,7 @@ class _Reader:
             if not (mutates(node) or before.shape == value.shape):
                 inputs = [written] if whole else [before.index, written]
                 written = self.flow.add(
-                    f"{parent.name}_after", "update", _TRANSPARENT if whole else _POINTWISE, inputs, shape=before.shape,
+                    f"{parent.name}_after", "update", TRANSPARENT if whole else POINTWISE, inputs, shape=before.shape,
                     floating=before.floating, data=True, owner=value.owner,
                 ).index  # fmt: skip
             node = parent
@@ -153,24 +152,18 @@ class _Reader:
         first = values[inputs[0]] if inputs else None
         if op == "unknown_module":
             return OpKind(Role.MIXING)
-        kind = OPS.get(op, _POINTWISE)
+        kind = OPS.get(op, POINTWISE)
         if op in SUMS:
             scalar = [a for a in node.args[:2] if isinstance(a, int | float) and not isinstance(a, bool)]
-            return _TRANSPARENT if scalar == [0] else kind  # sum([...]) begins with 0
+            return TRANSPARENT if scalar == [0] else kind  # sum([...]) begins with 0
         if op in SCALES:
-            if len(node.args) >= 2 and any(isinstance(a, int | float) for a in node.args[:2]):
-                return _TRANSPARENT
-            others = [values[i] for i in inputs if not values[i].data]
-            if len(inputs) == 2 and len(others) == 1:
-                constant = others[0].shape in ((), (1,)) and not others[0].name.startswith("p_")
-                return _TRANSPARENT if constant else OpKind(Role.POINTWISE, linear=True, axis=_vector_axis(others[0], first), vote=2)
-            return kind
-        if op == "getitem":
-            slices = first is not None and first.shape is not None and not isinstance(node.args[1], int)
-            tensor_item = first is not None and first.shape is not None and isinstance(node.args[1], int)
-            return OPS["slice"] if (slices or tensor_item) and first is not None and first.shape != shape else kind
+            return self._scale(node, op, [values[i] for i in inputs]) or kind
+        if op == "getitem" and first is not None:
+            if first.shape is None:  # one of several results: each piece of a split is a slice of its own
+                return first.kind if first.role is Role.SLICE else kind
+            return OPS["slice"] if first.shape != shape else kind
         if kind.role is Role.SLICE and first is not None and first.shape == shape:
-            return _TRANSPARENT
+            return TRANSPARENT
         if op in ("expand", "expand_as") and first is not None and first.shape != shape:
             return OpKind(Role.POINTWISE, linear=True)
         if kind.norm and op in ("layer_norm", "rms_norm", "native_layer_norm"):
@@ -186,6 +179,13 @@ class _Reader:
             if dims in ([-1], -1, [len(first.shape) - 1]):
                 return replace(kind, axis=-1, vote=1)
         return kind
+
+    def _scale(self, node: fx.Node, op: str, operands: list[Value]) -> OpKind | None:
+        if op not in PRODUCTS and not (isinstance(node.args[0], fx.Node) and operands and operands[0].data):
+            return None  # a number divided by data
+        if len(operands) == 1 and any(isinstance(a, int | float) for a in (*node.args, *node.kwargs.values())):
+            return TRANSPARENT
+        return scaled(operands, learned=any(o.name.startswith("p_") for o in operands))
 
     def _normalized_shape(self, node: fx.Node) -> list[int] | None:
         if node.op == "call_module":
@@ -263,16 +263,6 @@ def where_of(node: fx.Node) -> str:
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 
-def _vector_axis(constant: Value, other: Value | None) -> int | None:
-    """The feature axis a multiplication by a parameter vector implies: [D] says -1; [D, 1, 1] and [1, D, 1, 1] say 1."""
-    if constant.shape is None or other is None or other.shape is None:
-        return None
-    long = [position - len(constant.shape) for position, size in enumerate(constant.shape) if size != 1]
-    if len(long) != 1:
-        return None
-    return -1 if long[0] == -1 else 1 if long[0] == 1 - len(other.shape) else None
-
-
 def _axes(node: fx.Node, op: str, operand: Value, result: Value) -> tuple[int | None, ...] | None:
     """Which dimension of the operand each dimension of the result is."""
     if operand.shape is None or result.shape is None:
@@ -293,16 +283,4 @@ def _axes(node: fx.Node, op: str, operand: Value, result: Value) -> tuple[int | 
             order[-1], order[-2] = order[-2], order[-1]
             return tuple(order)
         return tuple(reversed(order)) if op != "movedim" and op != "moveaxis" else None
-    if before == after:
-        return tuple(range(rank))
-    # A reshape keeps the dimensions that agree from the left and from the right.
-    axes: list[int | None] = [None] * len(after)
-    for i in range(min(rank, len(after))):
-        if before[i] != after[i]:
-            break
-        axes[i] = i
-    for i in range(1, min(rank, len(after)) + 1):
-        if before[-i] != after[-i]:
-            break
-        axes[-i] = rank - i
-    return tuple(axes)
+    return reshaped_axes(before, after)

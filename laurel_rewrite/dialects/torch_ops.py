@@ -62,7 +62,8 @@ SHAPE_ONLY = frozenset(
 IGNORED = frozenset("_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range_for_size _set_grad_enabled".split())
 """Ops without a result."""
 
-SCALES = frozenset({"mul", "div", "true_divide", "divide", "multiply", "truediv"})
+PRODUCTS = frozenset({"mul", "multiply", "imul"})
+SCALES = PRODUCTS | {"div", "true_divide", "divide", "truediv", "itruediv"}
 """Transparent with a constant scalar, pointwise otherwise."""
 
 SUMS = frozenset({"add", "iadd"})

@@ -1,0 +1,53 @@
+"""What the dialects share: rows of an op table specialised to one use, and the dimensions behind a view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from laurel_rewrite.dataflow import OpKind, Role, Value
+
+SOURCE = OpKind(Role.SOURCE)
+TRANSPARENT = OpKind(Role.TRANSPARENT)
+POINTWISE = OpKind(Role.POINTWISE)
+MIXING = OpKind(Role.MIXING)
+SUM = OpKind(Role.SUM)
+
+
+def scaled(operands: Sequence[Value], *, learned: bool) -> OpKind | None:
+    """The row of a product of one data operand and one other: a constant scalar only scales, a vector or a learned scalar is linear.
+
+    None where both depend on data.
+    """
+    fixed = [operand for operand in operands if not operand.data]
+    if len(operands) != 2 or len(fixed) != 1:
+        return None
+    if fixed[0].shape in ((), (1,)) and not learned:
+        return TRANSPARENT
+    data = operands[1] if operands[0] is fixed[0] else operands[0]
+    return OpKind(Role.POINTWISE, linear=True, axis=_vector_axis(fixed[0], data), vote=2)
+
+
+def _vector_axis(constant: Value, other: Value) -> int | None:
+    """The feature axis a multiplication by a parameter vector implies: [D] says -1; [D, 1, 1] and [1, D, 1, 1] say 1."""
+    if constant.shape is None or other.shape is None:
+        return None
+    long = [position - len(constant.shape) for position, size in enumerate(constant.shape) if size != 1]
+    if len(long) != 1:
+        return None
+    return -1 if long[0] == -1 else 1 if long[0] == 1 - len(other.shape) else None
+
+
+def reshaped_axes(before: Sequence[int | str], after: Sequence[int | str]) -> tuple[int | None, ...]:
+    """Which dimension before a reshape each dimension after it is: those that agree from the left and from the right."""
+    if tuple(before) == tuple(after):
+        return tuple(range(len(before)))
+    axes: list[int | None] = [None] * len(after)
+    for i in range(min(len(before), len(after))):
+        if before[i] != after[i]:
+            break
+        axes[i] = i
+    for i in range(1, min(len(before), len(after)) + 1):
+        if before[-i] != after[-i]:
+            break
+        axes[-i] = len(before) - i
+    return tuple(axes)
