@@ -37,6 +37,7 @@ class OpKind:
         norm: a normalisation; a stream passes through it.
         gated: a sum whose operands are weighted by tensors (lerp, addcmul).
         upsample: enlarges positions; marks a lateral sum.
+        softmax: turns attention scores into weights; a sum that only this reads is a bias on scores.
         axis: the feature axis that reading a value through this op implies, counted on that value's dimensions.
         vote: how much that implication weighs.
     """
@@ -47,6 +48,7 @@ class OpKind:
     norm: bool = False
     gated: bool = False
     upsample: bool = False
+    softmax: bool = False
     axis: int | None = None
     vote: int = 0
 

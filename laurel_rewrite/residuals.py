@@ -19,6 +19,7 @@ from laurel_rewrite.dataflow import Dataflow, Role, Value
 
 _PLAIN, _MIXED, _EITHER = 1, 2, 3  # bits: reached without, with a mixing op on the way
 _ENTRIES = 16  # a region with more ways out than this is walked each time
+_REACH = 16  # values followed from a sum of attention scores to the softmax
 _Leaf = tuple[int, tuple[tuple[int, int], ...]]  # an operand of an n-ary sum, and the binary sums from it outwards
 
 
@@ -151,6 +152,8 @@ class _Finder:
         descent = self._descent(roots, roots)
         others = [descent[root] & ~(_EITHER << 2 * position) for position, root in enumerate(roots)]
         identity = [position for position, ways in enumerate(others) if _mixed(ways)]
+        if identity and self._biases_scores(value, roots):
+            return Refusal(value.index, "attention bias", f"{where}: a bias on attention scores, which a softmax reads")
         if identity:
             skip = max(identity, key=lambda position: roots[position])
             return self._residual(value, leaves, skip, "identity", roots[skip])
@@ -221,6 +224,22 @@ class _Finder:
             if start > floor and len(entries) <= _ENTRIES:
                 self.jumps[start] = (lowest, entries)
         return {target: ways.get(target, 0) for target in targets}
+
+    def _biases_scores(self, value: Value, roots: list[int]) -> bool:
+        """Whether an operand is a product of two data-dependent values, and nothing but a softmax reads the sum."""
+        if not any(self.values[r].role is Role.MIXING and len({i for i in self.values[r].inputs if self.values[i].data}) > 1 for r in roots):
+            return False
+        queue = [value.index]
+        for index in queue:
+            readers = [self.values[reader] for reader in self.flow.readers[index]]
+            if not readers or len(queue) > _REACH:
+                return False
+            for reader in readers:
+                if reader.role in (Role.TRANSPARENT, Role.POINTWISE) or (reader.role is Role.SUM and not self._is_sum(reader)):
+                    queue.append(reader.index)
+                elif not reader.kind.softmax:
+                    return False
+        return True
 
     def _partial(self, operands: list[int]) -> tuple[int, int] | None:
         """A skip that is a slice of what another operand reads whole: its position, and the whole."""

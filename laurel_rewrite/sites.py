@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -17,6 +18,7 @@ from laurel_rewrite.residuals import Residual, find_residuals
 from laurel_rewrite.streams import find_places
 
 if TYPE_CHECKING:
+    import onnx_ir
     import torch
 
 
@@ -107,7 +109,7 @@ class Sites:
 
 
 def detect(
-    model: nn.Module | torch.export.ExportedProgram,
+    model: nn.Module | torch.export.ExportedProgram | onnx_ir.Model | str | PathLike[str],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -116,7 +118,7 @@ def detect(
     """Find the residual connections of a model. Nothing is changed.
 
     Args:
-        model: a module on any device (meta included), an `fx.GraphModule`, or an exported program.
+        model: a module on any device (meta included), an `fx.GraphModule`, an exported program, an ONNX model or the path of one.
         args, kwargs: inputs of its forward, with a batch of 2 or more where possible: a batch of 1 hides broadcasts. A graph that
             carries shapes already needs none.
         dynamic_shapes: as `torch.export.export` takes them; the sites are the same, their shapes symbolic.
@@ -125,7 +127,7 @@ def detect(
         The sites in order of execution, and every other addition with the reason why it is none.
 
     Raises:
-        CaptureError: the model cannot be captured with these inputs.
+        CaptureError: the model cannot be captured with these inputs, or the file cannot be read.
 
     Example:
         >>> import torch
@@ -142,8 +144,10 @@ def detect(
     if isinstance(model, fx.GraphModule):
         with_shapes(model, args, kwargs)
         return sites_of_graph(model)
+    if isinstance(model, str | PathLike):
+        return sites_of_onnx(read_onnx(model))
     if not isinstance(model, nn.Module):
-        return sites_of_program(model)
+        return sites_of_program(model) if hasattr(model, "graph_signature") else sites_of_onnx(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return sites_of_program(captured.program, captured.calls)
 
@@ -158,6 +162,30 @@ def sites_of_program(program: torch.export.ExportedProgram, calls: Sequence[Call
 def sites_of_graph(module: fx.GraphModule) -> Sites:
     """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes."""
     flow, _ = dataflow_from_fx(module.graph, module.get_submodule)
+    return _sites(flow, ())
+
+
+def read_onnx(path: str | PathLike[str]) -> onnx_ir.Model:
+    """An ONNX file; weights stay on the disk until they are asked for."""
+    import onnx_ir as ir
+
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's, the file system's
+        raise CaptureError(f"{path} could not be read as an ONNX model: {type(error).__name__}: {error}") from error
+
+
+def sites_of_onnx(model: onnx_ir.Model) -> Sites:
+    """The sites of an ONNX model. Shapes that are missing are inferred on a copy."""
+    import onnx_ir.passes.common as common
+
+    from laurel_rewrite.dialects.onnx import dataflow_from_onnx
+
+    if model.functions:
+        model = common.InlinePass()(model.clone()).model
+    if any(value.shape is None for node in model.graph for value in node.outputs):
+        model = common.ShapeInferencePass()(model.clone()).model
+    flow, _ = dataflow_from_onnx(model.graph)
     return _sites(flow, ())
 
 

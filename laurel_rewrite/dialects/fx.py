@@ -5,7 +5,6 @@ Every node whose result is a tensor needs its shape, in `meta["val"]` (torch.exp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 from torch import fx
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
-from laurel_rewrite.dialects.rules import POINTWISE, SOURCE, TRANSPARENT, reshaped_axes, scaled
+from laurel_rewrite.dialects.rules import POINTWISE, SOURCE, TRANSPARENT, innermost_frame, reshaped_axes, scaled
 from laurel_rewrite.dialects.torch_ops import (
     IGNORED,
     LEAF_MODULES,
+    LIKE,
     OPS,
     POINTWISE_MODULES,
     PRODUCTS,
@@ -27,7 +27,6 @@ from laurel_rewrite.dialects.torch_ops import (
     VIEWS,
 )
 
-_TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def dataflow_from_fx(
@@ -77,6 +76,8 @@ class _Reader:
         if op in SUMS:  # the same tensor twice is two operands
             operands = [a for a in node.args if isinstance(a, fx.Node) and a in self.computed]
             operands += [a for a in node.kwargs.values() if isinstance(a, fx.Node) and a in self.computed]
+        elif op in LIKE:
+            operands = operands[:1]
         inputs = [self._read(operand) for operand in operands]
         shape, floating = shape_of(node)
         source = node.op in ("placeholder", "get_attr")
@@ -259,8 +260,7 @@ def owner_of(node: fx.Node) -> tuple[str, bool]:
 
 def where_of(node: fx.Node) -> str:
     """ "file:line" of the innermost frame in the node's stack trace."""
-    frames = _TRACE_LINE.findall(node.meta.get("stack_trace") or getattr(node, "stack_trace", None) or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    return innermost_frame(node.meta.get("stack_trace") or getattr(node, "stack_trace", None) or "")
 
 
 def _axes(node: fx.Node, op: str, operand: Value, result: Value) -> tuple[int | None, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from laurel_rewrite.dataflow import OpKind, Role, Value
@@ -11,6 +12,7 @@ TRANSPARENT = OpKind(Role.TRANSPARENT)
 POINTWISE = OpKind(Role.POINTWISE)
 MIXING = OpKind(Role.MIXING)
 SUM = OpKind(Role.SUM)
+_TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def scaled(operands: Sequence[Value], *, learned: bool) -> OpKind | None:
@@ -51,3 +53,9 @@ def reshaped_axes(before: Sequence[int | str], after: Sequence[int | str]) -> tu
             break
         axes[-i] = len(before) - i
     return tuple(axes)
+
+
+def innermost_frame(trace: str) -> str:
+    """ "file:line" of the last frame of a stack trace, or ""."""
+    frames = _TRACE_LINE.findall(trace)
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""

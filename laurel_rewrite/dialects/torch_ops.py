@@ -32,7 +32,7 @@ _SLICES = """
 """
 _MIXING = """
     matmul mm bmm addmm addbmm baddbmm addmv mv dot einsum tensordot bilinear scaled_dot_product_attention multi_head_attention_forward
-    multihead_attention _native_multi_head_attention _transformer_encoder_layer_fwd softmax log_softmax softmin _softmax _log_softmax
+    multihead_attention _native_multi_head_attention _transformer_encoder_layer_fwd log_softmax softmin _log_softmax
     sum mean var std var_mean std_mean prod amax amin max min median logsumexp norm linalg_vector_norm linalg_norm cumsum cumprod
     logcumsumexp argmax argmin topk sort fft_fft fft_ifft fft_fft2 fft_ifft2 fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_fftn
     fft_ifftn fft_rfftn fft_irfftn stft istft roll flip gather index index_select index_put index_put_ take take_along_dim scatter
@@ -59,6 +59,9 @@ SHAPE_ONLY = frozenset(
 )
 """Ops that read at most the shape of their operands: their results do not depend on data."""
 
+LIKE = frozenset("type_as to expand_as view_as reshape_as".split())
+"""Ops that take only the type or the shape of their further operands."""
+
 IGNORED = frozenset("_assert_tensor_metadata _assert_async _assert_scalar sym_constrain_range_for_size _set_grad_enabled".split())
 """Ops without a result."""
 
@@ -76,6 +79,7 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(_POOLS.split(), _POOL),
     **dict.fromkeys(_UPSAMPLES.split(), OpKind(Role.MIXING, upsample=True)),
     **dict.fromkeys(_STRUCTURES.split(), _STRUCTURE),
+    **dict.fromkeys(("softmax", "_softmax"), OpKind(Role.MIXING, softmax=True)),
     **dict.fromkeys(SUMS, _SUM),
     **dict.fromkeys(("sub", "rsub", "neg"), _STRUCTURE),
     **dict.fromkeys(("addcmul", "addcdiv", "lerp"), OpKind(Role.POINTWISE, gated=True)),

@@ -1,0 +1,207 @@
+"""`Dataflow` from an ONNX graph: an exporter's, an optimiser's, a given file's.
+
+Shapes and types come from the graph; weights are never read. Owner and source line come from the metadata that PyTorch's exporter
+leaves at each node, and are empty in the graphs of others.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
+from laurel_rewrite.dialects.onnx_ops import (
+    FUSED_CONV,
+    LIKE,
+    LINEAR,
+    OPS,
+    PRODUCTS,
+    SHAPE_ONLY,
+    SKIP_NORMS,
+    SLICE,
+    SUMS,
+    UNKNOWN,
+)
+from laurel_rewrite.dialects.rules import POINTWISE, SOURCE, SUM, TRANSPARENT, innermost_frame, reshaped_axes, scaled
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
+_TRACE = "pkg.torch.onnx.stack_trace"
+
+
+def dataflow_from_onnx(graph: ir.Graph) -> tuple[Dataflow, dict[ir.Value, int]]:
+    """Read a graph whose nodes are in topological order.
+
+    Returns:
+        The dataflow, and the value that each ONNX value became. Names of values are the ONNX names, so they are unique; the sum
+        inside a fused node is called after its node.
+    """
+    reader = _Reader()
+    for value in graph.inputs:
+        reader.source(value, data=value.name not in graph.initializers)
+    for value in graph.initializers.values():
+        reader.source(value, data=False)
+    for node in graph:
+        reader.node(node)
+    reader.flow.outputs.update(reader.read(value) for value in graph.outputs)
+    return reader.flow, reader.index
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.flow = Dataflow()
+        self.index: dict[ir.Value, int] = {}
+
+    def source(self, value: ir.Value, *, data: bool) -> None:
+        if value not in self.index:
+            self.index[value] = self.flow.add(
+                value.name or "", "input" if data else "initializer", SOURCE, shape=_shape(value), floating=_floating(value), data=data
+            ).index
+
+    def read(self, value: ir.Value) -> int:
+        if value not in self.index:  # of an outer graph
+            self.source(value, data=True)
+        return self.index[value]
+
+    def node(self, node: ir.Node) -> None:
+        operands = [value for value in node.inputs if value is not None] + list(_captured(node))
+        if node.op_type in LIKE:
+            operands = operands[:1]
+        inputs = [self.read(value) for value in operands]
+        if node.op_type in SKIP_NORMS and len(inputs) >= 2:
+            self._skip_norm(node, inputs)
+        elif node.op_type == FUSED_CONV and len(node.inputs) > 3 and node.inputs[3] is not None:
+            self._fused_conv(node, inputs)
+        else:
+            kind = self._kind(node, inputs)
+            for output in node.outputs:
+                self._output(node, output, node.op_type, kind, inputs)
+
+    def _output(self, node: ir.Node, output: ir.Value, op: str, kind: OpKind, inputs: list[int]) -> Value:
+        value = self._add(node, output.name or "", op, kind, inputs, output)
+        if kind.role is Role.SLICE and inputs and value.shape is not None and value.shape == self.flow.values[inputs[0]].shape:
+            value.kind = TRANSPARENT
+        if value.role is Role.TRANSPARENT and inputs:
+            value.axes = _axes(node, self.flow.values[inputs[0]], value)
+        self.index[output] = value.index
+        return value
+
+    def _add(self, node: ir.Node, name: str, op: str, kind: OpKind, inputs: list[int], like: ir.Value) -> Value:
+        owner, existing = _owner(node)
+        data = any(self.flow.values[i].data for i in inputs) and node.op_type not in SHAPE_ONLY
+        return self.flow.add(
+            name, op, kind, inputs, shape=_shape(like), floating=_floating(like), data=data, owner=owner, existing=existing,
+            where=innermost_frame(node.metadata_props.get(_TRACE, "")),
+        )  # fmt: skip
+
+    def _skip_norm(self, node: ir.Node, inputs: list[int]) -> None:
+        """y = norm(x + skip), and x + skip itself, in one node."""
+        summed = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3].name else None
+        like = summed if summed is not None else node.inputs[0]
+        assert like is not None
+        total = self._add(node, (summed.name if summed is not None else None) or f"{node.name}_sum", "Add", SUM, inputs[:2], like)
+        if len(node.inputs) > 4 and node.inputs[4] is not None:  # a bias
+            total = self._add(node, f"{total.name}_bias", "Add", SUM, [total.index, self.read(node.inputs[4])], like)
+        if summed is not None:
+            self.index[summed] = total.index
+        for output in node.outputs:
+            if output not in self.index:
+                self._output(node, output, node.op_type, OPS[node.op_type], [total.index, *inputs[2:]])
+
+    def _fused_conv(self, node: ir.Node, inputs: list[int]) -> None:
+        """y = activation(conv(x) + z)."""
+        output = node.outputs[0]
+        conv = self._add(node, f"{node.name}_conv", "Conv", self._kind(node, inputs[:2]), inputs[:-1], output)
+        total = self._add(node, f"{node.name}_sum", "Add", SUM, [conv.index, inputs[-1]], output)
+        kind = POINTWISE if node.attributes.get_string("activation") else TRANSPARENT
+        self._output(node, output, node.op_type, kind, [total.index])
+
+    def _kind(self, node: ir.Node, inputs: list[int]) -> OpKind:
+        """The table's row, specialised to this use."""
+        op, values = node.op_type, self.flow.values
+        operands = [values[i] for i in inputs]
+        if not operands:
+            return SOURCE
+        kind = OPS.get(op, UNKNOWN)
+        if op in SUMS and len(operands) == 1:
+            return TRANSPARENT
+        if op in PRODUCTS and (op == "Mul" or operands[0].data):
+            return scaled(operands, learned=False) or kind
+        if op == "Dropout":
+            return TRANSPARENT
+        if op in ("MatMul", "Einsum", "FusedMatMul", "MatMulNBits") and len({o.index for o in operands if o.data}) == 1:
+            return LINEAR
+        if op == "Gather" and operands[0].data and len(operands) > 1 and not operands[1].data and operands[1].shape in ((), (1,)):
+            return SLICE
+        if op == "Expand":
+            return TRANSPARENT if operands[0].shape is not None and operands[0].shape == _shape(node.outputs[0]) else kind
+        if kind.wide is False and op in ("Conv", FUSED_CONV):
+            return replace(kind, wide=_kernel(node, operands) != {1})
+        if op == "LayerNormalization" and node.attributes.get_int("axis", -1) not in (-1, len(operands[0].shape or ()) - 1):
+            return replace(kind, axis=1, vote=1)
+        if op == "ReduceMean" and operands[0].shape is not None and _reduced(node, operands[0]) == (len(operands[0].shape) - 1,):
+            return replace(kind, axis=-1, vote=1)
+        return kind
+
+
+def _captured(node: ir.Node) -> Iterator[ir.Value]:
+    """What the subgraphs of an If, Loop or Scan read from outside."""
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    for graph in graphs:
+        nodes = list(graph.all_nodes())
+        inside = {*graph.inputs, *graph.initializers.values(), *(output for inner in nodes for output in inner.outputs)}
+        yield from {value: None for inner in nodes for value in inner.inputs if value is not None and value not in inside}
+
+
+def _shape(value: ir.Value) -> tuple[int | str, ...] | None:
+    """Sizes; a symbolic size is its name, an unnamed one "?"."""
+    if value.shape is None:
+        return None
+    return tuple(dim if isinstance(dim, int) else str(dim.value) if dim.value is not None else "?" for dim in value.shape)
+
+
+def _floating(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _owner(node: ir.Node) -> tuple[str, bool]:
+    """Path of the module that ran the node, and whether one around it is a LAuReL block of the model's own."""
+    scopes, classes = _list(node.metadata_props, _SCOPES), _list(node.metadata_props, _CLASSES)
+    existing = any("laurel" in name.rsplit(".", 1)[-1].lower() for name in classes[:-1])
+    return (scopes[-2] if len(scopes) > 1 else ""), existing
+
+
+def _list(metadata: Mapping[str, str], key: str) -> list[str]:
+    try:
+        found = ast.literal_eval(metadata[key]) if key in metadata else []
+    except (ValueError, SyntaxError):  # another tool's text under this key
+        return []
+    return [str(item) for item in found] if isinstance(found, list) else []
+
+
+def _axes(node: ir.Node, operand: Value, result: Value) -> tuple[int | None, ...] | None:
+    """Which dimension of the operand each dimension of the result is."""
+    if operand.shape is None or result.shape is None:
+        return None
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm")
+        return tuple(order) if order is not None else tuple(reversed(range(len(operand.shape))))
+    return reshaped_axes(operand.shape, result.shape)
+
+
+def _kernel(node: ir.Node, operands: list[Value]) -> set[int | str]:
+    given = node.attributes.get_ints("kernel_shape")
+    if given is not None:
+        return set(given)
+    return set((operands[1].shape or ())[2:]) if len(operands) > 1 else set()
+
+
+def _reduced(node: ir.Node, operand: Value) -> tuple[int, ...]:
+    """The axes of a reduction, from 0."""
+    axes = node.attributes.get_ints("axes")
+    if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None and node.inputs[1].const_value is not None:
+        axes = node.inputs[1].const_value.numpy().tolist()
+    return tuple(axis % len(operand.shape or ()) for axis in axes or ())
