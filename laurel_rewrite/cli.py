@@ -130,20 +130,44 @@ def rewrite(
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
+@click.option("--explain", "selector", metavar="SITE|LINE", help="Why an addition is, or is not, a site: an id, a module, or [FILE:]LINE.")
+@click.option("--graph", "drawing", type=click.Path(path_type=Path), metavar="FILE", help="Draw streams, sites and branches: .svg, .dot.")
 @_common
-def sites(model: str, settings: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the residual connections of MODEL, and every other addition with the reason why it is none. Changes nothing."""
+def sites(
+    model: str,
+    selector: str | None,
+    drawing: Path | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """List the residual connections of MODEL, and every other addition with the reason why it is none. Changes nothing.
+
+    MODEL may be an .onnx file here, too.
+    """
     _start(verbose)
     from laurel_rewrite import job, terminal
+    from laurel_rewrite.drawing import check_format, draw
+    from laurel_rewrite.explain import explain
     from laurel_rewrite.models import parse_settings
 
+    if drawing is not None:
+        check_format(drawing)
     listener = terminal.Stages(_console(stderr=True), quiet=quiet)
     with listener("detect"):
-        _, found = job.find_sites(model, parse_settings(settings))
+        found = job.find_sites(model, parse_settings(settings))
+    explanations = explain(found, selector) if selector is not None else None
+    if drawing is not None:
+        draw(found, drawing, f"{model}: {len(found)} residual connections")
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(found.to_dict() if explanations is None else {"explanations": [e.to_dict() for e in explanations]})
+    elif explanations is not None:
+        terminal.show_explanations(_console(), explanations)
     else:
         terminal.show_sites(_console(), model, found)
+    if drawing is not None:
+        click.echo(f"Drawn to {drawing}.", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ class OpKind:
     Attributes:
         role: what the op does.
         linear: a linear function of its data operand.
-        wide: combines several positions by weights (a 3x3 convolution), as no shortcut does.
+        wide: combines several positions by weights (a 3x3 convolution); a shortcut does that only where it changes the shape.
         norm: a normalisation; a stream passes through it.
         gated: a sum whose operands are weighted by tensors (lerp, addcmul).
         upsample: enlarges positions; marks a lateral sum.

@@ -75,8 +75,19 @@ class Report:
         }
 
 
-def find_sites(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Sites]:
-    """Build a model and detect, on the meta device where the model allows it: a large architecture needs no memory for this."""
+def find_sites(spec: str, settings: Mapping[str, Any]) -> Sites:
+    """The sites of what a MODEL names: Python, an architecture, or an ONNX file."""
+    if Path(spec).suffix != ".onnx":
+        return _build_and_detect(spec, settings)[1]
+    if settings:
+        raise ConfigError("--set is for models that are built; an ONNX file has no settings.")
+    if not Path(spec).is_file():
+        raise ConfigError(f"There is no file {spec}.")
+    return detect(spec)
+
+
+def _build_and_detect(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Sites]:
+    """On the meta device where the model allows it: a large architecture needs no memory for this."""
     from laurel_rewrite.errors import CaptureError
 
     try:
@@ -110,7 +121,7 @@ def plan_only(
 ) -> Report:
     """Detection and plan, nothing more."""
     with listener("detect") as stage:
-        built, sites = find_sites(spec, settings or {})
+        built, sites = _build_and_detect(spec, settings or {})
         stage.done(_counts(sites))
     chosen = make_plan(sites, config, plan, spec)
     return Report(spec, chosen, sites, _parameters(built, chosen))

@@ -20,7 +20,35 @@ from laurel_rewrite.dataflow import Dataflow, Role, Value
 _PLAIN, _MIXED, _EITHER = 1, 2, 3  # bits: reached without, with a mixing op on the way
 _ENTRIES = 16  # a region with more ways out than this is walked each time
 _REACH = 16  # values followed from a sum of attention scores to the softmax
+_PROJECTION_DETAILS = {
+    "no common ancestor": "the operands come from different inputs",
+    "lateral": "one operand was upsampled (a feature pyramid or U-Net)",
+    "both linear": "both paths are linear (a low-rank delta, a re-parametrised convolution)",
+    "no linear path": "neither path is linear (experts, gates, sums of different streams)",
+}
 _Leaf = tuple[int, tuple[tuple[int, int], ...]]  # an operand of an n-ary sum, and the binary sums from it outwards
+
+
+REASONS = {
+    "identity": "x + f(x): the branch reads the skip's value through at least one mixing op",
+    "projection": "the operands part at one value; the skip is computed from it by linear ops only, the branch through a non-linearity",
+    "partial": "the skip is a slice of a value that the branch reads whole; listed, and rewritten only when a plan says so",
+    "integer": "only floating-point numbers flow through residual connections",
+    "scalar": "adding a number is no residual connection",
+    "not data-dependent": "an operand that depends on no model input (a parameter, a buffer, a constant) is no stream",
+    "broadcast": "the operands of a residual connection have one shape; a mask, a bias or an embedding is spread",
+    "unknown shape": "without shapes a broadcast cannot be told from a residual connection",
+    "gated": "the operands are weighted by tensors, as in a gate",
+    "existing LAuReL": "the model has LAuReL here already",
+    "attention bias": "one operand is a product of queries and keys, and a softmax reads the sum",
+    "pointwise": "one operand is computed from the other, but nothing on the way mixes positions or channels: an activation, a gate",
+    "no skip": "no operand of the sum is an ancestor of another",
+    "no common ancestor": "the operands come from different model inputs",
+    "lateral": "one operand was upsampled: a feature pyramid or a U-Net joins different streams",
+    "both linear": "the operands part at one value and both are linear in it: a low-rank delta, a re-parametrised convolution",
+    "no linear path": "no operand is an ancestor of the other, and neither is linear in a value that both descend from: experts, gates",
+}
+"""Kind of a site, or reason why a sum is none -> the part of the definition that decides, in words."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +74,10 @@ class Residual:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A sum that is no residual connection: a reason from a fixed list, and the particulars."""
+    """A sum that is no residual connection: the sum and its operands, a reason from `REASONS`, and the particulars."""
 
     output: int
+    operands: tuple[int, ...]
     reason: str
     detail: str
 
@@ -71,7 +100,7 @@ class _Finder:
         refusals: list[Refusal] = []
         for value in self.values:
             if value.kind.gated and value.data:
-                refusals.append(Refusal(value.index, "gated", f"{value.op} weights its operands by tensors"))
+                refusals.append(Refusal(value.index, value.inputs, "gated", f"{value.op} weights its operands by tensors"))
             elif value.role is Role.SUM and value.index not in self.inner:
                 verdict = self._judge(value) if self._is_sum(value) else self._not_a_sum(value)
                 (residuals if isinstance(verdict, Residual) else refusals).append(verdict)  # type: ignore[arg-type]  # by its class
@@ -110,20 +139,19 @@ class _Finder:
 
     def _not_a_sum(self, value: Value) -> Refusal:
         shapes = " + ".join(_shape(self.values[i]) for i in value.inputs)
-        if not value.floating:
-            return Refusal(value.index, "integer", f"{shapes}: not floating-point numbers")
-        if len(value.inputs) < 2:
-            return Refusal(value.index, "scalar", f"{shapes} + a number")
         fixed = [self.values[i] for i in value.inputs if not self.values[i].data]
-        if fixed:
-            return Refusal(
-                value.index,
-                "not data-dependent",
-                f"{shapes}: {fixed[0].name} comes from parameters or constants (a bias, a position table)",
-            )
-        if any(self.values[i].shape != value.shape for i in value.inputs):
-            return Refusal(value.index, "broadcast", f"{shapes}: the operands have different shapes (a mask, an embedding)")
-        return Refusal(value.index, "unknown shape", f"{shapes}: shapes are not known")
+        if not value.floating:
+            reason, detail = "integer", f"{shapes}: not floating-point numbers"
+        elif len(value.inputs) < 2:
+            reason, detail = "scalar", f"{shapes} + a number"
+        elif fixed:
+            reason = "not data-dependent"
+            detail = f"{shapes}: {fixed[0].name} comes from parameters or constants (a bias, a position table)"
+        elif any(self.values[i].shape != value.shape for i in value.inputs):
+            reason, detail = "broadcast", f"{shapes}: the operands have different shapes (a mask, an embedding)"
+        else:
+            reason, detail = "unknown shape", f"{shapes}: shapes are not known"
+        return Refusal(value.index, value.inputs, reason, detail)
 
     def _inputs(self) -> list[int]:
         """For each value the model inputs that it descends from, as bits."""
@@ -146,25 +174,32 @@ class _Finder:
         leaves = list(self._leaves(value.index))
         operands = [leaf for leaf, _ in leaves]
         where = " + ".join(_shape(self.values[i]) for i in operands)
+
+        def refuse(reason: str, detail: str) -> Refusal:
+            return Refusal(value.index, tuple(operands), reason, f"{where}: {detail}")
+
         if value.existing:
-            return Refusal(value.index, "existing LAuReL", f"{where}: inside a LAuReL block that the model has already")
+            return refuse("existing LAuReL", "inside a LAuReL block that the model has already")
         roots = [self._root(operand) for operand in operands]
         descent = self._descent(roots, roots)
         others = [descent[root] & ~(_EITHER << 2 * position) for position, root in enumerate(roots)]
         identity = [position for position, ways in enumerate(others) if _mixed(ways)]
         if identity and self._biases_scores(value, roots):
-            return Refusal(value.index, "attention bias", f"{where}: a bias on attention scores, which a softmax reads")
+            return refuse("attention bias", "a bias on attention scores, which a softmax reads")
         if identity:
             skip = max(identity, key=lambda position: roots[position])
             return self._residual(value, leaves, skip, "identity", roots[skip])
         if any(others):
-            return Refusal(value.index, "pointwise", f"{where}: no mixing op between the operands (a gate, an activation)")
+            return refuse("pointwise", "no mixing op between the operands (a gate, an activation)")
         partial = self._partial(operands)
         if partial is not None:
             return self._residual(value, leaves, partial[0], "partial", partial[1])
         if len(operands) != 2:
-            return Refusal(value.index, "no skip", f"{where}: no operand is an ancestor of another")
-        return self._projection(value, leaves, operands, where)
+            return refuse("no skip", "no operand is an ancestor of another")
+        projection = self._projection(*operands)
+        if isinstance(projection, str):
+            return refuse(projection, _PROJECTION_DETAILS[projection])
+        return self._residual(value, leaves, projection[0], "projection", projection[1])
 
     def _residual(self, value: Value, leaves: list[_Leaf], skip: int, kind: str, source: int) -> Residual:
         branches = tuple(leaf for position, (leaf, _) in enumerate(leaves) if position != skip)
@@ -227,7 +262,9 @@ class _Finder:
 
     def _biases_scores(self, value: Value, roots: list[int]) -> bool:
         """Whether an operand is a product of two data-dependent values, and nothing but a softmax reads the sum."""
-        if not any(self.values[r].role is Role.MIXING and len({i for i in self.values[r].inputs if self.values[i].data}) > 1 for r in roots):
+        if not any(
+            self.values[r].role is Role.MIXING and len({i for i in self.values[r].inputs if self.values[i].data}) > 1 for r in roots
+        ):
             return False
         queue = [value.index]
         for index in queue:
@@ -259,43 +296,45 @@ class _Finder:
                         return position, index
         return None
 
-    def _projection(self, value: Value, leaves: list[_Leaf], operands: list[int], where: str) -> Residual | Refusal:
-        if not self.inputs[operands[0]] & self.inputs[operands[1]]:
-            return Refusal(value.index, "no common ancestor", f"{where}: the operands come from different inputs")
-        for skip, other in ((0, 1), (1, 0)):
-            source = self._shortcut(operands[skip], operands[other])
+    def _projection(self, left: int, right: int) -> tuple[int, int] | str:
+        """The position of the skip and where skip and branch part, or the reason why there is no projection shortcut."""
+        if not self.inputs[left] & self.inputs[right]:
+            return "no common ancestor"
+        for position, (skip, other) in enumerate(((left, right), (right, left))):
+            source = self._shortcut(skip, other)
             if source is None:
                 continue
-            cone = self._between(source, operands[other])
-            if any(self.values[i].kind.upsample for i in cone):
-                return Refusal(value.index, "lateral", f"{where}: one operand was upsampled (a feature pyramid or U-Net)")
-            if all(self._is_linear(self.values[i]) for i in cone):
-                return Refusal(
-                    value.index, "both linear", f"{where}: both paths are linear (a low-rank delta, a re-parametrised convolution)"
-                )
-            return self._residual(value, leaves, skip, "projection", source)
-        return Refusal(value.index, "no linear path", f"{where}: neither path is linear (experts, gates, sums of different streams)")
+            if source not in self._between(source, other, upsampled=False):
+                return "lateral"
+            if all(self._is_linear(self.values[i]) for i in self._between(source, other) if i != source):
+                return "both linear"
+            return position, source
+        return "no linear path"
 
     def _shortcut(self, skip: int, other: int) -> int | None:
-        """The nearest value that `skip` is computed from by linear ops alone, one of them mixing, and that `other` descends from."""
-        chain, index, mixed = [], skip, False
-        while self._is_linear(self.values[index]) and not self.values[index].kind.wide:
-            carried = {i for i in self.values[index].inputs if self.values[i].data}
+        """The nearest value that both descend from, where `skip` is computed from it by linear ops alone, one of them mixing."""
+        chain = [skip]
+        while self._is_linear(self.values[chain[-1]]):
+            carried = {i for i in self.values[chain[-1]].inputs if self.values[i].data}
             if len(carried) != 1:
                 break
-            mixed = mixed or self.values[index].role is Role.MIXING
-            index = carried.pop()
-            if mixed:
-                chain.append(index)
-        descent = self._descent([other], chain) if chain else {}
-        return next((candidate for candidate in chain if descent[candidate]), None)
+            chain.extend(carried)
+        descent = self._descent([other], chain)
+        length = next((position for position, index in enumerate(chain) if descent[index]), 0)
+        source, passed = chain[length], [self.values[index] for index in chain[:length]]
+        # A 3x3 convolution that keeps the shape adds what is near (a position encoding in attention); between stages it is a shortcut.
+        near = any(value.kind.wide for value in passed) and self.values[source].shape == self.values[skip].shape
+        return source if any(value.role is Role.MIXING for value in passed) and not near else None
 
-    def _between(self, source: int, index: int) -> set[int]:
-        """The values from `source`, excluded, to `index`, and what else `index` reads above `source`."""
+    def _between(self, source: int, index: int, *, upsampled: bool = True) -> set[int]:
+        """`index` and its ancestors down to `source`; without `upsampled`, only what is reached without an upsampling op."""
         found, stack = {index}, [index]
         while stack:
-            for operand in self.values[stack.pop()].inputs:
-                if operand > source and operand not in found and self.values[operand].data:
+            value = self.values[stack.pop()]
+            if value.index == source or (value.kind.upsample and not upsampled):
+                continue
+            for operand in value.inputs:
+                if operand >= source and operand not in found and self.values[operand].data:
                     found.add(operand)
                     stack.append(operand)
         return found

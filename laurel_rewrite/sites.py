@@ -14,7 +14,7 @@ from laurel_rewrite.capture import Call, capture
 from laurel_rewrite.dataflow import Dataflow
 from laurel_rewrite.dialects.fx import dataflow_from_fx
 from laurel_rewrite.errors import CaptureError
-from laurel_rewrite.residuals import Residual, find_residuals
+from laurel_rewrite.residuals import Refusal, Residual, find_residuals
 from laurel_rewrite.streams import find_places
 
 if TYPE_CHECKING:
@@ -57,9 +57,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A sum that is no site: where it stands, the reason, and the particulars."""
+    """A sum that is no site: where it stands, the module whose code adds, the reason, and the particulars."""
 
     where: str
+    owner: str
     reason: str
     detail: str
 
@@ -90,11 +91,17 @@ class Sites:
     Attributes:
         sites: the residual connections, in order of execution.
         rejected: the other sums, with reasons.
+        bindings: how each site hangs in the graph, by id.
+        refusals: the other sums in the dataflow, in the order of `rejected`.
+        flow: the dataflow that was searched.
+        calls: the recorded calls that its values refer to.
     """
 
-    sites: list[Site]
-    rejected: list[Rejected]
+    sites: list[Site] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
     bindings: dict[str, Binding] = field(default_factory=dict, repr=False)
+    refusals: list[Refusal] = field(default_factory=list, repr=False)
+    flow: Dataflow = field(default_factory=Dataflow, repr=False)
     calls: Sequence[Call] = field(default=(), repr=False)
 
     def __iter__(self) -> Iterator[Site]:
@@ -102,6 +109,26 @@ class Sites:
 
     def __len__(self) -> int:
         return len(self.sites)
+
+    def call(self, index: int) -> Call | None:
+        """The recorded call that computed a value of the dataflow."""
+        position = self.flow.values[index].call
+        return self.calls[position] if position is not None and position < len(self.calls) else None
+
+    def owner(self, index: int) -> str:
+        """Path of the module whose code computed a value."""
+        call = self.call(index)
+        return call.owner if call is not None else self.flow.values[index].owner
+
+    def where(self, index: int) -> str:
+        """ "file:line" of a value, or its name in a graph without source lines."""
+        call = self.call(index)
+        return call.where if call is not None else self.flow.values[index].where or self.flow.values[index].name
+
+    def lines(self, index: int) -> list[str]:
+        """ "file:line" of a value and of the calls of helpers that led to it."""
+        call = self.call(index)
+        return [self.where(index)] if call is None else [f"{span.filename}:{span.line}" for span in call.steps]
 
     def to_dict(self) -> dict[str, Any]:
         """As `laurel-rewrite sites --json` prints it."""
@@ -237,49 +264,40 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
     residuals, refusals = find_residuals(flow)
     places = find_places(flow, residuals)
     values = flow.values
-
-    def call_of(index: int) -> Call | None:
-        position = values[index].call
-        return calls[position] if position is not None and position < len(calls) else None
+    sites = Sites(refusals=refusals, flow=flow, calls=calls)
 
     # How often each line ran in one call of its owner, sites or not: a loop's turns.
-    runs: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    runs: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)
     for value in values:
-        call = call_of(value.index)
+        call = sites.call(value.index)
         if call is not None:
-            runs[call.owner, call.owner_call, call.steps].append(value.index)
+            executions = runs[call.owner, call.owner_call, call.steps]
+            executions[value.index] = len(executions)
     ordinals: dict[str, dict[Any, int]] = defaultdict(dict)
     tied: dict[str, int] = defaultdict(int)
-    sites: list[Site] = []
-    bindings: dict[str, Binding] = {}
+    owners: dict[int, list[str]] = defaultdict(list)
     for residual, place in zip(residuals, places, strict=True):
-        output = values[residual.output]
-        adds = tuple((values[node].name, side, call_of(node)) for node, side in residual.adds)
-        first = adds[0][2]
-        owner = first.owner if first is not None else output.owner
-        key = first.steps if first is not None else output.index
+        adds = tuple((values[node].name, side, sites.call(node)) for node, side in residual.adds)
+        inner, first = residual.adds[0][0], adds[0][2]
+        owner = first.owner if first is not None else values[residual.output].owner
+        key = first.steps if first is not None else residual.output
         ordinal = ordinals[owner].setdefault(key, len(ordinals[owner]))
         turn, turns = None, 1
         if first is not None:
             executions = runs[first.owner, first.owner_call, first.steps]
             turns = len(executions)
-            turn = executions.index(residual.adds[0][0]) if turns > 1 else None
+            turn = executions[inner] if turns > 1 else None
         path = f"{owner}.laurel_{ordinal}" if owner else f"laurel_{ordinal}"
         if turn is not None:
             path += f".{turn}"
         name = path if not tied[path] else f"{path}@{tied[path]}"
         tied[path] += 1
-        where = first.where if first is not None else output.where
-        sites.append(Site(name, residual.kind, owner, where, output.shape or (), place.axis, place.dim, place.stream, place.index))
-        bindings[name] = Binding(residual, adds, turn, turns)
-    owners: dict[int, list[str]] = defaultdict(list)
+        shape, where = values[residual.output].shape or (), first.where if first is not None else sites.where(residual.output)
+        sites.sites.append(Site(name, residual.kind, owner, where, shape, place.axis, place.dim, place.stream, place.index))
+        sites.bindings[name] = Binding(residual, adds, turn, turns)
+        owners[place.stream].append(owner)
+    holders = {stream: _holder(paths, called_once) for stream, paths in owners.items()}
     for site in sites:
-        owners[site.stream].append(site.owner)
-    for site in sites:
-        bindings[site.id] = replace(bindings[site.id], holder=_holder(owners[site.stream], called_once))
-    rejected = []
-    for refusal in refusals:
-        call = call_of(refusal.output)
-        where = call.where if call is not None else values[refusal.output].where
-        rejected.append(Rejected(where or values[refusal.output].name, refusal.reason, refusal.detail))
-    return Sites(sites, rejected, bindings, calls)
+        sites.bindings[site.id] = replace(sites.bindings[site.id], holder=holders[site.stream])
+    sites.rejected = [Rejected(sites.where(r.output), sites.owner(r.output), r.reason, r.detail) for r in refusals]
+    return sites

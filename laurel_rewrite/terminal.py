@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from laurel_rewrite.explain import Explanation
 from laurel_rewrite.job import Report, Stage
 from laurel_rewrite.sites import Sites
 
@@ -87,6 +88,30 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
         console.print("No residual connection was found.")
 
 
+def show_explanations(console: Console, explanations: list[Explanation]) -> None:
+    """Each verdict once, with its facts; those of the same line and verdict are counted under the first."""
+    groups: dict[tuple[str, str, str], list[Explanation]] = {}
+    for explanation in explanations:
+        groups.setdefault((explanation.where, explanation.verdict, explanation.rule), []).append(explanation)
+    for (where, verdict, rule), alike in groups.items():
+        first = alike[0]
+        found = "is a residual connection" if first.id else "is no residual connection"
+        console.print(Text.assemble((first.id or _short(where), "bold"), f" {found}: ", (verdict, "green" if first.id else "yellow")))
+        console.print(Text(f"  {rule}"))
+        console.print(Text(f"  {_short(where)}" + (f"    {first.code}" if first.code else ""), style="cyan"))
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, fact in first.facts:
+            table.add_row(label, Text(_shortened(fact)))
+        console.print(table)
+        if len(alike) > 1:
+            names = [e.id or e.owner for e in alike[1:]]
+            shown = ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
+            console.print(Text(f"  The same for {len(names)} more: {shown}", style="dim"))
+        console.print()
+
+
 def show_plan(console: Console, report: Report) -> None:
     """The plan in groups of equal treatment."""
     table = Table(title=f"Plan for {report.model}", **_STYLE)
@@ -146,6 +171,10 @@ def _short(where: str) -> str:
     """The file's last two parts: enough to find it."""
     path, colon, line = where.rpartition(":")
     return "/".join(path.split("/")[-2:]) + colon + line if "/" in path else where
+
+
+def _shortened(fact: str) -> str:
+    return ", ".join(_short(part) if part.startswith("/") else part for part in fact.split(", "))
 
 
 def _bytes(count: int) -> str:

@@ -28,7 +28,6 @@ from laurel_rewrite.dialects.torch_ops import (
 )
 
 
-
 def dataflow_from_fx(
     graph: fx.Graph,
     modules: Callable[[str], torch.nn.Module] | None = None,
@@ -61,50 +60,53 @@ class _Reader:
         self.parent: dict[fx.Node, fx.Node] = {}  # view -> what it views
         self.version: dict[fx.Node, int] = {}  # base -> number of in-place changes so far
         self.seen: dict[fx.Node, int] = {}  # node -> the version that `current` reflects
+        self.known: dict[tuple[str, Any], tuple[str, bool]] = {}  # a target's base name, and whether it mutates
 
     def read(self) -> tuple[Dataflow, dict[fx.Node, int]]:
         for node in self.graph.nodes:
             if node.op == "output":
                 self.flow.outputs.update(self._read(operand) for operand in node.all_input_nodes)
-            elif base_name(node, self.modules) not in IGNORED:
+            else:
                 self._add(node)
         return self.flow, self.computed
 
+    def _target(self, node: fx.Node) -> tuple[str, bool]:
+        """Base name of the node's op, and whether it mutates; asked once for each target of the graph."""
+        key = (node.op, node.target)
+        if key not in self.known:
+            self.known[key] = base_name(node, self.modules), mutates(node)
+        return self.known[key]
+
     def _add(self, node: fx.Node) -> None:
-        op = base_name(node, self.modules)
-        operands = [operand for operand in node.all_input_nodes if operand in self.computed]
+        op, writes = self._target(node)
+        if op in IGNORED:
+            return
+        computed, values = self.computed, self.flow.values
         if op in SUMS:  # the same tensor twice is two operands
-            operands = [a for a in node.args if isinstance(a, fx.Node) and a in self.computed]
-            operands += [a for a in node.kwargs.values() if isinstance(a, fx.Node) and a in self.computed]
-        elif op in LIKE:
-            operands = operands[:1]
+            operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a in computed]
+        else:
+            operands = [operand for operand in node.all_input_nodes if operand in computed]
+            if op in LIKE:
+                operands = operands[:1]
         inputs = [self._read(operand) for operand in operands]
         shape, floating = shape_of(node)
-        source = node.op in ("placeholder", "get_attr")
-        data = any(self.flow.values[i].data for i in inputs) and op not in SHAPE_ONLY
-        if source:
-            data = node.op == "placeholder" and node.name not in self.parameters
+        if op == "setitem" and inputs:
+            shape, floating = values[inputs[0]].shape, values[inputs[0]].floating
+        if node.op in ("placeholder", "get_attr"):
+            kind, data = SOURCE, node.op == "placeholder" and node.name not in self.parameters
+        else:
+            kind, data = self._kind(node, op, inputs, shape), op not in SHAPE_ONLY and any([values[i].data for i in inputs])
         owner, existing = owner_of(node)
         value = self.flow.add(
-            node.name,
-            op,
-            SOURCE if source else self._kind(node, op, inputs, shape),
-            inputs,
-            shape=shape,
-            floating=floating,
-            data=data,
-            owner=owner,
-            existing=existing,
-            where=where_of(node),
+            node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
             call=(node.meta.get("custom") or {}).get("laurel_call") if op in SUMS else None,
-        )
-        if value.role is Role.TRANSPARENT and inputs:
-            value.axes = _axes(node, op, self.flow.values[inputs[0]], value)
-        self.computed[node] = value.index
-        if operands and mutates(node):
-            self._mutate(operands[0], value)
-            self.base[node], self.parent[node] = self._base(operands[0]), operands[0]
-        elif operands and op in VIEWS:
+        )  # fmt: skip
+        if kind.role is Role.TRANSPARENT and inputs:
+            value.axes = _axes(node, op, values[inputs[0]], value)
+        computed[node] = value.index
+        if operands and (writes or op in VIEWS):
+            if writes:
+                self._mutate(operands[0], value)
             self.base[node], self.parent[node] = self._base(operands[0]), operands[0]
         self.current[node] = value.index
         self.seen[node] = self.version.get(self._base(node), 0)
@@ -122,7 +124,7 @@ class _Reader:
                 before.name, before.op, before.kind, [self._read(self.parent[node])], shape=before.shape, floating=before.floating,
                 data=True, axes=before.axes, owner=before.owner, existing=before.existing, where=before.where,
             )  # fmt: skip
-            if mutates(node):  # its memory is its parent's
+            if self._target(node)[1]:  # its memory is its parent's
                 fresh.kind = TRANSPARENT
             self.current[node] = fresh.index
             self.seen[node] = version
@@ -135,10 +137,11 @@ class _Reader:
         written, node = value.index, target
         while node is not base:
             parent = self.parent[node]
-            whole = mutates(node) or self.flow.values[self.computed[node]].role is Role.TRANSPARENT
+            same = self._target(node)[1]  # an in-place op's result is its target
+            whole = same or self.flow.values[self.computed[node]].role is Role.TRANSPARENT
             self.current[node], self.seen[node] = written, version
             before = self.flow.values[self.current[parent]]
-            if not (mutates(node) or before.shape == value.shape):
+            if not (same or before.shape == value.shape):
                 inputs = [written] if whole else [before.index, written]
                 written = self.flow.add(
                     f"{parent.name}_after", "update", TRANSPARENT if whole else POINTWISE, inputs, shape=before.shape,
@@ -233,14 +236,17 @@ def mutates(node: fx.Node) -> bool:
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
     if node.op == "call_method":
         return bool(name.endswith("_")) and not name.endswith("__")
-    return node.op == "call_function" and name in ("iadd", "imul", "isub", "itruediv")
+    return node.op == "call_function" and name in ("iadd", "imul", "isub", "itruediv", "setitem")
 
 
 def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:
     """Shape and whether floating-point, from the node's metadata; (None, False) where the result is no tensor."""
     val = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(val, torch.Tensor):
-        return tuple(s if isinstance(s, int) else str(s) for s in val.shape), val.is_floating_point()
+        shape = tuple(val.shape)
+        if any(type(size) is not int for size in shape):
+            shape = tuple(size if isinstance(size, int) else str(size) for size in shape)
+        return shape, val.dtype.is_floating_point
     meta: Any = node.meta.get("tensor_meta")
     if hasattr(meta, "dtype") and hasattr(meta, "shape"):
         return tuple(meta.shape), meta.dtype.is_floating_point
@@ -249,13 +255,12 @@ def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:
 
 def owner_of(node: fx.Node) -> tuple[str, bool]:
     """Path of the module that ran the node, and whether one of the modules around it is a LAuReL block of the model's own."""
-    stack = [
-        entry for key, entry in (node.meta.get("nn_module_stack") or {}).items() if node.op != "call_module" or str(key) != str(node.target)
-    ]
-    if not stack:
+    stack = node.meta.get("nn_module_stack")
+    entries = [entry for key, entry in stack.items() if node.op != "call_module" or str(key) != str(node.target)] if stack else []
+    if not entries:
         return "", False
-    existing = any("laurel" in str(entry[1]).rsplit(".", 1)[-1].lower() for entry in stack)
-    return str(stack[-1][0]).removeprefix("L['self']").lstrip("."), existing
+    existing = any("laurel" in str(cls).rpartition(".")[2].lower() for _, cls in entries)
+    return str(entries[-1][0]).removeprefix("L['self']").lstrip("."), existing
 
 
 def where_of(node: fx.Node) -> str:

@@ -138,7 +138,7 @@ class _Reader:
             return SLICE
         if op == "Expand":
             return TRANSPARENT if operands[0].shape is not None and operands[0].shape == _shape(node.outputs[0]) else kind
-        if kind.wide is False and op in ("Conv", FUSED_CONV):
+        if op in ("Conv", FUSED_CONV):
             return replace(kind, wide=_kernel(node, operands) != {1})
         if op == "LayerNormalization" and node.attributes.get_int("axis", -1) not in (-1, len(operands[0].shape or ()) - 1):
             return replace(kind, axis=1, vote=1)

@@ -57,5 +57,5 @@ def reshaped_axes(before: Sequence[int | str], after: Sequence[int | str]) -> tu
 
 def innermost_frame(trace: str) -> str:
     """ "file:line" of the last frame of a stack trace, or ""."""
-    frames = _TRACE_LINE.findall(trace)
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    frame = _TRACE_LINE.match(trace, max(trace.rfind('File "'), 0)) if trace else None
+    return f"{frame['file']}:{frame['line']}" if frame else ""
