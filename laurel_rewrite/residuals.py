@@ -313,18 +313,23 @@ class _Finder:
 
     def _shortcut(self, skip: int, other: int) -> int | None:
         """The nearest value that both descend from, where `skip` is computed from it by linear ops alone, one of them mixing."""
-        chain = [skip]
-        while self._is_linear(self.values[chain[-1]]):
-            carried = {i for i in self.values[chain[-1]].inputs if self.values[i].data}
-            if len(carried) != 1:
+        gates: list[tuple[int, bool, bool]] = []  # what `skip` is a function of, whether through a mixing op, through a wide one
+        mixed = wide = False
+        frontier = [-skip]
+        while frontier:
+            value = self.values[-heapq.heappop(frontier)]
+            if not frontier:
+                gates.append((value.index, mixed, wide))
+            if not self._is_linear(value):
                 break
-            chain.extend(carried)
-        descent = self._descent([other], chain)
-        length = next((position for position, index in enumerate(chain) if descent[index]), 0)
-        source, passed = chain[length], [self.values[index] for index in chain[:length]]
+            mixed, wide = mixed or value.role is Role.MIXING, wide or value.kind.wide
+            for operand in {i for i in value.inputs if self.values[i].data and -i not in frontier}:
+                heapq.heappush(frontier, -operand)
+        descent = self._descent([other], [index for index, _, _ in gates])
+        source, mixed, wide = next((gate for gate in gates if descent[gate[0]]), (skip, False, False))
         # A 3x3 convolution that keeps the shape adds what is near (a position encoding in attention); between stages it is a shortcut.
-        near = any(value.kind.wide for value in passed) and self.values[source].shape == self.values[skip].shape
-        return source if any(value.role is Role.MIXING for value in passed) and not near else None
+        near = wide and self.values[source].shape == self.values[skip].shape
+        return source if mixed and not near else None
 
     def _between(self, source: int, index: int, *, upsampled: bool = True) -> set[int]:
         """`index` and its ancestors down to `source`; without `upsampled`, only what is reached without an upsampling op."""

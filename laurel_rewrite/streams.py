@@ -114,9 +114,7 @@ def _votes(flow: Dataflow, residual: Residual) -> Counter[int]:
         seen = {start}
         queue: list[tuple[int, tuple[int | None, ...]]] = [(start, tuple(range(rank)))]
         for index, axes in queue:
-            if len(seen) > _REACH:
-                break
-            for reader in flow.readers[index]:
+            for reader in flow.readers[index][: max(_REACH - len(seen), 0)]:  # an input may have a reader in every layer
                 value = flow.values[reader]
                 if reader in seen or not value.data:
                     continue

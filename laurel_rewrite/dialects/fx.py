@@ -95,7 +95,7 @@ class _Reader:
         if node.op in ("placeholder", "get_attr"):
             kind, data = SOURCE, node.op == "placeholder" and node.name not in self.parameters
         else:
-            kind, data = self._kind(node, op, inputs, shape), op not in SHAPE_ONLY and any([values[i].data for i in inputs])
+            kind, data = self._kind(node, op, inputs, shape), op not in SHAPE_ONLY and any(values[i].data for i in inputs)
         owner, existing = owner_of(node)
         value = self.flow.add(
             node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
