@@ -78,6 +78,9 @@ def capture(
 ) -> Capture:
     """Export the model in train mode and record where each add stands. The model is left as it was.
 
+    A model that cannot be exported in train mode (Gemma 3n clamps weights in place there) is exported in eval mode, where its dropouts
+    are missing and its sums are the same.
+
     Args:
         model: on any device, meta included; in train or eval mode.
         args, kwargs: inputs of its forward, on its device.
@@ -87,13 +90,19 @@ def capture(
     Raises:
         CaptureError: the model cannot be called with these inputs, or cannot be exported.
     """
-    recorder = _Recorder(model)
-    with training(model, True), without_caches(model), quiet():
+    try:
+        return _export(model, args, kwargs, dynamic_shapes, train=True)
+    except Exception as error:
         try:
-            with torch.fx.traceback.preserve_node_meta(), recorder:
-                program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
-        except Exception as error:
+            return _export(model, args, kwargs, dynamic_shapes, train=False)
+        except Exception:
             raise CaptureError(_explain(model, args, kwargs, error)) from error
+
+
+def _export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, *, train: bool) -> Capture:
+    recorder = _Recorder(model)
+    with training(model, train), without_caches(model), quiet(), torch.fx.traceback.preserve_node_meta(), recorder:
+        program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     return Capture(program, _with_owners(program, recorder.calls))
 
 

@@ -231,6 +231,8 @@ def _torchvision(name: str, settings: dict[str, Any], device: str, batch: int) -
     try:
         with _on(device):
             model = models.get_model(name, weights=None, **settings)
+    except NotImplementedError:  # RegNet computes its widths with tensors, which the meta device cannot
+        model = models.get_model(name, weights=None, **settings).to(device)
     except TypeError as error:
         raise ConfigError(f"torchvision:{name}: {error}") from error
     crop = models.get_model_weights(name).DEFAULT.transforms.keywords.get("crop_size", 224)

@@ -123,7 +123,7 @@ class _Finder:
         if value.index in self.flow.outputs or len(readers) != 1:
             return False
         reader = self.values[readers[0]]
-        return self._is_sum(reader) and reader.inputs.count(value.index) == 1
+        return self._is_sum(reader) and reader.inputs.count(value.index) == 1 and reader.existing == value.existing
 
     def _leaves(self, index: int) -> Iterator[_Leaf]:
         """Each operand of the n-ary sum, with the binary sums from it outwards."""
@@ -178,9 +178,9 @@ class _Finder:
         def refuse(reason: str, detail: str) -> Refusal:
             return Refusal(value.index, tuple(operands), reason, f"{where}: {detail}")
 
-        if value.existing:
-            return refuse("existing LAuReL", "inside a LAuReL block that the model has already")
         roots = [self._root(operand) for operand in operands]
+        if value.existing or any(self.values[root].existing for root in roots):
+            return refuse("existing LAuReL", "in, or with the result of, a LAuReL block that the model has already")
         descent = self._descent(roots, roots)
         others = [descent[root] & ~(_EITHER << 2 * position) for position, root in enumerate(roots)]
         identity = [position for position, ways in enumerate(others) if _mixed(ways)]

@@ -65,7 +65,8 @@ def _predecessor(flow: Dataflow, residual: Residual, by_output: dict[int, int]) 
         if index in by_output and index != residual.output:
             return by_output[index]
         carried = [i for i in value.inputs if flow.values[i].data and flow.values[i].floating]
-        carries = value.role in (Role.TRANSPARENT, Role.POINTWISE) or value.kind.norm
+        # A sum with one data operand adds a bias.
+        carries = value.role in (Role.TRANSPARENT, Role.POINTWISE, Role.SUM) or value.kind.norm
         if not carries or len(carried) != 1:
             decomposed = _through_norm(flow, value)
             if decomposed is None:

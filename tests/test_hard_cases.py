@@ -465,10 +465,11 @@ def test_gemma_3n_has_laurel_already():
     }  # fmt: skip
     built = build("hf:gemma3n_text", settings)
     sites = detect(built.model, built.args, built.kwargs)
-    existing = [rejected for rejected in sites.rejected if rejected.reason == "existing LAuReL"]
-    assert len(existing) == 2
-    assert all(rejected.owner.endswith("laurel") for rejected in existing)
-    assert not any("laurel." in site.owner or site.owner.endswith(".laurel") for site in sites)
+    existing = Counter(rejected.owner for rejected in sites.rejected if rejected.reason == "existing LAuReL")
+    # Its own sum, x + norm(U V x), and the sum of that with the attention.
+    assert existing == {f"model.layers.{layer}{part}": 1 for layer in (0, 1) for part in ("", ".laurel")}
+    assert not any(site.owner.endswith(".laurel") for site in sites)
+    assert sum(site.owner.startswith("model.layers") and "altup" not in site.owner for site in sites) == 2  # the MLP's
 
 
 # Feature axis and D

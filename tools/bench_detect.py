@@ -32,7 +32,9 @@ SHAPES = {
     "ladder": "an encoder's every block is added to the decoder's in reverse order (a U-Net)",
     "memory": "one input of the model is added after every other block",
 }
-CASES = [f"stack:{size}" for size in STACKS] + ["towers:100000", "ladder:100000", "memory:100000"] + ["hf:gpt2", "timm:vit_base_patch16_224"]
+CASES = (
+    [f"stack:{size}" for size in STACKS] + ["towers:100000", "ladder:100000", "memory:100000"] + ["hf:gpt2", "timm:vit_base_patch16_224"]
+)
 PATTERN_SECONDS = 60.0
 """`replace_pattern` is run again only while it takes less than this."""
 
@@ -177,7 +179,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         each, pattern = 1e6 * row["detection"] / row["nodes"], 1e6 * row["pattern"] / row["nodes"]
-        capture, share = ("-", "-") if row["capture"] is None else (f"{row['capture']:.2f}", f"{100 * row['detection'] / row['capture']:.1f}")
+        capture, share = (
+            ("-", "-") if row["capture"] is None else (f"{row['capture']:.2f}", f"{100 * row['detection'] / row['capture']:.1f}")
+        )
         lines.append(
             f"| {row['case']} | {row['nodes']} | {row['sites']} | {row['detection']:.4f} | {each:.1f} | {row['peak']:.0f} | {row['added']:.0f} "
             f"| {row['pattern']:.3f} | {pattern:.1f} | {capture} | {share} |"

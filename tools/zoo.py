@@ -78,7 +78,7 @@ def build(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if prefix != "hf":
         built = build_model(spec, device="meta", batch=BATCH)
         return built.model, built.args, built.kwargs
-    from transformers import CONFIG_MAPPING, AutoModel
+    from transformers import CONFIG_MAPPING, AutoModel  # which imports torchvision
 
     config = CONFIG_MAPPING[name]()
     for field in LAYERS:
@@ -166,9 +166,12 @@ def main(models: tuple[str, ...], sample: bool, out: Path | None) -> None:
 
     import torch
 
+    from laurel_rewrite.models import declare_torchvision_ops
+
     warnings.simplefilter("ignore")  # of the libraries that are surveyed
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    declare_torchvision_ops()
     specs = list(models) or (EXPECTED["sample"] if sample else list(EXPECTED["models"]))
     begin = time.perf_counter()
     rows = []
