@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from laurel_rewrite.drawing import draw
     from laurel_rewrite.errors import (
         CaptureError,
         ConfigError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         RewriteError,
         VerificationError,
     )
+    from laurel_rewrite.explaining import explain
     from laurel_rewrite.exporting import export_onnx
     from laurel_rewrite.operator import param_groups
     from laurel_rewrite.plan import LaurelConfig
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "detect": "sites",
+    "explain": "explaining",
+    "draw": "drawing",
     "rewrite": "surgery",
     "remove": "surgery",
     "save": "saving",
@@ -71,6 +75,8 @@ __all__ = [
     "RewriteError",
     "VerificationError",
     "detect",
+    "draw",
+    "explain",
     "export_onnx",
     "load",
     "param_groups",

@@ -149,7 +149,7 @@ def sites(
     _start(verbose)
     from laurel_rewrite import job, terminal
     from laurel_rewrite.drawing import check_format, draw
-    from laurel_rewrite.explain import explain
+    from laurel_rewrite.explaining import explain
     from laurel_rewrite.models import parse_settings
 
     if drawing is not None:

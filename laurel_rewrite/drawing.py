@@ -99,7 +99,7 @@ class _Picture:
 
     def _site(self, site: Site) -> None:
         size = f"D {site.dim}" if site.dim is not None else "D unknown"
-        label = f"+  {site.id}\n{site.kind}, {'x'.join(map(str, site.shape))}\nstream {site.stream}:{site.index}, axis {site.axis}, {size}"
+        label = f"+ {site.id}\n{site.kind}, {'x'.join(map(str, site.shape))}\nstream {site.stream}:{site.index}, axis {site.axis}, {size}"
         residual = self.sites.bindings[site.id].residual
         self.nodes[residual.output] = self._node(
             f"site:{site.id}", label, shape="box", style="rounded,filled", fillcolor=_COLOURS[site.stream % len(_COLOURS)],
@@ -169,6 +169,6 @@ def _shape(value: Value) -> str:
 
 
 def _text(text: str) -> str:
-    """Text as Graphviz shows it: no escapes, never taken for its HTML."""
-    safe = text.replace("\\", "\\\\")
+    """Text that Graphviz shows as it is: it knows escapes, entities and, in angle brackets, HTML."""
+    safe = text.replace("\\", "\\\\").replace("&", "&amp;")
     return f" {safe}" if safe.startswith("<") else safe

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
 from laurel_rewrite.capture import Call, capture
@@ -19,7 +20,6 @@ from laurel_rewrite.streams import find_places
 
 if TYPE_CHECKING:
     import onnx_ir
-    import torch
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,10 @@ def detect(
         return sites_of_graph(model)
     if isinstance(model, str | PathLike):
         return sites_of_onnx(read_onnx(model))
+    if isinstance(model, torch.export.ExportedProgram):
+        return sites_of_program(model)
     if not isinstance(model, nn.Module):
-        return sites_of_program(model) if hasattr(model, "graph_signature") else sites_of_onnx(model)
+        return sites_of_onnx(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return sites_of_program(captured.program, captured.calls)
 

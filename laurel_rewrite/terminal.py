@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from laurel_rewrite.explain import Explanation
+from laurel_rewrite.explaining import Explanation
 from laurel_rewrite.job import Report, Stage
 from laurel_rewrite.sites import Sites
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from heapq import heappush
 
 import hypothesis.strategies as st
 import pytest
@@ -16,7 +17,7 @@ from toys import CASES, D
 from laurel_rewrite import CaptureError, detect, rewrite
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role
 from laurel_rewrite.models import build
-from laurel_rewrite.residuals import find_residuals
+from laurel_rewrite.residuals import _Finder, find_residuals
 
 X = torch.randn(2, 5, D)
 
@@ -333,3 +334,98 @@ def _mixes_from(flow, digraph, nx, source, target) -> bool:
         return False
     between = (nx.descendants(digraph, source) | {source}) & (nx.ancestors(digraph, target) | {target})
     return any(flow.values[node].role is Role.MIXING for node in between - {source})
+
+
+@settings(max_examples=200, deadline=None)
+@given(choices, st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=12))
+def test_a_walk_that_jumps_finds_what_all_paths_say(graph, questions):
+    """Each question leaves jumps behind that the next ones take; the answers are those of a search without any."""
+    flow, _ = random_flow(graph)
+    finder = _Finder(flow)
+    for left, right, target in questions:
+        left, right, target = (number % len(flow.values) for number in (left, right, target))
+        ways = finder._descent([left, right], [target, left])
+        for goal in (target, left):
+            assert ways[goal] == _ways(flow, left, goal) | _ways(flow, right, goal) << 2
+
+
+def _ways(flow, start, goal) -> int:
+    """Bit 0: goal is reached from start without a mixing op; bit 1: with one."""
+    seen, queue = {(start, False)}, [(start, False)]
+    for index, mixed in queue:
+        mixed = mixed or flow.values[index].role is Role.MIXING
+        for operand in flow.values[index].inputs:
+            if (operand, mixed) not in seen:
+                seen.add((operand, mixed))
+                queue.append((operand, mixed))
+    return ((goal, False) in seen) | ((goal, True) in seen) << 1
+
+
+def grown(shape: str, blocks: int) -> Dataflow:
+    """A graph whose number of values is a multiple of `blocks`."""
+    flow = Dataflow()
+    like = {"shape": (2, 4), "floating": True, "data": True}
+
+    def put(kind: OpKind, *inputs: int) -> int:
+        return flow.add(f"v{len(flow.values)}", kind.role.value, kind, inputs, **like).index
+
+    def f(x: int) -> int:
+        return put(OpKind(Role.MIXING, linear=True), put(OpKind(Role.POINTWISE), put(OpKind(Role.MIXING), x)))
+
+    def add(x: int, y: int) -> int:
+        return put(OpKind(Role.SUM), x, y)
+
+    x, memory = put(OpKind(Role.SOURCE)), put(OpKind(Role.SOURCE))
+    if shape == "stack":
+        for _ in range(blocks):
+            x = add(x, f(x))
+    elif shape == "memory":  # one input is added in every layer
+        for _ in range(blocks):
+            x = add(f(x), memory)
+    elif shape == "ladder":  # a U-Net
+        skips = []
+        for _ in range(blocks):
+            x = f(x)
+            skips.append(x)
+        while skips:
+            x = add(f(x), skips.pop())
+    elif shape == "towers":  # two stacks, one after the other, and then the sums of their layers
+        towers = []
+        for y in (x, memory):
+            tower = []
+            for _ in range(blocks):
+                y = add(y, f(y))
+                tower.append(y)
+            towers.append(tower)
+        for left, right in zip(*towers, strict=True):
+            f(add(left, right))
+    elif shape == "fork":  # two paths from one value that never meet before the sums
+        left = right = f(x)
+        for _ in range(blocks):
+            left, right = f(left), f(right)
+            f(add(left, right))
+    elif shape == "fan":  # one sum of many operands
+        total = x
+        for _ in range(blocks):
+            total = add(total, f(x))
+    flow.outputs.add(len(flow.values) - 1)
+    return flow
+
+
+@pytest.mark.parametrize("shape", ["stack", "memory", "ladder", "towers", "fork", "fan"])
+def test_the_work_grows_with_the_graph(shape, monkeypatch):
+    """Steps of the search are counted, not timed: ten times the graph is about ten times the work."""
+    steps = 0
+
+    def counting(heap, item):
+        nonlocal steps
+        steps += 1
+        heappush(heap, item)
+
+    monkeypatch.setattr("laurel_rewrite.residuals.heapq.heappush", counting)
+    counts = []
+    for blocks in (50, 500):
+        steps = 0
+        find_residuals(grown(shape, blocks))
+        counts.append(steps)
+    assert counts[1] <= 12 * counts[0]
