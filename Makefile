@@ -1,9 +1,9 @@
-# make demo, make test and make lint each work on their own on a fresh machine with Python 3.11.
+# make demo, test, lint and zoo each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint zoo clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About ten minutes; writes a dated table under tools/results/.
+zoo: $(VENV)/dev
+	$(BIN)/python tools/zoo.py
 
 clean:
 	rm -rf $(VENV) laurel_out

@@ -93,6 +93,7 @@ class _Finder:
         self.values = flow.values
         self.inner = {v.index for v in self.values if self._is_sum(v) and self._folds(v)}
         self.jumps: dict[int, tuple[int, list[tuple[int, int]]]] = {}  # start -> lowest value passed, where the region is left and how
+        self.whole: dict[int, list[int]] = {}  # sliced value -> what reads it whole
         self.inputs = self._inputs()
 
     def find(self) -> tuple[list[Residual], list[Refusal]]:
@@ -288,7 +289,9 @@ class _Finder:
                 index = self.values[index].inputs[0]
             if not sliced:
                 continue
-            whole = [reader for reader in self.flow.readers[index] if self.values[reader].role is not Role.SLICE]
+            if index not in self.whole:
+                self.whole[index] = [reader for reader in self.flow.readers[index] if self.values[reader].role is not Role.SLICE]
+            whole = self.whole[index]
             for other in operands:
                 if other != operand and whole:
                     descent = self._descent([other], [index, *whole])
