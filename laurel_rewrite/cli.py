@@ -144,7 +144,7 @@ def sites(
 ) -> None:
     """List the residual connections of MODEL, and every other addition with the reason why it is none. Changes nothing.
 
-    MODEL may be an .onnx file here, too.
+    MODEL may be a graph here, too: an .onnx or a .pt2 file.
     """
     _start(verbose)
     from laurel_rewrite import job, terminal

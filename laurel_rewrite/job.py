@@ -76,11 +76,11 @@ class Report:
 
 
 def find_sites(spec: str, settings: Mapping[str, Any]) -> Sites:
-    """The sites of what a MODEL names: Python, an architecture, or an ONNX file."""
-    if Path(spec).suffix != ".onnx":
+    """The sites of what a MODEL names: Python, an architecture, or a graph in a file."""
+    if Path(spec).suffix not in (".onnx", ".pt2"):
         return _build_and_detect(spec, settings)[1]
     if settings:
-        raise ConfigError("--set is for models that are built; an ONNX file has no settings.")
+        raise ConfigError("--set is for models that are built; a graph has no settings.")
     if not Path(spec).is_file():
         raise ConfigError(f"There is no file {spec}.")
     return detect(spec)

@@ -145,7 +145,8 @@ def detect(
     """Find the residual connections of a model. Nothing is changed.
 
     Args:
-        model: a module on any device (meta included), an `fx.GraphModule`, an exported program, an ONNX model or the path of one.
+        model: a module on any device (meta included), an `fx.GraphModule`, an exported program, an ONNX model, or the path of a .pt2 or
+            .onnx file.
         args, kwargs: inputs of its forward, with a batch of 2 or more where possible: a batch of 1 hides broadcasts. A graph that
             carries shapes already needs none.
         dynamic_shapes: as `torch.export.export` takes them; the sites are the same, their shapes symbolic.
@@ -172,7 +173,7 @@ def detect(
         with_shapes(model, args, kwargs)
         return sites_of_graph(model)
     if isinstance(model, str | PathLike):
-        return sites_of_onnx(read_onnx(model))
+        model = read_graph(model)
     if isinstance(model, torch.export.ExportedProgram):
         return sites_of_program(model)
     if not isinstance(model, nn.Module):
@@ -194,14 +195,14 @@ def sites_of_graph(module: fx.GraphModule) -> Sites:
     return _sites(flow, ())
 
 
-def read_onnx(path: str | PathLike[str]) -> onnx_ir.Model:
-    """An ONNX file; weights stay on the disk until they are asked for."""
+def read_graph(path: str | PathLike[str]) -> torch.export.ExportedProgram | onnx_ir.Model:
+    """A .pt2 or .onnx file; the weights of the latter stay on the disk until they are asked for."""
     import onnx_ir as ir
 
     try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's, the file system's
-        raise CaptureError(f"{path} could not be read as an ONNX model: {type(error).__name__}: {error}") from error
+        return torch.export.load(path) if str(path).endswith(".pt2") else ir.load(path)
+    except Exception as error:  # protobuf's, torch's, the file system's
+        raise CaptureError(f"{path} could not be read as a graph (.pt2 or .onnx): {type(error).__name__}: {error}") from error
 
 
 def sites_of_onnx(model: onnx_ir.Model) -> Sites:

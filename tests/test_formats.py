@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
 import torch
 from conftest import LLAMA
 from onnx import TensorProto, helper
+from test_cli import run
 from torch import fx, nn
 from toys import D
 
@@ -213,8 +216,28 @@ def test_the_dataflow_is_in_order(tmp_path):
 def test_a_file_that_is_no_model(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"not a model")
-    with pytest.raises(CaptureError, match=r"model\.onnx could not be read as an ONNX model"):
+    with pytest.raises(CaptureError, match=r"model\.onnx could not be read as a graph"):
         detect(path)
+    with pytest.raises(CaptureError, match=r"nothing\.pt2 could not be read as a graph"):
+        detect(tmp_path / "nothing.pt2")
+
+
+def test_graphs_in_files_by_the_command(tmp_path):
+    """The same table from both files; the exported program keeps its source lines."""
+    built = build("timm:test_vit")
+    expected = [(site.id, site.kind) for site in detect(built.model, built.args)]
+    program = torch.export.export(built.model, built.args)
+    torch.export.save(program, tmp_path / "model.pt2")
+    with quiet(), torch.no_grad():
+        torch.onnx.export(built.model.eval(), built.args, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    for name in ("model.pt2", "model.onnx"):
+        result = run(tmp_path, "sites", name, "--json")
+        found = json.loads(result.stdout)["sites"]
+        assert [(site["id"], site["kind"]) for site in found] == expected
+    result = run(tmp_path, "sites", "model.onnx", "--explain", "blocks.0")
+    assert "blocks.0.laurel_0 is a residual connection: identity" in result.stdout
+    assert run(tmp_path, "sites", "model.onnx", "--set", "depth=3").returncode == 2
+    assert run(tmp_path, "sites", "missing.onnx").returncode == 2
 
 
 def test_a_module_of_one_sum_in_every_capture(tmp_path):

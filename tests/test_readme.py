@@ -46,6 +46,10 @@ def test_the_commands_parse(line):
     assert isinstance(context, click.Context)
 
 
+def test_the_explanation_is_what_the_command_prints():
+    assert (ROOT / "tests" / "golden" / "explain_gpt.txt").read_text().strip() in TEXT
+
+
 def test_every_make_target_that_is_named_exists():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"(?:^|`)make (\w+)", TEXT, re.M))

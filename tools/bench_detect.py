@@ -35,7 +35,7 @@ SHAPES = {
 CASES = (
     [f"stack:{size}" for size in STACKS] + ["towers:100000", "ladder:100000", "memory:100000"] + ["hf:gpt2", "timm:vit_base_patch16_224"]
 )
-PATTERN_SECONDS = 60.0
+PATTERN_SECONDS = 10.0
 """`replace_pattern` is run again only while it takes less than this."""
 
 
