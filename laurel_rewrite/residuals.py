@@ -182,11 +182,11 @@ class _Finder:
         roots = [self._root(operand) for operand in operands]
         if value.existing or any(self.values[root].existing for root in roots):
             return refuse("existing LAuReL", "in, or with the result of, a LAuReL block that the model has already")
+        if self._biases_scores(value, operands):
+            return refuse("attention bias", "a bias on attention scores, which a softmax reads")
         descent = self._descent(roots, roots)
         others = [descent[root] & ~(_EITHER << 2 * position) for position, root in enumerate(roots)]
         identity = [position for position, ways in enumerate(others) if _mixed(ways)]
-        if identity and self._biases_scores(value, roots):
-            return refuse("attention bias", "a bias on attention scores, which a softmax reads")
         if identity:
             skip = max(identity, key=lambda position: roots[position])
             return self._residual(value, leaves, skip, "identity", roots[skip])
@@ -206,9 +206,9 @@ class _Finder:
         branches = tuple(leaf for position, (leaf, _) in enumerate(leaves) if position != skip)
         return Residual(value.index, leaves[skip][0], branches, leaves[skip][1], kind, source)
 
-    def _root(self, index: int) -> int:
+    def _root(self, index: int, through: tuple[Role, ...] = (Role.TRANSPARENT,)) -> int:
         """The value behind an operand's transparent ops."""
-        while self.values[index].role is Role.TRANSPARENT and self.values[index].inputs:
+        while self.values[index].role in through and self.values[index].inputs:
             index = self.values[index].inputs[0]
         return index
 
@@ -261,11 +261,10 @@ class _Finder:
                 self.jumps[start] = (lowest, entries)
         return {target: ways.get(target, 0) for target in targets}
 
-    def _biases_scores(self, value: Value, roots: list[int]) -> bool:
+    def _biases_scores(self, value: Value, operands: list[int]) -> bool:
         """Whether an operand is a product of two data-dependent values, and nothing but a softmax reads the sum."""
-        if not any(
-            self.values[r].role is Role.MIXING and len({i for i in self.values[r].inputs if self.values[i].data}) > 1 for r in roots
-        ):
+        scores = [self.values[self._root(operand, (Role.TRANSPARENT, Role.SLICE))] for operand in operands]
+        if not any(v.role is Role.MIXING and len({i for i in v.inputs if self.values[i].data}) > 1 for v in scores):
             return False
         queue = [value.index]
         for index in queue:
@@ -273,7 +272,7 @@ class _Finder:
             if not readers or len(queue) > _REACH:
                 return False
             for reader in readers:
-                if reader.role in (Role.TRANSPARENT, Role.POINTWISE) or (reader.role is Role.SUM and not self._is_sum(reader)):
+                if reader.role in (Role.TRANSPARENT, Role.SLICE, Role.POINTWISE) or (reader.role is Role.SUM and not self._is_sum(reader)):
                     queue.append(reader.index)
                 elif not reader.kind.softmax:
                     return False

@@ -52,7 +52,7 @@ def find_places(flow: Dataflow, residuals: list[Residual]) -> list[Place]:
     places = []
     for residual, stream, index in zip(residuals, streams, indices, strict=True):
         shape = flow.values[residual.skip].shape or ()
-        axis = votes[stream].most_common(1)[0][0] if votes[stream] else (1 if len(shape) == 4 else -1)
+        axis = votes[stream].most_common(1)[0][0] if votes[stream] else -1
         size = shape[axis] if len(shape) > 1 else None
         places.append(Place(stream, index, axis, size if isinstance(size, int) else None))
     return places
@@ -129,8 +129,8 @@ def _votes(flow: Dataflow, residual: Residual) -> Counter[int]:
                         queue.append((reader, tuple(axes[m] if m is not None else None for m in mapped)))
                 elif kind.norm or (value.role is Role.POINTWISE and value.shape == flow.values[index].shape):
                     queue.append((reader, axes))
-    # What writes the branch: backwards from it to the op that made it.
-    for branch in residual.branches:
+    # What writes the operands: backwards from each to the op that made it. The skip of an identity is the stream itself.
+    for branch in (*residual.branches, *(() if residual.kind == "identity" else (residual.skip,))):
         index, positions = branch, tuple(range(len(flow.values[branch].shape or ())))
         for _ in range(_REACH):
             value = flow.values[index]

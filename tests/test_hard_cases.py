@@ -442,6 +442,20 @@ def test_a_position_bias_that_depends_on_data_is_no_skip():
     assert "attention bias" in reasons(sites)
 
 
+def test_a_position_bias_computed_from_the_queries_is_no_shortcut():
+    """MViT: scores[1:] += E q, in place; linear in the queries, beside a product of queries and keys."""
+
+    def body(s, x):
+        q, k = s.a(x), s.b(x)
+        scores = q @ k.transpose(1, 2)
+        scores[:, 1:] += s.positions(q)[:, 1:]
+        return x + scores.softmax(-1) @ x
+
+    sites = found(body, positions=nn.Linear(D, 5))
+    assert kinds(sites) == {"identity": 1}
+    assert "attention bias" in reasons(sites)
+
+
 def test_a_type_taken_from_data_does_not_make_a_table_data():
     sites = found(lambda s, x: s.a(x + s.table.expand(2, 5, D).type_as(x)))
     assert not sites.sites
@@ -530,6 +544,22 @@ def test_windows_keep_the_stream():
     sites = found(body, IMAGE, stem=conv())
     assert axes(sites) == [(-1, D)] * 2
     assert [(site.stream, site.index) for site in sites] == [(0, 0), (0, 1)]
+
+
+def test_pooling_says_channels_first():
+    assert axes(found(lambda s, x: x + F.avg_pool2d(x, 3, 1, 1), IMAGE)) == [(1, D)]
+    assert axes(found(lambda s, x: x + F.max_pool2d(x, 3, 1, 1), IMAGE)) == [(1, D)]
+
+
+def test_heads_are_no_features():
+    """[B, heads, S, size] inside attention: nothing there mixes heads."""
+
+    def body(s, x):
+        q = x.reshape(2, 5, 4, 4).transpose(1, 2)
+        q = q + (q @ q.transpose(2, 3)).softmax(-1) @ q
+        return q.transpose(1, 2).reshape(2, 5, D)
+
+    assert axes(found(body)) == [(-1, 4)]
 
 
 def test_a_change_of_shape_begins_a_new_stream():

@@ -10,7 +10,7 @@ from laurel_rewrite.dialects.rules import MIXING, POINTWISE, SUM, TRANSPARENT
 
 _SLICE = OpKind(Role.SLICE)
 _STRUCTURE = OpKind(Role.POINTWISE, linear=True)
-_POOL = OpKind(Role.MIXING, linear=True)
+_POOL = OpKind(Role.MIXING, linear=True, axis=1, vote=1)
 _LAYER_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=4)
 _CHANNEL_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3)
 _LINEAR = OpKind(Role.MIXING, linear=True, axis=-1, vote=1)
@@ -25,6 +25,7 @@ _POINTWISE = """
     Xor BiasGelu FastGelu QuickGelu BiasDropout
 """
 _POOLS = "AveragePool GlobalAveragePool"
+_MAX_POOLS = "MaxPool GlobalMaxPool"
 _UPSAMPLES = "Resize Upsample ConvTranspose"
 
 SHAPE_ONLY = frozenset("Shape Size ConstantOfShape Range RandomNormalLike RandomUniformLike EyeLike".split())
@@ -49,7 +50,8 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(_SLICES.split(), _SLICE),
     **dict.fromkeys(_POINTWISE.split(), POINTWISE),
     **dict.fromkeys(_POOLS.split(), _POOL),
-    **dict.fromkeys(_UPSAMPLES.split(), OpKind(Role.MIXING, upsample=True)),
+    **dict.fromkeys(_MAX_POOLS.split(), OpKind(Role.MIXING, axis=1, vote=1)),
+    **dict.fromkeys(_UPSAMPLES.split(), OpKind(Role.MIXING, upsample=True, axis=1, vote=1)),
     **dict.fromkeys(("Concat", "Pad", "Expand", "Sub", "Neg"), _STRUCTURE),
     **dict.fromkeys(SUMS, SUM),
     "Softmax": OpKind(Role.MIXING, softmax=True),

@@ -10,7 +10,7 @@ from laurel_rewrite.dataflow import OpKind, Role
 _PLAIN = OpKind(Role.TRANSPARENT)
 _SLICE = OpKind(Role.SLICE)
 _MIX = OpKind(Role.MIXING)
-_POOL = OpKind(Role.MIXING, linear=True)
+_POOL = OpKind(Role.MIXING, linear=True, axis=1, vote=1)
 _STRUCTURE = OpKind(Role.POINTWISE, linear=True)
 _SUM = OpKind(Role.SUM)
 
@@ -36,10 +36,12 @@ _MIXING = """
     sum mean var std var_mean std_mean prod amax amin max min median logsumexp norm linalg_vector_norm linalg_norm cumsum cumprod
     logcumsumexp argmax argmin topk sort fft_fft fft_ifft fft_fft2 fft_ifft2 fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_fftn
     fft_ifftn fft_rfftn fft_irfftn stft istft roll flip gather index index_select index_put index_put_ take take_along_dim scatter
-    scatter_ scatter_add scatter_add_ index_add index_add_ masked_scatter max_pool1d max_pool2d max_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices grid_sampler grid_sample affine_grid lstm gru rnn_tanh rnn_relu
+    scatter_ scatter_add scatter_add_ index_add index_add_ masked_scatter grid_sampler grid_sample affine_grid lstm gru rnn_tanh rnn_relu
     rnn lstm_cell gru_cell rnn_cell im2col col2im fold unfold pixel_shuffle pixel_unshuffle channel_shuffle cdist diff normalize
     cosine_similarity embedding embedding_bag local_response_norm lp_pool2d glu associative_scan scan flex_attention while_loop cond
+"""
+_MAX_POOLS = """
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
 """
 _POOLS = """
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
@@ -77,7 +79,8 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(_SLICES.split(), _SLICE),
     **dict.fromkeys(_MIXING.split(), _MIX),
     **dict.fromkeys(_POOLS.split(), _POOL),
-    **dict.fromkeys(_UPSAMPLES.split(), OpKind(Role.MIXING, upsample=True)),
+    **dict.fromkeys(_MAX_POOLS.split(), OpKind(Role.MIXING, axis=1, vote=1)),
+    **dict.fromkeys(_UPSAMPLES.split(), OpKind(Role.MIXING, upsample=True, axis=1, vote=1)),
     **dict.fromkeys(_STRUCTURES.split(), _STRUCTURE),
     **dict.fromkeys(("softmax", "_softmax"), OpKind(Role.MIXING, softmax=True)),
     **dict.fromkeys(SUMS, _SUM),
