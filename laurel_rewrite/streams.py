@@ -87,7 +87,7 @@ def _reshapes(value: Value) -> bool:
 
 def _through_norm(flow: Dataflow, value: Value) -> int | None:
     """The input of a normalisation written out as x * rsqrt(mean(x^2)): the operand that the other one is computed from."""
-    if value.op not in ("mul", "div", "sub") or len(value.inputs) != 2:
+    if value.role is not Role.POINTWISE or len(value.inputs) != 2:
         return None
     left, right = (flow.values[i] for i in value.inputs)
     if left.shape != value.shape or right.shape == value.shape:
