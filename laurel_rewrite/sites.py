@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -182,6 +184,19 @@ def detect(
     return sites_of_program(captured.program, captured.calls)
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection for a while: detection makes millions of small objects that live on, and each pass would walk them all."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
 def sites_of_program(program: torch.export.ExportedProgram, calls: Sequence[Call] = ()) -> Sites:
     """The sites of an exported program, with source positions where its calls were recorded."""
     parameters = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT"}
@@ -189,6 +204,7 @@ def sites_of_program(program: torch.export.ExportedProgram, calls: Sequence[Call
     return _sites(flow, calls, _called_once(program.graph))
 
 
+@_uncollected()
 def sites_of_graph(module: fx.GraphModule) -> Sites:
     """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes."""
     flow, _ = dataflow_from_fx(module.graph, module.get_submodule)
@@ -205,6 +221,7 @@ def read_graph(path: str | PathLike[str]) -> torch.export.ExportedProgram | onnx
         raise CaptureError(f"{path} could not be read as a graph (.pt2 or .onnx): {type(error).__name__}: {error}") from error
 
 
+@_uncollected()
 def sites_of_onnx(model: onnx_ir.Model) -> Sites:
     """The sites of an ONNX model. Shapes that are missing are inferred on a copy."""
     import onnx_ir.passes.common as common

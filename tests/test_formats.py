@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
@@ -199,6 +202,28 @@ def test_local_functions_are_read_inline():
     sites = sites_of_onnx(model)
     assert [(site.kind, site.stream, site.index) for site in sites] == [("identity", 0, 0), ("identity", 0, 1)]
     assert len(model.functions) == 1  # the model itself is as it was
+
+
+LIGHT = {
+    "bvlc_alexnet": {},
+    "densenet121": {},
+    "inception_v1": {},
+    "inception_v2": {},
+    "resnet50": {"identity": 12, "projection": 4},
+    "shufflenet": {"identity": 13},
+    "squeezenet": {},
+    "vgg19": {},
+    "zfnet512": {},
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_graphs_of_another_framework(name):
+    """Caffe2's, as the onnx package ships them: opsets from 7 on, no shapes inside."""
+    path = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"light_{name}.onnx"
+    sites = detect(path)
+    assert Counter(site.kind for site in sites) == LIGHT[name]
+    assert all(site.axis == 1 and site.dim == site.shape[1] for site in sites)
 
 
 def test_the_dataflow_is_in_order(tmp_path):
