@@ -20,7 +20,7 @@ demo: $(VENV)/base
 	$(BIN)/laurel-rewrite tools/examples/gpt.py --variant rw+lr --rank 16
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite.models import build, declare_torchvision_ops
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torchvision's import
     declare_torchvision_ops()

@@ -108,7 +108,7 @@ def test_sites(net):
     assert "integer" in table.stdout
     rejected = json.loads(run(net, "sites", "torchvision:resnet18", "--json").stdout)["rejected"]
     assert rejected
-    assert all(set(r) == {"where", "reason", "detail"} for r in rejected)
+    assert all(set(r) == {"where", "owner", "reason", "detail"} for r in rejected)
 
 
 def test_plan_out_edit_plan(net, here):
