@@ -19,6 +19,7 @@ from laurel_rewrite.dataflow import Dataflow, Role, Value
 
 _PLAIN, _MIXED, _EITHER = 1, 2, 3  # bits: reached without, with a mixing op on the way
 _ENTRIES = 16  # a region with more ways out than this is walked each time
+_SHORTCUT = 64  # ops of a shortcut at most: the history of an unrolled linear recurrence is none
 _REACH = 16  # values followed from a sum of attention scores to the softmax
 _PROJECTION_DETAILS = {
     "no common ancestor": "the operands come from different inputs",
@@ -308,7 +309,7 @@ class _Finder:
                 continue
             if source not in self._between(source, other, upsampled=False):
                 return "lateral"
-            if all(self._is_linear(self.values[i]) for i in self._between(source, other) if i != source):
+            if all(self._is_linear(self.values[i]) or not self.values[i].inputs for i in self._between(source, other) if i != source):
                 return "both linear"
             return position, source
         return "no linear path"
@@ -318,11 +319,13 @@ class _Finder:
         gates: list[tuple[int, bool, bool]] = []  # what `skip` is a function of, whether through a mixing op, through a wide one
         mixed = wide = False
         frontier = [-skip]
-        while frontier:
+        for _ in range(_SHORTCUT):
+            if not frontier:
+                break
             value = self.values[-heapq.heappop(frontier)]
             if not frontier:
                 gates.append((value.index, mixed, wide))
-            if not self._is_linear(value):
+            if not self._is_linear(value) or value.role is Role.SLICE:  # a slice of c is not c
                 break
             mixed, wide = mixed or value.role is Role.MIXING, wide or value.kind.wide
             for operand in {i for i in value.inputs if self.values[i].data and -i not in frontier}:
@@ -333,18 +336,18 @@ class _Finder:
         near = wide and self.values[source].shape == self.values[skip].shape
         return source if mixed and not near else None
 
-    def _between(self, source: int, index: int, *, upsampled: bool = True) -> set[int]:
+    def _between(self, source: int, index: int, *, upsampled: bool = True) -> Iterator[int]:
         """`index` and its ancestors down to `source`; without `upsampled`, only what is reached without an upsampling op."""
         found, stack = {index}, [index]
         while stack:
             value = self.values[stack.pop()]
+            yield value.index
             if value.index == source or (value.kind.upsample and not upsampled):
                 continue
             for operand in value.inputs:
                 if operand >= source and operand not in found and self.values[operand].data:
                     found.add(operand)
                     stack.append(operand)
-        return found
 
     def _is_linear(self, value: Value) -> bool:
         return value.kind.linear or value.role in (Role.TRANSPARENT, Role.SLICE, Role.SUM)

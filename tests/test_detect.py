@@ -404,6 +404,10 @@ def grown(shape: str, blocks: int) -> Dataflow:
         for _ in range(blocks):
             left, right = f(left), f(right)
             f(add(left, right))
+    elif shape == "recurrence":  # an unrolled linear one, which reads a slice of the input in each step
+        h, linear = memory, OpKind(Role.MIXING, linear=True)
+        for _ in range(blocks):
+            h = add(put(linear, h), put(linear, put(OpKind(Role.SLICE), x)))
     elif shape == "fan":  # one sum of many operands
         total = x
         for _ in range(blocks):
@@ -412,7 +416,7 @@ def grown(shape: str, blocks: int) -> Dataflow:
     return flow
 
 
-@pytest.mark.parametrize("shape", ["stack", "memory", "ladder", "towers", "fork", "fan"])
+@pytest.mark.parametrize("shape", ["stack", "memory", "ladder", "towers", "fork", "recurrence", "fan"])
 def test_the_work_grows_with_the_graph(shape, monkeypatch):
     """Steps of the search are counted, not timed: ten times the graph is about ten times the work."""
     steps = 0

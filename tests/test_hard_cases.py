@@ -388,7 +388,13 @@ def test_recurrent_gates_are_no_sites():
             out.append(h)
         return torch.stack(out, 1) + x[:, :3] * s.gate
 
-    for body in (highway, lstm, rwkv, scan):
+    def elman(s, x):
+        h = torch.zeros_like(x[:, 0])
+        for step in range(3):
+            h = torch.tanh(s.a(h) + s.b(x[:, step]))
+        return h
+
+    for body in (highway, lstm, rwkv, scan, elman):
         assert not found(body, c=nn.Linear(D, D)).sites, body.__name__
 
 
