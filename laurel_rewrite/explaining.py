@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from laurel_rewrite.dataflow import Dataflow, Role, Value
+from laurel_rewrite.dataflow import Dataflow, Role
 from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.residuals import REASONS, Refusal, Residual
-from laurel_rewrite.sites import Sites
+from laurel_rewrite.sites import Site, Sites, short
 
 _SHOWN = 8  # ops of a path that are spelled out
 
@@ -57,17 +57,11 @@ def explain(sites: Sites, selector: str) -> list[Explanation]:
 
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from laurel_rewrite.sites import detect
-        >>> class Block(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.linear = nn.Linear(8, 8)
-        ...     def forward(self, x):
-        ...         return x + self.linear(x)
-        >>> why = explain(detect(Block(), (torch.randn(2, 8),)), "laurel_0")[0]
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> why = explain(detect(layer, (torch.randn(2, 5, 8),)), "laurel_1")[0]
         >>> why.verdict, dict(why.facts)["path"]
-        ('identity', 'skip -> linear -> branch')
+        ('identity', 'skip -> linear -> relu -> linear -> branch')
     """
     found = {name: binding.residual for name, binding in sites.bindings.items()}
     verdicts: list[Residual | Refusal] = sorted([*found.values(), *sites.refusals], key=lambda verdict: verdict.output)
@@ -75,7 +69,8 @@ def explain(sites: Sites, selector: str) -> list[Explanation]:
     chosen = [verdict for verdict in verdicts if _matches(sites, verdict, ids.get(verdict.output, ""), selector)]
     if not chosen:
         raise ConfigError(_not_found(sites, verdicts, selector))
-    return [_explain(sites, verdict, ids.get(verdict.output, "")) for verdict in chosen]
+    by_id = {site.id: site for site in sites}
+    return [_explain(sites, verdict, by_id.get(ids.get(verdict.output, ""))) for verdict in chosen]
 
 
 def _matches(sites: Sites, verdict: Residual | Refusal, name: str, selector: str) -> bool:
@@ -99,66 +94,62 @@ def _adds(flow: Dataflow, verdict: Residual | Refusal) -> Iterable[int]:
 
 def _is_line(where: str, selector: str) -> bool:
     """Whether "LINE", ":LINE" or the end of "FILE:LINE" is this place."""
-    file, _, line = selector.rpartition(":")
-    path, _, number = where.rpartition(":")
-    return line.isdigit() and line == number and (not file or path == file or path.endswith("/" + file.lstrip("./")))
+    return where.rpartition(":")[2] == selector.rpartition(":")[2] and _in_file(where, selector)
+
+
+def _in_file(where: str, selector: str) -> bool:
+    """Whether a place has a line and lies in the file that the selector names, if any."""
+    file, path = selector.rpartition(":")[0].removeprefix("./"), where.rpartition(":")[0]
+    return bool(path) and (not file or path == file or path.endswith(f"/{file}"))
 
 
 def _not_found(sites: Sites, verdicts: list[Residual | Refusal], selector: str) -> str:
-    file, _, line = selector.rpartition(":")
-    places = [where for verdict in verdicts for index in _adds(sites.flow, verdict) for where in sites.lines(index)]
+    line = selector.rpartition(":")[2]
     if line.isdigit():
+        places = {where for verdict in verdicts for index in _adds(sites.flow, verdict) for where in sites.lines(index)}
         close = sorted(
-            {where for where in places if not file or where.rpartition(":")[0].endswith(file)},
-            key=lambda where: abs(int(where.rpartition(":")[2]) - int(line)),
-        )[:3]
-        return f"No addition was run at {selector}." + (f" The nearest: {', '.join(close)}." if close else "")
+            (where for where in places if _in_file(where, selector)), key=lambda where: abs(int(where.rpartition(":")[2]) - int(line))
+        )
+        return f"No addition was run at {selector}." + (f" The nearest: {', '.join(close[:3])}." if close else "")
     known = [site.id for site in sites] + [site.owner for site in sites if site.owner]
     return f"{selector!r} is no site, module, line or node with an addition. {nearest(selector, known)}"
 
 
-def _explain(sites: Sites, verdict: Residual | Refusal, name: str) -> Explanation:
-    flow = sites.flow
-    where = sites.where(verdict.output)
-    facts = [("sum", _describe(sites, flow.values[verdict.output]))]
+def _explain(sites: Sites, verdict: Residual | Refusal, site: Site | None) -> Explanation:
+    facts = [("sum", _describe(sites, verdict.output))]
     if isinstance(verdict, Residual):
-        site = next(site for site in sites if site.id == name)
-        kind = verdict.kind
-        where = site.where
-        facts.append(("skip", _describe(sites, flow.values[verdict.skip])))
-        facts.extend(("branch", _describe(sites, flow.values[branch])) for branch in verdict.branches)
-        root = flow.values[verdict.source]
+        assert site is not None
+        facts.append(("skip", _describe(sites, verdict.skip)))
+        facts.extend(("branch", _describe(sites, branch)) for branch in verdict.branches)
         if verdict.source != verdict.skip:
-            facts.append(("they part at", _describe(sites, root)))
-        for start, label in ((verdict.skip, "skip path"), *((branch, "path") for branch in verdict.branches)):
-            path = _path(flow, verdict.source, start)
-            if path is not None and (label == "path" or kind == "projection"):
-                facts.append(
-                    (label, _words("skip" if kind == "identity" else root.name, path, flow, "branch" if label == "path" else "skip"))
-                )
+            facts.append(("they part at", _describe(sites, verdict.source)))
+        start = "skip" if verdict.kind == "identity" else sites.flow.values[verdict.source].name
+        if verdict.kind == "projection":
+            facts.append(("skip path", _path(sites.flow, verdict.source, verdict.skip, start, "skip")))
+        facts.extend(("path", _path(sites.flow, verdict.source, branch, start, "branch")) for branch in verdict.branches)
         axis = f"feature axis {site.axis}, D {site.dim if site.dim is not None else 'unknown'}"
         facts.append(("stream", f"number {site.stream}, position {site.index}, {axis}"))
-        owner = site.owner
+        kind, owner, where = verdict.kind, site.owner, site.where
     else:
-        kind, owner = verdict.reason, sites.owner(verdict.output)
-        facts.extend(("operand", _describe(sites, flow.values[operand])) for operand in verdict.operands)
+        facts.extend(("operand", _describe(sites, operand)) for operand in verdict.operands)
         facts.append(("because", verdict.detail))
-    return Explanation(name, kind, REASONS[kind], where, _code(where), owner, tuple(facts))
+        kind, owner, where = verdict.reason, sites.owner(verdict.output), sites.where(verdict.output)
+    shown = tuple((label, text) for label, text in facts if text)
+    return Explanation(site.id if site is not None else "", kind, REASONS[kind], where, _code(where), owner, shown)
 
 
-def _describe(sites: Sites, value: Value) -> str:
+def _describe(sites: Sites, index: int) -> str:
+    value, owner, where = sites.flow.values[index], sites.owner(index), sites.where(index)
     shape = "x".join(map(str, value.shape)) if value.shape is not None else "shape unknown"
     depends = "" if value.data else ", depends on no input"
-    owner = sites.owner(value.index)
-    where = sites.where(value.index)
     place = f" in {owner}" if owner else ""
     # A line inside torch.nn tells less than the module's path.
-    shown = f", {where}" if ":" in where and "/torch/nn/" not in where else ""
+    shown = f", {short(where)}" if ":" in where and "/torch/nn/" not in where else ""
     return f"{value.op} [{shape}]{place}{depends}{shown}"
 
 
-def _path(flow: Dataflow, source: int, end: int) -> list[Value] | None:
-    """A shortest path from `source` to `end` with a mixing op on it; None where there is none."""
+def _path(flow: Dataflow, source: int, end: int, first: str, last: str) -> str:
+    """A shortest path from `source` to `end` with a mixing op on it, in words; "" where there is none."""
     start = (end, False)
     came: dict[tuple[int, bool], tuple[int, bool] | None] = {start: None}
     queue = [start]
@@ -167,25 +158,20 @@ def _path(flow: Dataflow, source: int, end: int) -> list[Value] | None:
         if index == source:
             if not mixed:
                 continue
-            path = []
-            step: tuple[int, bool] | None = came[state]
+            ops, step = [], came[state]
             while step is not None:
-                path.append(flow.values[step[0]])
+                value = flow.values[step[0]]
+                ops += [value.op] if value.role not in (Role.TRANSPARENT, Role.SLICE) else []
                 step = came[step]
-            return path
+            if len(ops) > _SHOWN:
+                ops = [*ops[: _SHOWN - 2], f"{len(ops) - _SHOWN + 1} more", ops[-1]]
+            return " -> ".join([first, *ops, last])
         after = mixed or flow.values[index].role is Role.MIXING
         for operand in flow.values[index].inputs:
             if operand >= source and flow.values[operand].data and (operand, after) not in came:
                 came[operand, after] = state
                 queue.append((operand, after))
-    return None
-
-
-def _words(first: str, path: list[Value], flow: Dataflow, last: str) -> str:
-    ops = [value.op for value in path if value.role not in (Role.TRANSPARENT, Role.SLICE)]
-    if len(ops) > _SHOWN:
-        ops = [*ops[: _SHOWN - 2], f"{len(ops) - _SHOWN + 1} more", ops[-1]]
-    return " -> ".join([first, *ops, last])
+    return ""
 
 
 def _code(where: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from laurel_rewrite import variants
 from laurel_rewrite.errors import ConfigError, VerificationError
-from laurel_rewrite.models import Built, build
+from laurel_rewrite.models import Built, build, require_file
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import Profile, profile
 from laurel_rewrite.sites import Sites, detect
@@ -81,8 +81,7 @@ def find_sites(spec: str, settings: Mapping[str, Any]) -> Sites:
         return _build_and_detect(spec, settings)[1]
     if settings:
         raise ConfigError("--set is for models that are built; a graph has no settings.")
-    if not Path(spec).is_file():
-        raise ConfigError(f"There is no file {spec}.")
+    require_file(Path(spec))
     return detect(spec)
 
 

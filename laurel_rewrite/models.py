@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +75,13 @@ def build(spec: str, settings: Mapping[str, Any] | None = None, *, device: str =
     return _from_module(module, factory, given, spec, files)
 
 
+def require_file(path: Path) -> None:
+    """Raise ConfigError unless there is this file; the message lists the nearest of its kind."""
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path()
+        raise ConfigError(f"There is no file {path}. {nearest(path.name, (p.name for p in folder.glob(f'*{path.suffix}')))}")
+
+
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     """`["n_layer=2", "name=x"]` as `{"n_layer": 2, "name": "x"}`: Python literals, else text."""
     settings: dict[str, Any] = {}
@@ -94,9 +100,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def _load_file(path: Path) -> tuple[ModuleType, dict[str, Path]]:
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path()
-        raise ConfigError(f"There is no file {path}. {nearest(path.name, (p.name for p in folder.glob('*.py')))}")
+    require_file(path)
     folder, name = path.resolve().parent, path.stem
     before = set(sys.modules)
     present = sys.modules.get(name)
@@ -201,8 +205,15 @@ def declare_torchvision_ops() -> None:
         raise MissingPackageError(f"torchvision is installed but cannot be imported: {error}") from error
 
 
-def _on(device: str) -> Any:
-    return torch.device(device) if device != "cpu" else nullcontext()
+def _make(build: Callable[[], Any], device: str) -> Any:
+    """What `build` makes, on a device."""
+    if device == "cpu":
+        return build()
+    try:
+        with torch.device(device):
+            return build()
+    except NotImplementedError:  # some compute their sizes with tensors, as RegNet does, and the meta device has no values to read
+        return build().to(device)
 
 
 def _timm(name: str, settings: dict[str, Any], device: str, batch: int) -> Built:
@@ -211,8 +222,7 @@ def _timm(name: str, settings: dict[str, Any], device: str, batch: int) -> Built
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}. {nearest(name, timm.list_models())}")
     try:
-        with _on(device):
-            model: Any = timm.create_model(name, **settings)
+        model = _make(lambda: timm.create_model(name, **settings), device)
     except TypeError as error:
         raise ConfigError(f"timm:{name}: {error}") from error
     size = settings.get("img_size") or model.default_cfg.get("input_size", (3, 224, 224))[1:]
@@ -229,10 +239,7 @@ def _torchvision(name: str, settings: dict[str, Any], device: str, batch: int) -
     if name not in known:
         raise ConfigError(f"torchvision has no classification model {name!r}. {nearest(name, known)}")
     try:
-        with _on(device):
-            model = models.get_model(name, weights=None, **settings)
-    except NotImplementedError:  # RegNet computes its widths with tensors, which the meta device cannot
-        model = models.get_model(name, weights=None, **settings).to(device)
+        model = _make(lambda: models.get_model(name, weights=None, **settings), device)
     except TypeError as error:
         raise ConfigError(f"torchvision:{name}: {error}") from error
     crop = models.get_model_weights(name).DEFAULT.transforms.keywords.get("crop_size", 224)
@@ -257,8 +264,7 @@ def _hugging_face(name: str, settings: dict[str, Any], device: str, batch: int) 
     if auto is None:
         raise ConfigError(f"hf:{name}: transformers has no model class for this configuration.")
     try:
-        with _on(device):
-            model = auto.from_config(config)
+        model = _make(lambda: auto.from_config(config), device)
     except Exception as error:  # a library of models may raise anything
         raise CaptureError(f"hf:{name} could not be built from its configuration: {type(error).__name__}: {error}") from error
     if model.main_input_name == "pixel_values":

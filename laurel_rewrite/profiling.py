@@ -298,16 +298,22 @@ def _away_from_start(path: Path, folder: Path, seed: int) -> Path:
 def _conditions(threads: int, rounds: int, feeds: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
     import onnxruntime
 
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     return {
         "onnxruntime": onnxruntime.__version__,
         "provider": "CPUExecutionProvider",
-        "cpu": cpu,
+        "cpu": processor(),
         "threads": threads,
         "rounds": rounds,
         "inputs": {name: f"{value.dtype}{list(value.shape)}" for name, value in feeds.items()},
         "seed": seed,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

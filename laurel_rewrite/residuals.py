@@ -21,12 +21,6 @@ _PLAIN, _MIXED, _EITHER = 1, 2, 3  # bits: reached without, with a mixing op on 
 _ENTRIES = 16  # a region with more ways out than this is walked each time
 _SHORTCUT = 64  # ops of a shortcut at most: the history of an unrolled linear recurrence is none
 _REACH = 16  # values followed from a sum of attention scores to the softmax
-_PROJECTION_DETAILS = {
-    "no common ancestor": "the operands come from different inputs",
-    "lateral": "one operand was upsampled (a feature pyramid or U-Net)",
-    "both linear": "both paths are linear (a low-rank delta, a re-parametrised convolution)",
-    "no linear path": "neither path is linear (experts, gates, sums of different streams)",
-}
 _Leaf = tuple[int, tuple[tuple[int, int], ...]]  # an operand of an n-ary sum, and the binary sums from it outwards
 
 
@@ -40,7 +34,7 @@ REASONS = {
     "broadcast": "the operands of a residual connection have one shape; a mask, a bias or an embedding is spread",
     "unknown shape": "without shapes a broadcast cannot be told from a residual connection",
     "gated": "the operands are weighted by tensors, as in a gate",
-    "existing LAuReL": "the model has LAuReL here already",
+    "existing LAuReL": "in, or with the result of, a LAuReL block that the model has already",
     "attention bias": "one operand is a product of queries and keys, and a softmax reads the sum",
     "pointwise": "one operand is computed from the other, but nothing on the way mixes positions or channels: an activation, a gate",
     "no skip": "no operand of the sum is an ancestor of another",
@@ -177,14 +171,14 @@ class _Finder:
         operands = [leaf for leaf, _ in leaves]
         where = " + ".join(_shape(self.values[i]) for i in operands)
 
-        def refuse(reason: str, detail: str) -> Refusal:
-            return Refusal(value.index, tuple(operands), reason, f"{where}: {detail}")
+        def refuse(reason: str) -> Refusal:
+            return Refusal(value.index, tuple(operands), reason, f"{where}: {REASONS[reason]}")
 
         roots = [self._root(operand) for operand in operands]
         if value.existing or any(self.values[root].existing for root in roots):
-            return refuse("existing LAuReL", "in, or with the result of, a LAuReL block that the model has already")
+            return refuse("existing LAuReL")
         if self._biases_scores(value, operands):
-            return refuse("attention bias", "a bias on attention scores, which a softmax reads")
+            return refuse("attention bias")
         descent = self._descent(roots, roots)
         others = [descent[root] & ~(_EITHER << 2 * position) for position, root in enumerate(roots)]
         identity = [position for position, ways in enumerate(others) if _mixed(ways)]
@@ -192,15 +186,15 @@ class _Finder:
             skip = max(identity, key=lambda position: roots[position])
             return self._residual(value, leaves, skip, "identity", roots[skip])
         if any(others):
-            return refuse("pointwise", "no mixing op between the operands (a gate, an activation)")
+            return refuse("pointwise")
         partial = self._partial(operands)
         if partial is not None:
             return self._residual(value, leaves, partial[0], "partial", partial[1])
         if len(operands) != 2:
-            return refuse("no skip", "no operand is an ancestor of another")
+            return refuse("no skip")
         projection = self._projection(*operands)
         if isinstance(projection, str):
-            return refuse(projection, _PROJECTION_DETAILS[projection])
+            return refuse(projection)
         return self._residual(value, leaves, projection[0], "projection", projection[1])
 
     def _residual(self, value: Value, leaves: list[_Leaf], skip: int, kind: str, source: int) -> Residual:
@@ -282,12 +276,8 @@ class _Finder:
     def _partial(self, operands: list[int]) -> tuple[int, int] | None:
         """A skip that is a slice of what another operand reads whole: its position, and the whole."""
         for position, operand in enumerate(operands):
-            index = operand
-            sliced = False
-            while self.values[index].role in (Role.TRANSPARENT, Role.SLICE) and self.values[index].inputs:
-                sliced = sliced or self.values[index].role is Role.SLICE
-                index = self.values[index].inputs[0]
-            if not sliced:
+            index = self._root(operand, (Role.TRANSPARENT, Role.SLICE))
+            if index == self._root(operand):
                 continue
             if index not in self.whole:
                 self.whole[index] = [reader for reader in self.flow.readers[index] if self.values[reader].role is not Role.SLICE]
@@ -316,7 +306,7 @@ class _Finder:
 
     def _shortcut(self, skip: int, other: int) -> int | None:
         """The nearest value that both descend from, where `skip` is computed from it by linear ops alone, one of them mixing."""
-        gates: list[tuple[int, bool, bool]] = []  # what `skip` is a function of, whether through a mixing op, through a wide one
+        cuts: list[tuple[int, bool, bool]] = []  # values that `skip` is a function of, whether through a mixing op, through a wide one
         mixed = wide = False
         frontier = [-skip]
         for _ in range(_SHORTCUT):
@@ -324,14 +314,14 @@ class _Finder:
                 break
             value = self.values[-heapq.heappop(frontier)]
             if not frontier:
-                gates.append((value.index, mixed, wide))
+                cuts.append((value.index, mixed, wide))
             if not self._is_linear(value) or value.role is Role.SLICE:  # a slice of c is not c
                 break
             mixed, wide = mixed or value.role is Role.MIXING, wide or value.kind.wide
             for operand in {i for i in value.inputs if self.values[i].data and -i not in frontier}:
                 heapq.heappush(frontier, -operand)
-        descent = self._descent([other], [index for index, _, _ in gates])
-        source, mixed, wide = next((gate for gate in gates if descent[gate[0]]), (skip, False, False))
+        descent = self._descent([other], [index for index, _, _ in cuts])
+        source, mixed, wide = next((cut for cut in cuts if descent[cut[0]]), (skip, False, False))
         # A 3x3 convolution that keeps the shape adds what is near (a position encoding in attention); between stages it is a shortcut.
         near = wide and self.values[source].shape == self.values[skip].shape
         return source if mixed and not near else None

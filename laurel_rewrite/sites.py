@@ -86,6 +86,12 @@ class Binding:
     holder: str = ""
 
 
+def short(where: str) -> str:
+    """The last two parts of a file's path, and the line: enough to find it."""
+    path, colon, line = where.rpartition(":")
+    return "/".join(path.split("/")[-2:]) + colon + line if "/" in path else where
+
+
 @dataclass
 class Sites:
     """What detection found. Iterating gives the sites.
@@ -298,8 +304,8 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
     owners: dict[int, list[str]] = defaultdict(list)
     for residual, place in zip(residuals, places, strict=True):
         adds = tuple((values[node].name, side, sites.call(node)) for node, side in residual.adds)
-        inner, first = residual.adds[0][0], adds[0][2]
-        owner = first.owner if first is not None else values[residual.output].owner
+        inner, first = residual.adds[0][0], adds[0][2]  # where the skip is added
+        owner, where, shape = sites.owner(inner), sites.where(inner), values[residual.output].shape or ()
         key = first.steps if first is not None else residual.output
         ordinal = ordinals[owner].setdefault(key, len(ordinals[owner]))
         turn, turns = None, 1
@@ -312,7 +318,6 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
             path += f".{turn}"
         name = path if not tied[path] else f"{path}@{tied[path]}"
         tied[path] += 1
-        shape, where = values[residual.output].shape or (), first.where if first is not None else sites.where(residual.output)
         sites.sites.append(Site(name, residual.kind, owner, where, shape, place.axis, place.dim, place.stream, place.index))
         sites.bindings[name] = Binding(residual, adds, turn, turns)
         owners[place.stream].append(owner)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from laurel_rewrite.explaining import Explanation
 from laurel_rewrite.job import Report, Stage
-from laurel_rewrite.sites import Sites
+from laurel_rewrite.sites import Sites, short
 
 
 class Stages:
@@ -71,11 +71,11 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
     for site in sites:
         shape = "x".join(map(str, site.shape))
         table.add_row(
-            Text(site.id), site.kind, shape, str(site.axis), str(site.dim or "?"), f"{site.stream}:{site.index}", Text(_short(site.where))
+            Text(site.id), site.kind, shape, str(site.axis), str(site.dim or "?"), f"{site.stream}:{site.index}", Text(short(site.where))
         )
     if sites.sites:
         console.print(table)
-    counts = Counter((r.reason, _short(r.where), r.detail) for r in sites.rejected)
+    counts = Counter((r.reason, short(r.where), r.detail) for r in sites.rejected)
     if counts:
         table = Table(title=f"{len(sites.rejected)} other additions", **_STYLE)
         for heading in ("reason", "where", "detail"):
@@ -96,14 +96,14 @@ def show_explanations(console: Console, explanations: list[Explanation]) -> None
     for (where, verdict, rule), alike in groups.items():
         first = alike[0]
         found = "is a residual connection" if first.id else "is no residual connection"
-        console.print(Text.assemble((first.id or _short(where), "bold"), f" {found}: ", (verdict, "green" if first.id else "yellow")))
+        console.print(Text.assemble((first.id or short(where), "bold"), f" {found}: ", (verdict, "green" if first.id else "yellow")))
         console.print(Text(f"  {rule}"))
-        console.print(Text(f"  {_short(where)}" + (f"    {first.code}" if first.code else ""), style="cyan"))
+        console.print(Text(f"  {short(where)}" + (f"    {first.code}" if first.code else ""), style="cyan"))
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
         for label, fact in first.facts:
-            table.add_row(label, Text(_shortened(fact)))
+            table.add_row(label, Text(fact))
         console.print(table)
         if len(alike) > 1:
             names = [e.id or e.owner for e in alike[1:]]
@@ -165,16 +165,6 @@ def _parameter_line(report: Report) -> str:
     counts = report.parameters
     share = 100 * counts["added"] / max(counts["model"], 1)
     return f"{counts['model']:,} parameters + {counts['added']:,} of LAuReL (+{share:.2f} %)"
-
-
-def _short(where: str) -> str:
-    """The file's last two parts: enough to find it."""
-    path, colon, line = where.rpartition(":")
-    return "/".join(path.split("/")[-2:]) + colon + line if "/" in path else where
-
-
-def _shortened(fact: str) -> str:
-    return ", ".join(_short(part) if part.startswith("/") else part for part in fact.split(", "))
 
 
 def _bytes(count: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,9 @@ REAL: dict[str, tuple[str, dict[str, Any], int]] = {
 """Name -> MODEL, settings, number of sites."""
 
 
+EXAMPLES = Path(__file__).parent.parent / "tools" / "examples"
+
+
 class Example:
     """A model with inputs, and a second set of inputs of another shape to compare with."""
 
@@ -96,6 +101,11 @@ def away_from_start(model: nn.Module, seed: int = 0, spread: float = 0.2) -> nn.
         for parameter in module.parameters():
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * spread)
     return model
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "laurel_rewrite", *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

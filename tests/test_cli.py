@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import EXAMPLES, run
 from toys import D
 
 from laurel_rewrite import cli
 
-EXAMPLES = Path(__file__).parent.parent / "tools" / "examples"
 NET = f"""
 import torch
 
@@ -34,10 +34,6 @@ def example_inputs():
     return (torch.randn(2, {D}),)
 """
 FILES = {"baseline.onnx", "laurel.onnx", "laurel_config.json", "model.safetensors", "modeling_laurel.py", "plan.toml", "report.json"}
-
-
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "laurel_rewrite", *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

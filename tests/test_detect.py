@@ -1,50 +1,19 @@
-"""Detection on hard cases, each small, and on real architectures; plus laws on random graphs."""
+"""Detection on small cases and on real architectures."""
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from heapq import heappush
 
-import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import real
-from hypothesis import given, settings
 from torch import fx, nn
-from toys import CASES, D
+from toys import CASES, D, Net, X, kinds, reasons
 
 from laurel_rewrite import CaptureError, detect, rewrite
-from laurel_rewrite.dataflow import Dataflow, OpKind, Role
 from laurel_rewrite.models import build
-from laurel_rewrite.residuals import _Finder, find_residuals
-
-X = torch.randn(2, 5, D)
-
-
-def kinds(sites) -> dict[str, int]:
-    return dict(Counter(site.kind for site in sites))
-
-
-def reasons(sites) -> set[str]:
-    return {rejected.reason for rejected in sites.rejected}
-
-
-class Net(nn.Module):
-    """`body(self, x)` as a forward, with some layers at hand."""
-
-    def __init__(self, body) -> None:
-        super().__init__()
-        self.body = body
-        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
-        self.norm = nn.LayerNorm(D)
-        self.narrow = nn.Linear(D // 2, D // 2)
-        self.table = nn.Parameter(torch.randn(5, D))
-        self.gate = nn.Parameter(torch.randn(D))
-
-    def forward(self, x):
-        return self.body(self, x)
-
 
 IDENTITY = {
     "norm inside": lambda s, x: x + s.a(s.norm(x)),
@@ -261,175 +230,19 @@ def test_detection_changes_nothing():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_left_as_it_was(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        detect(CASES["plain"].make(), (X,))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
 def test_wrong_inputs_are_explained():
     with pytest.raises(CaptureError, match=r"Plain could not be captured with the inputs \(float32\[2, 5, 7\]\)"):
         detect(CASES["plain"].make(), (torch.randn(2, 5, 7),))
     with pytest.raises(CaptureError, match="pass example inputs"):
         detect(fx.symbolic_trace(CASES["plain"].make()))
-
-
-# Laws on random graphs
-
-
-def random_flow(choices: list[tuple[int, int, int]], order: list[int] | None = None) -> tuple[Dataflow, list[int]]:
-    """A dataflow of values of one shape: unary mixing and pointwise ops, and sums with operands in either order."""
-    flow = Dataflow()
-    shape = {"shape": (2, 4), "floating": True, "data": True}
-    flow.add("x", "placeholder", OpKind(Role.SOURCE), (), **shape)
-    sums = []
-    for number, (kind, left, right) in enumerate(choices):
-        a, b = left % len(flow.values), right % len(flow.values)
-        if kind % 3 == 0:
-            flow.add(f"m{number}", "linear", OpKind(Role.MIXING, linear=True, axis=-1, vote=1), (a,), **shape)
-        elif kind % 3 == 1:
-            flow.add(f"p{number}", "relu", OpKind(Role.POINTWISE), (a,), **shape)
-        else:
-            swapped = order is not None and order[number % len(order)] % 2
-            operands = (b, a) if swapped else (a, b)
-            sums.append(flow.add(f"s{number}", "add", OpKind(Role.SUM), operands, **shape).index)
-    flow.outputs.add(len(flow.values) - 1)
-    return flow, sums
-
-
-choices = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=40)
-
-
-@settings(max_examples=200, deadline=None)
-@given(choices, st.lists(st.integers(0, 1), min_size=1, max_size=8))
-def test_the_order_of_operands_does_not_matter(graph, order):
-    plain, _ = random_flow(graph)
-    swapped, _ = random_flow(graph, order)
-    first, second = (find_residuals(flow) for flow in (plain, swapped))
-    assert [(r.output, r.kind) for r in first[0]] == [(r.output, r.kind) for r in second[0]]
-    assert [(r.output, r.reason) for r in first[1]] == [(r.output, r.reason) for r in second[1]]
-
-
-@settings(max_examples=200, deadline=None)
-@given(choices)
-def test_an_identity_site_is_what_the_definition_says(graph):
-    """Against a second opinion: all paths, by brute force over networkx."""
-    import networkx as nx
-
-    flow, _ = random_flow(graph)
-    flow.check()
-    digraph = flow.to_networkx()
-    found, refused = find_residuals(flow)
-    folded = {node for r in found for node, _ in r.adds}
-    for residual in found:
-        if residual.kind == "identity":
-            branches = [b for b in residual.branches if _mixes_from(flow, digraph, nx, residual.skip, b)]
-            assert branches
-    for refusal in refused:
-        operands = flow.values[refusal.output].inputs
-        if len(set(operands)) == 2 and not any(flow.values[o].role is Role.SUM for o in operands):
-            a, b = operands
-            assert not _mixes_from(flow, digraph, nx, a, b)
-            assert not _mixes_from(flow, digraph, nx, b, a)
-    assert len(folded) >= len(found)
-
-
-def _mixes_from(flow, digraph, nx, source, target) -> bool:
-    """Whether a path from source to target holds a mixing op other than the source itself."""
-    if source == target or source not in nx.ancestors(digraph, target):
-        return False
-    between = (nx.descendants(digraph, source) | {source}) & (nx.ancestors(digraph, target) | {target})
-    return any(flow.values[node].role is Role.MIXING for node in between - {source})
-
-
-@settings(max_examples=200, deadline=None)
-@given(choices, st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=12))
-def test_a_walk_that_jumps_finds_what_all_paths_say(graph, questions):
-    """Each question leaves jumps behind that the next ones take; the answers are those of a search without any."""
-    flow, _ = random_flow(graph)
-    finder = _Finder(flow)
-    for left, right, target in questions:
-        left, right, target = (number % len(flow.values) for number in (left, right, target))
-        ways = finder._descent([left, right], [target, left])
-        for goal in (target, left):
-            assert ways[goal] == _ways(flow, left, goal) | _ways(flow, right, goal) << 2
-
-
-def _ways(flow, start, goal) -> int:
-    """Bit 0: goal is reached from start without a mixing op; bit 1: with one."""
-    seen, queue = {(start, False)}, [(start, False)]
-    for index, mixed in queue:
-        mixed = mixed or flow.values[index].role is Role.MIXING
-        for operand in flow.values[index].inputs:
-            if (operand, mixed) not in seen:
-                seen.add((operand, mixed))
-                queue.append((operand, mixed))
-    return ((goal, False) in seen) | ((goal, True) in seen) << 1
-
-
-def grown(shape: str, blocks: int) -> Dataflow:
-    """A graph whose number of values is a multiple of `blocks`."""
-    flow = Dataflow()
-    like = {"shape": (2, 4), "floating": True, "data": True}
-
-    def put(kind: OpKind, *inputs: int) -> int:
-        return flow.add(f"v{len(flow.values)}", kind.role.value, kind, inputs, **like).index
-
-    def f(x: int) -> int:
-        return put(OpKind(Role.MIXING, linear=True), put(OpKind(Role.POINTWISE), put(OpKind(Role.MIXING), x)))
-
-    def add(x: int, y: int) -> int:
-        return put(OpKind(Role.SUM), x, y)
-
-    x, memory = put(OpKind(Role.SOURCE)), put(OpKind(Role.SOURCE))
-    if shape == "stack":
-        for _ in range(blocks):
-            x = add(x, f(x))
-    elif shape == "memory":  # one input is added in every layer
-        for _ in range(blocks):
-            x = add(f(x), memory)
-    elif shape == "ladder":  # a U-Net
-        skips = []
-        for _ in range(blocks):
-            x = f(x)
-            skips.append(x)
-        while skips:
-            x = add(f(x), skips.pop())
-    elif shape == "towers":  # two stacks, one after the other, and then the sums of their layers
-        towers = []
-        for y in (x, memory):
-            tower = []
-            for _ in range(blocks):
-                y = add(y, f(y))
-                tower.append(y)
-            towers.append(tower)
-        for left, right in zip(*towers, strict=True):
-            f(add(left, right))
-    elif shape == "fork":  # two paths from one value that never meet before the sums
-        left = right = f(x)
-        for _ in range(blocks):
-            left, right = f(left), f(right)
-            f(add(left, right))
-    elif shape == "recurrence":  # an unrolled linear one, which reads a slice of the input in each step
-        h, linear = memory, OpKind(Role.MIXING, linear=True)
-        for _ in range(blocks):
-            h = add(put(linear, h), put(linear, put(OpKind(Role.SLICE), x)))
-    elif shape == "fan":  # one sum of many operands
-        total = x
-        for _ in range(blocks):
-            total = add(total, f(x))
-    flow.outputs.add(len(flow.values) - 1)
-    return flow
-
-
-@pytest.mark.parametrize("shape", ["stack", "memory", "ladder", "towers", "fork", "recurrence", "fan"])
-def test_the_work_grows_with_the_graph(shape, monkeypatch):
-    """Steps of the search are counted, not timed: ten times the graph is about ten times the work."""
-    steps = 0
-
-    def counting(heap, item):
-        nonlocal steps
-        steps += 1
-        heappush(heap, item)
-
-    monkeypatch.setattr("laurel_rewrite.residuals.heapq.heappush", counting)
-    counts = []
-    for blocks in (50, 500):
-        steps = 0
-        find_residuals(grown(shape, blocks))
-        counts.append(steps)
-    assert counts[1] <= 12 * counts[0]

@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import pygraphviz
 import pytest
 import torch
-from conftest import real
-from test_cli import EXAMPLES, run
+from conftest import EXAMPLES, real, run
 from torch import fx, nn
 from toys import CASES, D
 

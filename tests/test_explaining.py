@@ -7,15 +7,13 @@ import json
 
 import pytest
 import torch
-from test_cli import EXAMPLES, run
-from test_detect import NONE, Net
+from conftest import EXAMPLES, run
+from test_detect import NONE
 from torch import fx
-from toys import CASES, D, Helper, Images, ParallelSkipMiddle, Plain
+from toys import CASES, D, Helper, Images, Net, ParallelSkipMiddle, Plain, X
 
 from laurel_rewrite import ConfigError, detect, explain
 from laurel_rewrite.residuals import REASONS
-
-X = torch.randn(2, 5, D)
 
 
 def line_of(thing: object, text: str) -> int:
@@ -87,6 +85,8 @@ def test_a_node_of_a_graph_without_source():
     graph = fx.symbolic_trace(Plain())
     (why,) = explain(detect(graph, (X,)), "add_1")
     assert (why.id, why.where, why.code) == ("laurel_1", "add_1", "")
+    with pytest.raises(ConfigError, match=r"No addition was run at 35\.$"):
+        explain(detect(graph, (X,)), "35")
 
 
 def test_what_is_not_there_is_an_error_with_the_nearest():

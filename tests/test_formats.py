@@ -11,9 +11,8 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
 import torch
-from conftest import LLAMA
+from conftest import LLAMA, run
 from onnx import TensorProto, helper
-from test_cli import run
 from torch import fx, nn
 from toys import D
 
@@ -265,8 +264,7 @@ def test_graphs_in_files_by_the_command(tmp_path):
     assert run(tmp_path, "sites", "missing.onnx").returncode == 2
 
 
-def test_a_module_of_one_sum_in_every_capture(tmp_path):
-    """The smallest case, with a batch and a length that vary."""
+def test_a_batch_and_a_length_that_vary_in_onnx():
 
     class Block(nn.Module):
         def __init__(self):

@@ -9,33 +9,11 @@ from itertools import permutations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_detect import Net, kinds, reasons
-from torch import Tensor, nn
-from toys import D
+from torch import nn
+from toys import IMAGE, D, Net, X, axes, conv, found, kinds, reasons
 
 from laurel_rewrite import detect
 from laurel_rewrite.models import build
-from laurel_rewrite.sites import Sites
-
-X = torch.randn(2, 5, D)
-IMAGE = torch.randn(2, D, 8, 8)
-
-
-def conv(channels: int = D, out: int | None = None, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(channels, out or channels, kernel, stride, kernel // 2)
-
-
-def found(body, x: Tensor = X, **layers: nn.Module) -> Sites:
-    """The sites of `body(self, x)` with these layers at hand."""
-    net = Net(body)
-    for name, layer in layers.items():
-        setattr(net, name, layer)
-    return detect(net, (x,))
-
-
-def axes(sites: Sites) -> list[tuple[int, int | None]]:
-    return [(site.axis, site.dim) for site in sites]
-
 
 # Sums
 
@@ -101,9 +79,12 @@ def test_a_sum_that_is_nested_across_modules_is_one():
         def forward(self, x):
             return x + self.two(self.norm(x))
 
-    sites = detect(Outer(), (X,))
-    assert kinds(sites) == {"identity": 1}
-    assert len(sites.bindings[sites.sites[0].id].residual.branches) == 2
+    model = Outer()
+    program = torch.export.export(model, (X,))
+    for sites in (detect(model, (X,)), detect(program), detect(torch.fx.symbolic_trace(model), (X,))):
+        assert kinds(sites) == {"identity": 1}
+        assert len(sites.bindings[sites.sites[0].id].residual.branches) == 2
+        assert [site.id for site in sites] == ["laurel_0"]  # in the module that adds the skip
 
 
 def test_an_inner_sum_that_is_read_elsewhere_is_a_sum_of_its_own():
@@ -395,14 +376,19 @@ def test_recurrent_gates_are_no_sites():
         return h
 
     for body in (highway, lstm, rwkv, scan, elman):
-        assert not found(body, c=nn.Linear(D, D)).sites, body.__name__
+        sites = found(body, c=nn.Linear(D, D))
+        assert not sites.sites, body.__name__
+        assert "no linear path" in reasons(sites), body.__name__
 
 
 def test_a_scaled_skip_is_no_site():
     """MetaFormer's res_scale: a skip multiplied by a learned vector."""
-    assert not found(lambda s, x: x * s.gate + s.a(s.norm(x))).sites
+    scaled = found(lambda s, x: x * s.gate + s.a(s.norm(x)))
+    assert not scaled.sites
+    assert reasons(scaled) == {"both linear"}
     strided = found(lambda s, x: (y := s.down(x)) * s.scale + s.first(F.relu(y)), IMAGE, down=conv(stride=2), first=conv(), scale=Scale())
     assert not strided.sites
+    assert reasons(strided) == {"no linear path"}
 
 
 class Scale(nn.Module):
@@ -490,92 +476,3 @@ def test_gemma_3n_has_laurel_already():
     assert existing == {f"model.layers.{layer}{part}": 1 for layer in (0, 1) for part in ("", ".laurel")}
     assert not any(site.owner.endswith(".laurel") for site in sites)
     assert sum(site.owner.startswith("model.layers") and "altup" not in site.owner for site in sites) == 2  # the MLP's
-
-
-# Feature axis and D
-
-
-def test_channels_first_and_last():
-    assert axes(found(lambda s, x: x + s.first(x), IMAGE, first=conv())) == [(1, D)]
-
-    def last(s, x):
-        y = s.stem(x).permute(0, 2, 3, 1)
-        return y + s.a(F.gelu(s.norm(y)))
-
-    assert axes(found(last, IMAGE, stem=conv())) == [(-1, D)]
-
-
-def test_a_convolution_inside_a_channels_last_block():
-    """ConvNeXt: the skip is NCHW, the branch goes through NHWC and back."""
-
-    def body(s, x):
-        y = s.depthwise(x).permute(0, 2, 3, 1)
-        return x + s.b(F.gelu(s.a(s.norm(y)))).permute(0, 3, 1, 2)
-
-    assert axes(found(body, IMAGE, depthwise=nn.Conv2d(D, D, 7, padding=3, groups=D))) == [(1, D)]
-
-
-def test_sequence_first():
-    """[S, B, D], as `nn.TransformerEncoderLayer` has it by default."""
-    sites = detect(nn.TransformerEncoderLayer(D, 2, 32), (torch.randn(5, 2, D),))
-    assert axes(sites) == [(-1, D)] * 2
-
-
-def test_token_mixing_says_nothing_about_the_features():
-    """MLP-Mixer: the linear layers of the token mixer act on the positions."""
-
-    def body(s, x):
-        x = x + s.out(F.gelu(s.tokens(s.norm(x).transpose(1, 2)))).transpose(1, 2)
-        return x + s.b(F.gelu(s.a(s.norm(x))))
-
-    sites = found(body, tokens=nn.Linear(5, 9), out=nn.Linear(9, 5))
-    assert axes(sites) == [(-1, D)] * 2
-    alone = found(
-        lambda s, x: x + s.out(F.gelu(s.tokens(s.norm(x).transpose(1, 2)))).transpose(1, 2), tokens=nn.Linear(5, 9), out=nn.Linear(9, 5)
-    )
-    assert axes(alone) == [(-1, D)]
-
-
-def test_windows_keep_the_stream():
-    """Swin: [B, H, W, D], attention in windows, [B, H*W, D] for the MLP."""
-
-    def body(s, x):
-        y = s.stem(x).permute(0, 2, 3, 1)
-        windows = s.norm(y).reshape(2, 2, 4, 2, 4, D).transpose(2, 3).reshape(8, 16, D)
-        mixed = (windows @ windows.transpose(1, 2)).softmax(-1) @ s.a(windows)
-        y = y + mixed.reshape(2, 2, 2, 4, 4, D).transpose(2, 3).reshape(2, 8, 8, D)
-        tokens = y.reshape(2, 64, D)
-        return tokens + s.b(F.gelu(s.norm(tokens)))
-
-    sites = found(body, IMAGE, stem=conv())
-    assert axes(sites) == [(-1, D)] * 2
-    assert [(site.stream, site.index) for site in sites] == [(0, 0), (0, 1)]
-
-
-def test_pooling_says_channels_first():
-    assert axes(found(lambda s, x: x + F.avg_pool2d(x, 3, 1, 1), IMAGE)) == [(1, D)]
-    assert axes(found(lambda s, x: x + F.max_pool2d(x, 3, 1, 1), IMAGE)) == [(1, D)]
-
-
-def test_heads_are_no_features():
-    """[B, heads, S, size] inside attention: nothing there mixes heads."""
-
-    def body(s, x):
-        q = x.reshape(2, 5, 4, 4).transpose(1, 2)
-        q = q + (q @ q.transpose(2, 3)).softmax(-1) @ q
-        return q.transpose(1, 2).reshape(2, 5, D)
-
-    assert axes(found(body)) == [(-1, 4)]
-
-
-def test_a_change_of_shape_begins_a_new_stream():
-    def body(s, x):
-        x = x + s.one(x)
-        x = F.relu(x + s.two(x))
-        x = s.down(x)
-        x = x + s.three(x)
-        return F.relu(s.norm2(x + s.four(x)))
-
-    layers = {"one": conv(), "two": conv(), "down": conv(D, 32, 2), "three": conv(32), "four": conv(32), "norm2": nn.BatchNorm2d(32)}
-    sites = found(body, IMAGE, **layers)
-    assert [(site.stream, site.index, site.dim) for site in sites] == [(0, 0, D), (0, 1, D), (1, 0, 32), (1, 1, 32)]

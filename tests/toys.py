@@ -1,13 +1,18 @@
-"""Small models, one for each way in which people write a residual connection. `CASES` says how many sites each has."""
+"""Small models, one for each way in which people write a residual connection (`CASES` says how many sites each has), and `found`, which
+detects in a forward that a test writes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from laurel_rewrite import detect
+from laurel_rewrite.sites import Sites
 
 D = 16
 
@@ -233,3 +238,47 @@ CASES = {
     "sequence_1d": Case(Sequence1d, 1, (2, D, 9)),
     "transformer_layer": Case(lambda: nn.TransformerEncoderLayer(D, 2, 32, batch_first=True), 2),
 }
+
+
+X = torch.randn(2, 5, D)
+IMAGE = torch.randn(2, D, 8, 8)
+
+
+def kinds(sites) -> dict[str, int]:
+    return dict(Counter(site.kind for site in sites))
+
+
+def reasons(sites) -> set[str]:
+    return {rejected.reason for rejected in sites.rejected}
+
+
+class Net(nn.Module):
+    """`body(self, x)` as a forward, with some layers at hand."""
+
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.body = body
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+        self.norm = nn.LayerNorm(D)
+        self.narrow = nn.Linear(D // 2, D // 2)
+        self.table = nn.Parameter(torch.randn(5, D))
+        self.gate = nn.Parameter(torch.randn(D))
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def conv(channels: int = D, out: int | None = None, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(channels, out or channels, kernel, stride, kernel // 2)
+
+
+def found(body, x: Tensor = X, **layers: nn.Module) -> Sites:
+    """The sites of `body(self, x)` with these layers at hand."""
+    net = Net(body)
+    for name, layer in layers.items():
+        setattr(net, name, layer)
+    return detect(net, (x,))
+
+
+def axes(sites: Sites) -> list[tuple[int, int | None]]:
+    return [(site.axis, site.dim) for site in sites]

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from zoo import processor
+
+from laurel_rewrite.profiling import processor
 
 HERE = Path(__file__).parent
 STACKS = (1_000, 10_000, 100_000)

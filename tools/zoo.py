@@ -29,6 +29,8 @@ from typing import Any
 
 import click
 
+from laurel_rewrite.profiling import processor
+
 HERE = Path(__file__).parent
 EXPECTED: dict[str, Any] = json.loads((HERE / "zoo.json").read_text())
 LAYERS = (
@@ -87,7 +89,7 @@ def build(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
             with contextlib.suppress(AttributeError, NotImplementedError):  # derived from other fields
                 setattr(config, field, MOST_LAYERS)
     if getattr(config, "layer_types", None) is not None:
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(AttributeError):  # derived as well
             config.layer_types = config.layer_types[:MOST_LAYERS]
     with torch.device("meta"):
         model = AutoModel.from_config(config).train()
@@ -148,15 +150,6 @@ def table(rows: list[Row], seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    """Name of the CPU."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("models", nargs=-1)
 @click.option("--sample", is_flag=True, help="Only the fixed sample of zoo.json.")
@@ -178,9 +171,9 @@ def main(models: tuple[str, ...], sample: bool, out: Path | None) -> None:
     for spec in specs:
         row = survey(spec)
         rows.append(row)
-        identity, projection, *rest = row.cells()[2:]
         mark = "FAIL" if row.failure else "DIFF" if row.differs else "ok"
-        click.echo(f"{mark:<5}{spec:<44} identity {identity:>9}   projection {projection:>7}   {rest[-2]:>5} %  {rest[-1]}")
+        _, _, identity, projection, _, _, _, share, remark = row.cells()
+        click.echo(f"{mark:<5}{spec:<44} identity {identity:>9}   projection {projection:>7}   {share:>5} %  {remark}")
         gc.collect()
     text = table(rows, time.perf_counter() - begin)
     if out is None and not models and not sample:

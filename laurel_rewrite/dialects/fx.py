@@ -13,7 +13,18 @@ import torch
 from torch import fx
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
-from laurel_rewrite.dialects.rules import POINTWISE, SOURCE, TRANSPARENT, innermost_frame, reshaped_axes, scaled
+from laurel_rewrite.dialects.rules import (
+    LINEAR,
+    MIXING,
+    POINTWISE,
+    SLICE,
+    SOURCE,
+    STRUCTURE,
+    TRANSPARENT,
+    innermost_frame,
+    reshaped_axes,
+    scaled,
+)
 from laurel_rewrite.dialects.torch_ops import (
     IGNORED,
     LEAF_MODULES,
@@ -155,7 +166,7 @@ class _Reader:
         values = self.flow.values
         first = values[inputs[0]] if inputs else None
         if op == "unknown_module":
-            return OpKind(Role.MIXING)
+            return MIXING
         kind = OPS.get(op, POINTWISE)
         if op in SUMS:
             scalar = [a for a in node.args[:2] if isinstance(a, int | float) and not isinstance(a, bool)]
@@ -165,11 +176,11 @@ class _Reader:
         if op == "getitem" and first is not None:
             if first.shape is None:  # one of several results: each piece of a split is a slice of its own
                 return first.kind if first.role is Role.SLICE else kind
-            return OPS["slice"] if first.shape != shape else kind
+            return SLICE if first.shape != shape else kind
         if kind.role is Role.SLICE and first is not None and first.shape == shape:
             return TRANSPARENT
         if op in ("expand", "expand_as") and first is not None and first.shape != shape:
-            return OpKind(Role.POINTWISE, linear=True)
+            return STRUCTURE
         if kind.norm and op in ("layer_norm", "rms_norm", "native_layer_norm"):
             normalized = self._normalized_shape(node)
             if normalized is not None and len(normalized) != 1:
@@ -177,7 +188,7 @@ class _Reader:
         if op.startswith("conv") and kind.linear:
             return replace(kind, wide=self._kernel(node, inputs) != {1})
         if op in ("matmul", "mm", "bmm", "einsum") and len(inputs) == 2 and not values[inputs[1]].data:
-            return OPS["linear"]
+            return LINEAR
         if op == "mean" and first is not None and first.shape is not None:
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             if dims in ([-1], -1, [len(first.shape) - 1]):

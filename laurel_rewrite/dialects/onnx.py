@@ -13,19 +13,19 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
-from laurel_rewrite.dialects.onnx_ops import (
-    FUSED_CONV,
-    LIKE,
+from laurel_rewrite.dialects.onnx_ops import FUSED_CONV, LIKE, OPS, PRODUCTS, SHAPE_ONLY, SKIP_NORMS, SUMS
+from laurel_rewrite.dialects.rules import (
     LINEAR,
-    OPS,
-    PRODUCTS,
-    SHAPE_ONLY,
-    SKIP_NORMS,
+    MIXING,
+    POINTWISE,
     SLICE,
-    SUMS,
-    UNKNOWN,
+    SOURCE,
+    SUM,
+    TRANSPARENT,
+    innermost_frame,
+    reshaped_axes,
+    scaled,
 )
-from laurel_rewrite.dialects.rules import POINTWISE, SOURCE, SUM, TRANSPARENT, innermost_frame, reshaped_axes, scaled
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
@@ -78,16 +78,15 @@ class _Reader:
         else:
             kind = self._kind(node, inputs)
             for output in node.outputs:
-                self._output(node, output, node.op_type, kind, inputs)
+                self._output(node, output, kind, inputs)
 
-    def _output(self, node: ir.Node, output: ir.Value, op: str, kind: OpKind, inputs: list[int]) -> Value:
-        value = self._add(node, output.name or "", op, kind, inputs, output)
+    def _output(self, node: ir.Node, output: ir.Value, kind: OpKind, inputs: list[int]) -> None:
+        value = self._add(node, output.name or "", node.op_type, kind, inputs, output)
         if kind.role is Role.SLICE and inputs and value.shape is not None and value.shape == self.flow.values[inputs[0]].shape:
             value.kind = TRANSPARENT
         if value.role is Role.TRANSPARENT and inputs:
             value.axes = _axes(node, self.flow.values[inputs[0]], value)
         self.index[output] = value.index
-        return value
 
     def _add(self, node: ir.Node, name: str, op: str, kind: OpKind, inputs: list[int], like: ir.Value) -> Value:
         owner, existing = _owner(node)
@@ -109,7 +108,7 @@ class _Reader:
             self.index[summed] = total.index
         for output in node.outputs:
             if output not in self.index:
-                self._output(node, output, node.op_type, OPS[node.op_type], [total.index, *inputs[2:]])
+                self._output(node, output, OPS[node.op_type], [total.index, *inputs[2:]])
 
     def _fused_conv(self, node: ir.Node, inputs: list[int]) -> None:
         """y = activation(conv(x) + z)."""
@@ -117,7 +116,7 @@ class _Reader:
         conv = self._add(node, f"{node.name}_conv", "Conv", self._kind(node, inputs[:2]), inputs[:-1], output)
         total = self._add(node, f"{node.name}_sum", "Add", SUM, [conv.index, inputs[-1]], output)
         kind = POINTWISE if node.attributes.get_string("activation") else TRANSPARENT
-        self._output(node, output, node.op_type, kind, [total.index])
+        self._output(node, output, kind, [total.index])
 
     def _kind(self, node: ir.Node, inputs: list[int]) -> OpKind:
         """The table's row, specialised to this use."""
@@ -125,13 +124,11 @@ class _Reader:
         operands = [values[i] for i in inputs]
         if not operands:
             return SOURCE
-        kind = OPS.get(op, UNKNOWN)
+        kind = OPS.get(op, MIXING)
         if op in SUMS and len(operands) == 1:
             return TRANSPARENT
         if op in PRODUCTS and (op == "Mul" or operands[0].data):
             return scaled(operands, learned=False) or kind
-        if op == "Dropout":
-            return TRANSPARENT
         if op in ("MatMul", "Einsum", "FusedMatMul", "MatMulNBits") and len({o.index for o in operands if o.data}) == 1:
             return LINEAR
         if op == "Gather" and operands[0].data and len(operands) > 1 and not operands[1].data and operands[1].shape in ((), (1,)):

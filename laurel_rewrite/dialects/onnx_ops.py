@@ -6,15 +6,21 @@ What is not listed is mixing: an unknown operator may do anything.
 from __future__ import annotations
 
 from laurel_rewrite.dataflow import OpKind, Role
-from laurel_rewrite.dialects.rules import MIXING, POINTWISE, SUM, TRANSPARENT
-
-_SLICE = OpKind(Role.SLICE)
-_STRUCTURE = OpKind(Role.POINTWISE, linear=True)
-_POOL = OpKind(Role.MIXING, linear=True, axis=1, vote=1)
-_LAYER_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=4)
-_CHANNEL_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3)
-_LINEAR = OpKind(Role.MIXING, linear=True, axis=-1, vote=1)
-_CONV = OpKind(Role.MIXING, linear=True, axis=1, vote=2)
+from laurel_rewrite.dialects.rules import (
+    CHANNEL_NORM,
+    CONV,
+    LAYER_NORM,
+    LINEAR,
+    MAX_POOL,
+    POINTWISE,
+    POOL,
+    SLICE,
+    SOFTMAX,
+    STRUCTURE,
+    SUM,
+    TRANSPARENT,
+    UPSAMPLE,
+)
 
 _VIEWS = "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Dropout QuantizeLinear DequantizeLinear"
 _SLICES = "Slice Split"
@@ -47,21 +53,18 @@ SUMS = frozenset({"Add", "Sum"})
 
 OPS: dict[str, OpKind] = {
     **dict.fromkeys(_VIEWS.split(), TRANSPARENT),
-    **dict.fromkeys(_SLICES.split(), _SLICE),
+    **dict.fromkeys(_SLICES.split(), SLICE),
     **dict.fromkeys(_POINTWISE.split(), POINTWISE),
-    **dict.fromkeys(_POOLS.split(), _POOL),
-    **dict.fromkeys(_MAX_POOLS.split(), OpKind(Role.MIXING, axis=1, vote=1)),
-    **dict.fromkeys(_UPSAMPLES.split(), OpKind(Role.MIXING, upsample=True, axis=1, vote=1)),
-    **dict.fromkeys(("Concat", "Pad", "Expand", "Sub", "Neg"), _STRUCTURE),
+    **dict.fromkeys(_POOLS.split(), POOL),
+    **dict.fromkeys(_MAX_POOLS.split(), MAX_POOL),
+    **dict.fromkeys(_UPSAMPLES.split(), UPSAMPLE),
+    **dict.fromkeys(("Concat", "Pad", "Expand", "Sub", "Neg"), STRUCTURE),
     **dict.fromkeys(SUMS, SUM),
-    "Softmax": OpKind(Role.MIXING, softmax=True),
-    "Gemm": _LINEAR,
-    **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv", FUSED_CONV), _CONV),
-    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), _LAYER_NORM),
-    **dict.fromkeys(SKIP_NORMS, _LAYER_NORM),
-    **dict.fromkeys(("BatchNormalization", "GroupNormalization", "InstanceNormalization"), _CHANNEL_NORM),
+    "Softmax": SOFTMAX,
+    "Gemm": LINEAR,
+    **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv", FUSED_CONV), CONV),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", *SKIP_NORMS), LAYER_NORM),
+    **dict.fromkeys(("BatchNormalization", "GroupNormalization", "InstanceNormalization"), CHANNEL_NORM),
     "GroupNorm": OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=3),  # contrib: channels last
 }
 """Operator to its row."""
-
-LINEAR, SLICE, UNKNOWN = _LINEAR, _SLICE, MIXING

@@ -1,4 +1,4 @@
-"""What the dialects share: rows of an op table specialised to one use, and the dimensions behind a view."""
+"""What the dialects share: the rows of their op tables, rows specialised to one use, and the dimensions behind a view."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ TRANSPARENT = OpKind(Role.TRANSPARENT)
 POINTWISE = OpKind(Role.POINTWISE)
 MIXING = OpKind(Role.MIXING)
 SUM = OpKind(Role.SUM)
+SLICE = OpKind(Role.SLICE)
+STRUCTURE = OpKind(Role.POINTWISE, linear=True)
+GATE = OpKind(Role.POINTWISE, gated=True)
+SOFTMAX = OpKind(Role.MIXING, softmax=True)
+# The votes for the feature axis: a normalisation says what its features are, a linear layer may mix tokens instead.
+LINEAR = OpKind(Role.MIXING, linear=True, axis=-1, vote=1)
+POOL = OpKind(Role.MIXING, linear=True, axis=1, vote=1)
+MAX_POOL = OpKind(Role.MIXING, axis=1, vote=1)
+UPSAMPLE = OpKind(Role.MIXING, upsample=True, axis=1, vote=1)
+CONV = OpKind(Role.MIXING, linear=True, axis=1, vote=2)
+CHANNEL_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3)
+LAYER_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=4)
 _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 

@@ -5,14 +5,23 @@ What is not listed is pointwise (shape kept, positions apart), and an unknown le
 
 from __future__ import annotations
 
-from laurel_rewrite.dataflow import OpKind, Role
-
-_PLAIN = OpKind(Role.TRANSPARENT)
-_SLICE = OpKind(Role.SLICE)
-_MIX = OpKind(Role.MIXING)
-_POOL = OpKind(Role.MIXING, linear=True, axis=1, vote=1)
-_STRUCTURE = OpKind(Role.POINTWISE, linear=True)
-_SUM = OpKind(Role.SUM)
+from laurel_rewrite.dataflow import OpKind
+from laurel_rewrite.dialects.rules import (
+    CHANNEL_NORM,
+    CONV,
+    GATE,
+    LAYER_NORM,
+    LINEAR,
+    MAX_POOL,
+    MIXING,
+    POOL,
+    SLICE,
+    SOFTMAX,
+    STRUCTURE,
+    SUM,
+    TRANSPARENT,
+    UPSAMPLE,
+)
 
 VIEWS = frozenset(
     """
@@ -74,26 +83,22 @@ SCALES = PRODUCTS | {"div", "true_divide", "divide", "truediv", "itruediv"}
 SUMS = frozenset({"add", "iadd"})
 
 OPS: dict[str, OpKind] = {
-    **dict.fromkeys(VIEWS, _PLAIN),
-    **dict.fromkeys(_COPIES.split(), _PLAIN),
-    **dict.fromkeys(_SLICES.split(), _SLICE),
-    **dict.fromkeys(_MIXING.split(), _MIX),
-    **dict.fromkeys(_POOLS.split(), _POOL),
-    **dict.fromkeys(_MAX_POOLS.split(), OpKind(Role.MIXING, axis=1, vote=1)),
-    **dict.fromkeys(_UPSAMPLES.split(), OpKind(Role.MIXING, upsample=True, axis=1, vote=1)),
-    **dict.fromkeys(_STRUCTURES.split(), _STRUCTURE),
-    **dict.fromkeys(("softmax", "_softmax"), OpKind(Role.MIXING, softmax=True)),
-    **dict.fromkeys(SUMS, _SUM),
-    **dict.fromkeys(("sub", "rsub", "neg"), _STRUCTURE),
-    **dict.fromkeys(("addcmul", "addcdiv", "lerp"), OpKind(Role.POINTWISE, gated=True)),
-    "linear": OpKind(Role.MIXING, linear=True, axis=-1, vote=1),
-    "addmm": OpKind(Role.MIXING, linear=True, axis=-1, vote=1),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), OpKind(Role.MIXING, linear=True, axis=1, vote=2)),
-    **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=4)),
-    **dict.fromkeys(
-        ("batch_norm", "group_norm", "instance_norm", "native_group_norm", "_native_batch_norm_legit"),
-        OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3),
-    ),
+    **dict.fromkeys(VIEWS, TRANSPARENT),
+    **dict.fromkeys(_COPIES.split(), TRANSPARENT),
+    **dict.fromkeys(_SLICES.split(), SLICE),
+    **dict.fromkeys(_MIXING.split(), MIXING),
+    **dict.fromkeys(_POOLS.split(), POOL),
+    **dict.fromkeys(_MAX_POOLS.split(), MAX_POOL),
+    **dict.fromkeys(_UPSAMPLES.split(), UPSAMPLE),
+    **dict.fromkeys(_STRUCTURES.split(), STRUCTURE),
+    **dict.fromkeys(("softmax", "_softmax"), SOFTMAX),
+    **dict.fromkeys(SUMS, SUM),
+    **dict.fromkeys(("sub", "rsub", "neg"), STRUCTURE),
+    **dict.fromkeys(("addcmul", "addcdiv", "lerp"), GATE),
+    **dict.fromkeys(("linear", "addmm"), LINEAR),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), CONV),
+    **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), LAYER_NORM),
+    **dict.fromkeys(("batch_norm", "group_norm", "instance_norm", "native_group_norm", "_native_batch_norm_legit"), CHANNEL_NORM),
 }
 """Base name of an op to its row."""
 
@@ -119,6 +124,12 @@ LEAF_MODULES: dict[str, str] = {
     "AlphaDropout": "alpha_dropout",
     "Flatten": "flatten",
     "Unflatten": "unflatten",
+    "Softmax": "softmax",
+    "MaxPool1d": "max_pool1d",
+    "MaxPool2d": "max_pool2d",
+    "MaxPool3d": "max_pool3d",
+    "AdaptiveMaxPool1d": "adaptive_max_pool1d",
+    "AdaptiveMaxPool2d": "adaptive_max_pool2d",
     "AvgPool1d": "avg_pool1d",
     "AvgPool2d": "avg_pool2d",
     "AdaptiveAvgPool1d": "adaptive_avg_pool1d",
