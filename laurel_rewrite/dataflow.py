@@ -36,6 +36,7 @@ class OpKind:
         wide: combines several positions by weights (a 3x3 convolution); a shortcut does that only where it changes the shape.
         norm: a normalisation; a stream passes through it.
         gated: a sum whose operands are weighted by tensors (lerp, addcmul).
+        enclosed: a sum in the subgraph of a control-flow op, which is listed and left alone.
         upsample: enlarges positions; marks a lateral sum.
         softmax: turns attention scores into weights; a sum that only this reads is a bias on scores.
         axis: the feature axis that reading a value through this op implies, counted on that value's dimensions.
@@ -47,6 +48,7 @@ class OpKind:
     wide: bool = False
     norm: bool = False
     gated: bool = False
+    enclosed: bool = False
     upsample: bool = False
     softmax: bool = False
     axis: int | None = None

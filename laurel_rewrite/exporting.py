@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +20,13 @@ from torch.utils import _pytree as pytree
 from laurel_rewrite import __version__
 from laurel_rewrite.capture import describe, quiet, training, without_caches
 from laurel_rewrite.errors import ConfigError, ExportError
+from laurel_rewrite.graph_files import write_onnx
 from laurel_rewrite.operator import Laurel, sites_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 TARGETS = ("portable", "none")
-EXTERNAL_DATA_BYTES = 1 << 30
-"""Above this size of its initializers a model gets its weights in a file of their own; protobuf ends at 2 GiB."""
-
 _MARKER = "laurel_rewrite.marker"
 _log = logging.getLogger(__name__)
 
@@ -67,7 +63,7 @@ def export_onnx(
     proto = _export(model, args, dict(kwargs or {}), markers=target == "portable")
     if target == "portable":
         _insert(proto, model)
-    return _write(proto, Path(path))
+    return write_onnx(proto, path)
 
 
 def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -161,8 +157,7 @@ class _Marker:
 
 
 def _insert(model: ir.Model, module: nn.Module) -> None:
-    from onnx_ir import tensor_adapters
-
+    from laurel_rewrite.onnx_surgery import parameters_of
     from passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 
     modules = sites_of(module)
@@ -172,10 +167,10 @@ def _insert(model: ir.Model, module: nn.Module) -> None:
             continue
         name = node.attributes["site"].as_string()
         laurel = modules[name]
-        tensors = {key: tensor_adapters.TorchTensor(value.detach().contiguous()) for key, value in laurel.named_parameters()}
+        tensors = parameters_of(laurel)
         operands = [value for value in node.inputs if value is not None]
         if node.op_type == "Branch":
-            sites.append(OnnxSite(name, node, None, tuple(operands), (), laurel.config, tensors, partial=True))
+            sites.append(OnnxSite(name, node, None, tuple(operands), (), laurel.config, tensors))
             continue
         count = 1 + node.attributes["branches"].as_int()
         lags = node.attributes["lags"].as_ints()[1:]
@@ -238,24 +233,3 @@ def _name_dimensions(model: ir.Model, fixed: Mapping[str, int]) -> None:
                     for d in value.shape
                 ]
             )
-
-
-def _write(model: ir.Model, path: Path) -> Path:
-    """Check the model and put it in its place in one step."""
-    import onnx
-    import onnx_ir as ir
-
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".laurel-") as folder:
-            draft = Path(folder) / path.name
-            ir.save(model, draft, external_data=external)
-            onnx.checker.check_model(str(draft))
-            inferred = Path(folder) / "inferred.onnx"
-            onnx.shape_inference.infer_shapes_path(str(draft), str(inferred), strict_mode=True)
-            for name in filter(None, (external, path.name)):
-                os.replace(Path(folder) / name, path.parent / name)
-    except (OSError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path} could not be written as valid ONNX: {error}") from error
-    return path

@@ -13,6 +13,8 @@ from laurel_rewrite.variants import SiteConfig
 
 DOMAIN = "laurel_rewrite"
 DOMAIN_VERSION = 1
+IR_VERSION = 10
+"""The first with `metadata_props` at nodes; functions came with 8."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class FunctionForm:
 
     Attributes:
         config: variant and options; its sizes (D, r) do not matter to the body.
-        branches: number of branches of the sum.
+        branches: number of branches of the sum; 0 gives the skip's term alone, b (x + ...), for a node that adds by itself.
         lags: which lags of PA's window are given, 0 first.
         cast: the parameters' type is not the stream's.
     """
@@ -41,9 +43,14 @@ class FunctionForm:
         if c.lags:
             parts.append(f"lags{c.lags}")
             parts += ["of" + "".join(map(str, self.lags))] if self.lags != tuple(range(c.lags)) else []
-        parts += [f"branches{self.branches}"] if self.branches > 1 else []
+        parts += ["skip"] if not self.branches else [f"branches{self.branches}"] if self.branches > 1 else []
         parts += ["cast"] if self.cast else []
         return "_".join(parts)
+
+    @property
+    def opset(self) -> int:
+        """The first opset whose operators the body needs: integer constants came with 9, CastLike with 15."""
+        return 15 if self.cast or (self.config.weights and self.config.normalize == "none") else 9
 
 
 def parameter_names(config: SiteConfig) -> list[str]:
@@ -58,7 +65,7 @@ def laurel_function(form: FunctionForm, opsets: dict[str, int]) -> ir.Function:
     """The function of a form.
 
     Inputs: the skip, the branches, the earlier states of the lags above 0, the parameters in the order of `parameter_names`.
-    Output: the sum.
+    Output: the sum, ((skip + first branch) + second) ..., or the skip's term where there is no branch.
     """
     body = _Body()
     config = form.config
@@ -104,7 +111,7 @@ class _Body:
         return self.tape.op(kind, list(inputs), attributes=attributes or None)
 
     def ints(self, values: Sequence[int]) -> ir.Value:
-        return self.op("Constant", value_ints=list(values))
+        return self.op("Constant", value=ir.tensor(list(values), dtype=ir.DataType.INT64))
 
     def take(self, vector: ir.Value, position: int) -> ir.Value:
         """The element of a vector at a position, of shape [1]."""
@@ -118,7 +125,7 @@ class _Body:
             halves = self.op("Sigmoid", mix), self.op("Sigmoid", self.op("Neg", mix))
             return self.op("Add", halves[0], halves[0]), self.op("Add", halves[1], halves[1])
         if config.normalize == "none":
-            one = self.op("CastLike", self.op("Constant", value_floats=[1.0]), mix)
+            one = self.op("CastLike", self.op("Constant", value=ir.tensor([1.0])), mix)
             both = self.op("Add", one, mix)
         else:
             both = self.op("Softmax", mix, axis=0)

@@ -87,6 +87,7 @@ class PlanSite:
 
     Attributes:
         calls: how often the model runs it in one forward pass; more than 1 where modules are shared.
+        dim: D; 0 where it is unknown, and the variant needs none.
         turns: how many turns its loop has, where the site is one turn of a loop; else 0.
         holder: path of the module whose call begins the stream.
     """
@@ -119,11 +120,16 @@ class PlanSite:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sites to rewrite, in order of execution, and the seed of their start."""
+    """The sites to rewrite, in order of execution, and the seed of their start.
+
+    Attributes:
+        left_out: sites that could not be chosen because the size of their feature axis is unknown.
+    """
 
     sites: tuple[PlanSite, ...]
     seed: int = 0
     model: str = ""
+    left_out: tuple[str, ...] = ()
 
     def past(self, site: PlanSite) -> tuple[str, ...]:
         """Ids of the sites whose skips a PA site reads, nearest first; the window ends where the stream begins."""
@@ -178,20 +184,21 @@ class Plan:
 
         Raises:
             NoSiteError: the model has no residual connection.
-            ConfigError: a selector matches nothing, the rank is above a site's D, or D is unknown.
+            ConfigError: a selector matches nothing, the rank is above a site's D, or D is unknown everywhere.
         """
         if not sites.sites:
             raise NoSiteError(_nothing(sites))
         calls = Counter(site.module for site in sites)
         unique = [site for site in sites if site.id == site.module]
         chosen = _select(unique, config)
-        problems = []
-        for site in chosen:
-            uses_rank = variants.operator(config.variant).uses_rank
-            if site.dim is None:
-                problems.append(f"{site.id} ({site.where}): the size of its feature axis is unknown; leave it out with exclude.")
-            elif uses_rank and config.rank > site.dim:
-                problems.append(f"{site.id}: rank {config.rank} is above its feature size {site.dim}.")
+        uses_rank = variants.operator(config.variant).uses_rank
+        left_out = tuple(f"{site.id} ({site.where})" for site in chosen if site.dim is None and uses_rank)
+        chosen = [site for site in chosen if site.dim is not None or not uses_rank]
+        if not chosen:
+            raise ConfigError(f"The size of the feature axis is unknown at every site, the first {left_out[0]}; --variant rw needs none.")
+        problems = [
+            f"{s.id}: rank {config.rank} is above its feature size {s.dim}." for s in chosen if uses_rank and config.rank > (s.dim or 0)
+        ]
         if problems:
             more = f" And {len(problems) - 5} more." if len(problems) > 5 else ""
             raise ConfigError(" ".join(problems[:5]) + more)
@@ -200,8 +207,10 @@ class Plan:
         for site in chosen:
             binding = sites.bindings[site.id]
             turns = binding.turns if binding.turn is not None else 0
-            rows.append(PlanSite(**asdict(site), **given, calls=calls[site.module], turns=turns, holder=binding.holder))
-        return Plan(tuple(rows), seed=config.seed)
+            rows.append(
+                PlanSite(**{**asdict(site), "dim": site.dim or 0}, **given, calls=calls[site.module], turns=turns, holder=binding.holder)
+            )
+        return Plan(tuple(rows), seed=config.seed, left_out=left_out)
 
     def check(self, sites: Sites) -> None:
         """Raise ConfigError unless every site of the plan is one of these, with the same feature axis."""
@@ -210,7 +219,7 @@ class Plan:
             site = known.get(row.id)
             if site is None:
                 raise ConfigError(f"The plan names the site {row.id!r}, which the model does not have. {nearest(row.id, known)}")
-            if (site.dim, site.axis, site.owner) != (row.dim, row.axis, row.owner):
+            if (site.dim or 0, site.axis, site.owner) != (row.dim, row.axis, row.owner):
                 raise ConfigError(
                     f"{row.id}: the plan says axis {row.axis} of size {row.dim}, the model has axis {site.axis} of size {site.dim}. "
                     "Was the plan made for another configuration of the model?"

@@ -34,6 +34,7 @@ REASONS = {
     "broadcast": "the operands of a residual connection have one shape; a mask, a bias or an embedding is spread",
     "unknown shape": "without shapes a broadcast cannot be told from a residual connection",
     "gated": "the operands are weighted by tensors, as in a gate",
+    "subgraph": "it stands in the subgraph of an If, Loop or Scan, which is left alone",
     "existing LAuReL": "in, or with the result of, a LAuReL block that the model has already",
     "attention bias": "one operand is a product of queries and keys, and a softmax reads the sum",
     "pointwise": "one operand is computed from the other, but nothing on the way mixes positions or channels: an activation, a gate",
@@ -97,6 +98,8 @@ class _Finder:
         for value in self.values:
             if value.kind.gated and value.data:
                 refusals.append(Refusal(value.index, value.inputs, "gated", f"{value.op} weights its operands by tensors"))
+            elif value.kind.enclosed:
+                refusals.append(Refusal(value.index, (), "subgraph", REASONS["subgraph"]))
             elif value.role is Role.SUM and value.index not in self.inner:
                 verdict = self._judge(value) if self._is_sum(value) else self._not_a_sum(value)
                 (residuals if isinstance(verdict, Residual) else refusals).append(verdict)  # type: ignore[arg-type]  # by its class
@@ -109,6 +112,7 @@ class _Finder:
         return (
             value.role is Role.SUM
             and value.floating
+            and value.shape is not None
             and len(operands) >= 2
             and all(o.data and o.floating and o.shape == value.shape for o in operands)
         )
@@ -136,17 +140,17 @@ class _Finder:
     def _not_a_sum(self, value: Value) -> Refusal:
         shapes = " + ".join(_shape(self.values[i]) for i in value.inputs)
         fixed = [self.values[i] for i in value.inputs if not self.values[i].data]
-        if not value.floating:
+        if value.shape is None:
+            reason, detail = "unknown shape", f"{shapes}: shapes are not known"
+        elif not value.floating:
             reason, detail = "integer", f"{shapes}: not floating-point numbers"
         elif len(value.inputs) < 2:
             reason, detail = "scalar", f"{shapes} + a number"
         elif fixed:
             reason = "not data-dependent"
             detail = f"{shapes}: {fixed[0].name} comes from parameters or constants (a bias, a position table)"
-        elif any(self.values[i].shape != value.shape for i in value.inputs):
-            reason, detail = "broadcast", f"{shapes}: the operands have different shapes (a mask, an embedding)"
         else:
-            reason, detail = "unknown shape", f"{shapes}: shapes are not known"
+            reason, detail = "broadcast", f"{shapes}: the operands have different shapes (a mask, an embedding)"
         return Refusal(value.index, value.inputs, reason, detail)
 
     def _inputs(self) -> list[int]:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from laurel_rewrite.streams import find_places
 
 if TYPE_CHECKING:
     import onnx_ir
+
+    from laurel_rewrite.dialects.onnx import OnnxFlow
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,9 @@ def detect(
         with_shapes(model, args, kwargs)
         return sites_of_graph(model)
     if isinstance(model, str | PathLike):
-        model = read_graph(model)
+        from laurel_rewrite.graph_files import read_graph
+
+        model = read_graph(Path(model))
     if isinstance(model, torch.export.ExportedProgram):
         return sites_of_program(model)
     if not isinstance(model, nn.Module):
@@ -217,29 +222,28 @@ def sites_of_graph(module: fx.GraphModule) -> Sites:
     return _sites(flow, ())
 
 
-def read_graph(path: str | PathLike[str]) -> torch.export.ExportedProgram | onnx_ir.Model:
-    """A .pt2 or .onnx file; the weights of the latter stay on the disk until they are asked for."""
-    import onnx_ir as ir
-
-    try:
-        return torch.export.load(path) if str(path).endswith(".pt2") else ir.load(path)
-    except Exception as error:  # protobuf's, torch's, the file system's
-        raise CaptureError(f"{path} could not be read as a graph (.pt2 or .onnx): {type(error).__name__}: {error}") from error
-
-
 @_uncollected()
 def sites_of_onnx(model: onnx_ir.Model) -> Sites:
-    """The sites of an ONNX model. Shapes that are missing are inferred on a copy."""
-    import onnx_ir.passes.common as common
+    """The sites of an ONNX model, which stays as it is."""
+    return read_onnx_sites(model)[0]
 
+
+def read_onnx_sites(model: onnx_ir.Model) -> tuple[Sites, OnnxFlow, onnx_ir.Model]:
+    """The sites of an ONNX model, how they hang in its graph, and the graph that was read: a copy where functions had to be inlined or
+    shapes inferred.
+
+    Raises:
+        CaptureError: the graph has a cycle, or contradicts itself.
+    """
     from laurel_rewrite.dialects.onnx import dataflow_from_onnx
+    from laurel_rewrite.dialects.onnx_shapes import completed
 
-    if model.functions:
-        model = common.InlinePass()(model.clone()).model
-    if any(value.shape is None for node in model.graph for value in node.outputs):
-        model = common.ShapeInferencePass()(model.clone()).model
-    flow, _ = dataflow_from_onnx(model.graph)
-    return _sites(flow, ())
+    try:
+        model = completed(model)
+    except Exception as error:  # onnx's, onnx-ir's and the inference's exceptions share no base class
+        raise CaptureError(f"The graph could not be read: {type(error).__name__}: {str(error)[:400]}") from error
+    read = dataflow_from_onnx(model.graph)
+    return _sites(read.flow, ()), read, model
 
 
 def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:

@@ -1,19 +1,21 @@
-"""z = Add(x, f)  ->  z = laurel_rewrite::LAuReL_...(x, f, parameters): function nodes in an ONNX graph."""
+"""z = Add(x, f)  ->  z = laurel_rewrite::LAuReL_...(x, f, parameters): function nodes in an ONNX graph.
+
+Where the sum is part of a node that does more, that node stays, and its operands become a f and b (x + ...).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import ExportError
-from laurel_rewrite.operator_onnx import DOMAIN, DOMAIN_VERSION, FunctionForm, branch_function, parameter_names
+from laurel_rewrite.operator_onnx import DOMAIN, DOMAIN_VERSION, IR_VERSION, FunctionForm, branch_function, parameter_names
 from laurel_rewrite.variants import SiteConfig, operator
 from passes.base import Pass, PassResult
-
-METADATA = "laurel_rewrite."
-"""Prefix of our keys in `metadata_props`."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,12 @@ class OnnxSite:
 
     Attributes:
         id: site id; the prefix of its initializers, and the node's name.
-        node: the node that is replaced: its output 0 is the sum.
-        skip: x.
-        branches: f, one or more.
+        node: the node that is replaced: its output 0 becomes the LAuReL node's.
+        skip: x; None where the node is one further branch, a f, of a sum whose site stands elsewhere.
+        branches: f; none where the node is the skip's term, b (x + ...), of a sum that another node computes.
         past: (lag, value) of the earlier states that PA reads.
         config: the operator.
         parameters: the tensors by their names in `parameter_names`.
-        partial: the node is one further branch, a f, of a sum whose site stands elsewhere.
     """
 
     id: str
@@ -38,7 +39,18 @@ class OnnxSite:
     past: tuple[tuple[int, ir.Value], ...]
     config: SiteConfig
     parameters: Mapping[str, ir.TensorProtocol]
-    partial: bool = False
+
+    @property
+    def form(self) -> FunctionForm:
+        branches = len(self.branches) if self.skip is not None else 1
+        return FunctionForm(self.config, branches, (0, *(lag for lag, _ in self.past)), self._casts)
+
+    @property
+    def _casts(self) -> bool:
+        """Whether the stream's type is not the parameters'."""
+        types = {tensor.dtype for tensor in self.parameters.values()}
+        stream = {value.dtype for value in (self.skip, *self.branches) if value is not None and value.dtype is not None}
+        return bool(types) and bool(stream - types)
 
 
 class InsertLaurelOnnx(Pass[ir.Model]):
@@ -62,28 +74,32 @@ class InsertLaurelOnnx(Pass[ir.Model]):
                 raise ExportError(
                     f"{site.id}: the parameter {(missing or clash)[0]!r} is {'missing' if missing else 'in the graph already'}"
                 )
-        if graph.opset_imports.get("", 0) < 15:
-            raise ExportError(f"LAuReL functions need opset 15 or newer; the graph has {graph.opset_imports.get('')}.")
+        opset, needed = graph.opset_imports.get("", 0), required_opset(self.sites)
+        if opset < needed or graph.ir_version < IR_VERSION:
+            raise ExportError(
+                f"These LAuReL nodes need opset {needed} and IR version {IR_VERSION}; the graph has {opset} and {graph.ir_version}."
+            )
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
         opsets = {"": graph.opset_imports[""]}
         initializers: dict[str, ir.Value] = {}
-        used: dict[str, int] = {}
+        replaced: dict[ir.Value, ir.Value] = {}
+        used: Counter[str] = Counter()
         for site in self.sites:
-            form = FunctionForm(site.config, max(len(site.branches), 1), (0, *(lag for lag, _ in site.past)), _casts(site))
-            build = branch_function if site.partial else operator(site.config.variant).onnx_function
-            function = build(form, opsets)
+            build = branch_function if site.skip is None else operator(site.config.variant).onnx_function
+            function = build(site.form, opsets)
             graph.functions.setdefault(function.identifier(), function)
-            wanted = ["mix"] if site.partial else parameter_names(site.config)
+            wanted = ["mix"] if site.skip is None else parameter_names(site.config)
             parameters = [_initializer(graph, initializers, f"{site.id}.{name}", site.parameters[name]) for name in wanted]
-            states = [] if site.skip is None else [site.skip, *site.branches, *(value for _, value in site.past)]
-            count = used[site.id] = used.get(site.id, -1) + 1
-            name = site.id if not count else f"{site.id}@{count}"
-            self._insert(site, function, (states or list(site.branches)) + parameters, name)
+            given = [*([] if site.skip is None else [site.skip]), *site.branches, *(value for _, value in site.past)]
+            name = site.id if not used[site.id] else f"{site.id}@{used[site.id]}"
+            used[site.id] += 1
+            before = site.node.outputs[0]
+            replaced[before] = self._insert(site, function, [replaced.get(value, value) for value in given] + parameters, name)
         graph.opset_imports[DOMAIN] = DOMAIN_VERSION
         return PassResult(graph, tuple(site.id for site in self.sites))
 
-    def _insert(self, site: OnnxSite, function: ir.Function, inputs: list[ir.Value], name: str) -> None:
+    def _insert(self, site: OnnxSite, function: ir.Function, inputs: list[ir.Value], name: str) -> ir.Value:
         old = site.node
         node = ir.Node(function.domain, function.name, inputs, num_outputs=1, name=name)
         node.metadata_props.update(old.metadata_props)
@@ -102,6 +118,7 @@ class InsertLaurelOnnx(Pass[ir.Model]):
         graph.insert_before(old, node)
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
         graph.remove(old, safe=True)
+        return after
 
     def ensures(self, result: PassResult[ir.Model]) -> None:
         present = [n.metadata_props.get(f"{METADATA}site") for n in result.graph_module.graph if n.domain == DOMAIN]
@@ -117,8 +134,6 @@ def _initializer(model: ir.Model, known: dict[str, ir.Value], name: str, tensor:
     return known[name]
 
 
-def _casts(site: OnnxSite) -> bool:
-    """Whether the stream's type is not the parameters'."""
-    types = {tensor.dtype for tensor in site.parameters.values()}
-    stream = {value.dtype for value in (site.skip, *site.branches) if value is not None and value.dtype is not None}
-    return bool(types) and bool(stream - types)
+def required_opset(sites: Iterable[OnnxSite]) -> int:
+    """The first opset that has the operators of all these sites."""
+    return max((site.form.opset for site in sites), default=1)

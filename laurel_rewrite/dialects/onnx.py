@@ -1,25 +1,26 @@
 """`Dataflow` from an ONNX graph: an exporter's, an optimiser's, a given file's.
 
 Shapes and types come from the graph; weights are never read. Owner and source line come from the metadata that PyTorch's exporter
-leaves at each node, and are empty in the graphs of others.
+leaves at each node, or the owner from the node's name in the style of its older exporter; they are empty in the graphs of others.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
-from laurel_rewrite.dialects.onnx_ops import FUSED_CONV, LIKE, OPS, PRODUCTS, SHAPE_ONLY, SKIP_NORMS, SUMS
+from laurel_rewrite.dialects.onnx_ops import LIKE, OPS, PRODUCT_SUMS, PRODUCTS, QUANTISED_SUMS, SHAPE_ONLY, SKIP_NORMS, SUMS
 from laurel_rewrite.dialects.rules import (
     LINEAR,
     MIXING,
     POINTWISE,
     SLICE,
     SOURCE,
+    SUBGRAPH,
     SUM,
     TRANSPARENT,
     innermost_frame,
@@ -32,13 +33,50 @@ _CLASSES = "pkg.torch.onnx.class_hierarchy"
 _TRACE = "pkg.torch.onnx.stack_trace"
 
 
-def dataflow_from_onnx(graph: ir.Graph) -> tuple[Dataflow, dict[ir.Value, int]]:
-    """Read a graph whose nodes are in topological order.
+METADATA = "laurel_rewrite."
+"""Prefix of our keys in `metadata_props`."""
 
-    Returns:
-        The dataflow, and the value that each ONNX value became. Names of values are the ONNX names, so they are unique; the sum
-        inside a fused node is called after its node.
+
+@dataclass(frozen=True)
+class OnnxSum:
+    """The node behind a sum of the dataflow.
+
+    Attributes:
+        node: Add, Sum, or a node that adds among other things.
+        terms: for each operand of the sum, the inputs of the node that it is linear in together: itself, or the weights and the bias of
+            a product that the node computes.
+        rest: further inputs that are added, which depend on no data: a bias.
+        inside: the operand that the node computes itself.
     """
+
+    node: ir.Node
+    terms: tuple[tuple[int, ...], ...]
+    rest: tuple[int, ...] = ()
+    inside: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the node's output is the sum and nothing else."""
+        return self.node.op_type in SUMS
+
+
+@dataclass
+class OnnxFlow:
+    """What was read from a graph.
+
+    Attributes:
+        flow: the dataflow. Names of values are the ONNX names, so they are unique; the sum inside a fused node is called after it.
+        index: the value that each ONNX value became.
+        sums: the node behind each sum, by the index of its value.
+    """
+
+    flow: Dataflow = field(default_factory=Dataflow)
+    index: dict[ir.Value, int] = field(default_factory=dict)
+    sums: dict[int, OnnxSum] = field(default_factory=dict)
+
+
+def dataflow_from_onnx(graph: ir.Graph) -> OnnxFlow:
+    """Read a graph whose nodes are in topological order."""
     reader = _Reader()
     for value in graph.inputs:
         reader.source(value, data=value.name not in graph.initializers)
@@ -47,14 +85,10 @@ def dataflow_from_onnx(graph: ir.Graph) -> tuple[Dataflow, dict[ir.Value, int]]:
     for node in graph:
         reader.node(node)
     reader.flow.outputs.update(reader.read(value) for value in graph.outputs)
-    return reader.flow, reader.index
+    return reader
 
 
-class _Reader:
-    def __init__(self) -> None:
-        self.flow = Dataflow()
-        self.index: dict[ir.Value, int] = {}
-
+class _Reader(OnnxFlow):
     def source(self, value: ir.Value, *, data: bool) -> None:
         if value not in self.index:
             self.index[value] = self.flow.add(
@@ -70,15 +104,35 @@ class _Reader:
         operands = [value for value in node.inputs if value is not None] + list(_captured(node))
         if node.op_type in LIKE:
             operands = operands[:1]
+        if node.op_type in QUANTISED_SUMS:
+            operands = operands[:4:3]
         inputs = [self.read(value) for value in operands]
         if node.op_type in SKIP_NORMS and len(inputs) >= 2:
             self._skip_norm(node, inputs)
-        elif node.op_type == FUSED_CONV and len(node.inputs) > 3 and node.inputs[3] is not None:
-            self._fused_conv(node, inputs)
+        elif node.op_type in PRODUCT_SUMS and self._adds_data(node):
+            self._product_sum(node)
         else:
             kind = self._kind(node, inputs)
             for output in node.outputs:
                 self._output(node, output, kind, inputs)
+            if node.op_type in SUMS:
+                positions = (position for position, value in enumerate(node.inputs) if value is not None)
+                self.sums[self.index[node.outputs[0]]] = OnnxSum(node, tuple((position,) for position in positions))
+        self._inside(node)
+
+    def _adds_data(self, node: ir.Node) -> bool:
+        _, added = PRODUCT_SUMS[node.op_type]
+        value = node.inputs[added] if len(node.inputs) > added else None
+        return value is not None and self.flow.values[self.read(value)].data
+
+    def _inside(self, node: ir.Node) -> None:
+        """The sums in the subgraphs of an If, Loop or Scan are left alone, and listed."""
+        for graph in _subgraphs(node):
+            for inner in graph.all_nodes():
+                if inner.op_type in SUMS or inner.op_type in SKIP_NORMS:
+                    self._add(
+                        inner, f"{inner.outputs[0].name} in {node.name or node.op_type}", inner.op_type, SUBGRAPH, [], inner.outputs[0]
+                    )
 
     def _output(self, node: ir.Node, output: ir.Value, kind: OpKind, inputs: list[int]) -> None:
         value = self._add(node, output.name or "", node.op_type, kind, inputs, output)
@@ -90,6 +144,7 @@ class _Reader:
 
     def _add(self, node: ir.Node, name: str, op: str, kind: OpKind, inputs: list[int], like: ir.Value) -> Value:
         owner, existing = _owner(node)
+        existing = existing or f"{METADATA}site" in node.metadata_props
         data = any(self.flow.values[i].data for i in inputs) and node.op_type not in SHAPE_ONLY
         return self.flow.add(
             name, op, kind, inputs, shape=_shape(like), floating=_floating(like), data=data, owner=owner, existing=existing,
@@ -102,19 +157,26 @@ class _Reader:
         like = summed if summed is not None else node.inputs[0]
         assert like is not None
         total = self._add(node, (summed.name if summed is not None else None) or f"{node.name}_sum", "Add", SUM, inputs[:2], like)
-        if len(node.inputs) > 4 and node.inputs[4] is not None:  # a bias
-            total = self._add(node, f"{total.name}_bias", "Add", SUM, [total.index, self.read(node.inputs[4])], like)
+        biased = len(node.inputs) > 4 and node.inputs[4] is not None
+        self.sums[total.index] = OnnxSum(node, ((0,), (1,)), (4,) if biased else ())
+        if biased:
+            total = self._add(node, f"{total.name}_bias", "Add", SUM, [total.index, inputs[-1]], like)
         if summed is not None:
             self.index[summed] = total.index
         for output in node.outputs:
             if output not in self.index:
                 self._output(node, output, OPS[node.op_type], [total.index, *inputs[2:]])
 
-    def _fused_conv(self, node: ir.Node, inputs: list[int]) -> None:
-        """y = activation(conv(x) + z)."""
-        output = node.outputs[0]
-        conv = self._add(node, f"{node.name}_conv", "Conv", self._kind(node, inputs[:2]), inputs[:-1], output)
-        total = self._add(node, f"{node.name}_sum", "Add", SUM, [conv.index, inputs[-1]], output)
+    def _product_sum(self, node: ir.Node) -> None:
+        """y = activation(product + z)."""
+        linear, added = PRODUCT_SUMS[node.op_type]
+        output, addend = node.outputs[0], node.inputs[added]
+        assert addend is not None
+        factors = [self.read(value) for position, value in enumerate(node.inputs) if value is not None and position != added]
+        product = self._add(node, f"{output.name}_product", node.op_type, self._kind(node, factors), factors, output)
+        total = self._add(node, f"{output.name}_sum", "Add", SUM, [product.index, self.read(addend)], output)
+        present = tuple(position for position in linear if position < len(node.inputs) and node.inputs[position] is not None)
+        self.sums[total.index] = OnnxSum(node, (present, (added,)), inside=0)
         kind = POINTWISE if node.attributes.get_string("activation") else TRANSPARENT
         self._output(node, output, kind, [total.index])
 
@@ -135,8 +197,10 @@ class _Reader:
             return SLICE
         if op == "Expand":
             return TRANSPARENT if operands[0].shape is not None and operands[0].shape == _shape(node.outputs[0]) else kind
-        if op in ("Conv", FUSED_CONV):
-            return replace(kind, wide=_kernel(node, operands) != {1})
+        if op in ("Conv", "FusedConv"):
+            kind = replace(kind, wide=_kernel(node, operands) != {1})
+        if op in PRODUCT_SUMS:
+            return replace(kind, linear=not node.attributes.get_string("activation"))
         if op == "LayerNormalization" and node.attributes.get_int("axis", -1) not in (-1, len(operands[0].shape or ()) - 1):
             return replace(kind, axis=1, vote=1)
         if op == "ReduceMean" and operands[0].shape is not None and _reduced(node, operands[0]) == (len(operands[0].shape) - 1,):
@@ -146,11 +210,14 @@ class _Reader:
 
 def _captured(node: ir.Node) -> Iterator[ir.Value]:
     """What the subgraphs of an If, Loop or Scan read from outside."""
-    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-    for graph in graphs:
+    for graph in _subgraphs(node):
         nodes = list(graph.all_nodes())
         inside = {*graph.inputs, *graph.initializers.values(), *(output for inner in nodes for output in inner.outputs)}
         yield from {value: None for inner in nodes for value in inner.inputs if value is not None and value not in inside}
+
+
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
 
 
 def _shape(value: ir.Value) -> tuple[int | str, ...] | None:
@@ -168,7 +235,21 @@ def _owner(node: ir.Node) -> tuple[str, bool]:
     """Path of the module that ran the node, and whether one around it is a LAuReL block of the model's own."""
     scopes, classes = _list(node.metadata_props, _SCOPES), _list(node.metadata_props, _CLASSES)
     existing = any("laurel" in name.rsplit(".", 1)[-1].lower() for name in classes[:-1])
-    return (scopes[-2] if len(scopes) > 1 else ""), existing
+    if scopes:
+        return (scopes[-2] if len(scopes) > 1 else ""), existing
+    path = _named_scope(node.name or "")
+    return path, any(part.startswith("laurel") for part in path.lower().split("."))
+
+
+def _named_scope(name: str) -> str:
+    """ "/layer1/layer1.0/Add" -> "layer1.0": module paths in the node names of PyTorch's older exporter, where a part repeats the name
+    of the Sequential that holds it."""
+    parts: list[str] = []
+    for part in name.split("/")[1:-1] if name.startswith("/") else ():
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
 
 
 def _list(metadata: Mapping[str, str], key: str) -> list[str]:

@@ -46,8 +46,15 @@ PRODUCTS = frozenset({"Mul", "Div"})
 SKIP_NORMS = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 """A sum of the first two operands and its normalisation in one node; output 3 is the sum."""
 
-FUSED_CONV = "FusedConv"
-"""A convolution, with operand 3 added to it, and an activation in one node."""
+PRODUCT_SUMS = {"FusedConv": ((1, 2), 3), "Gemm": ((1,), 2), "FusedGemm": ((1,), 2)}
+"""A product with a further operand added to it, in one node: the inputs that the product is linear in (weights, bias), and the input
+that is added. What is added is mostly a bias; where it depends on data, the node is a sum."""
+
+QUANTISED_SUMS = frozenset({"QLinearAdd"})
+"""A sum of integers that stand for numbers: its operands are the inputs 0 and 3."""
+
+SPLIT_LAYOUT = "com.microsoft.nchwc"
+"""Domain of operators that hold channels in blocks, as onnxruntime's optimiser writes them for one machine."""
 
 SUMS = frozenset({"Add", "Sum"})
 
@@ -59,10 +66,10 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(_MAX_POOLS.split(), MAX_POOL),
     **dict.fromkeys(_UPSAMPLES.split(), UPSAMPLE),
     **dict.fromkeys(("Concat", "Pad", "Expand", "Sub", "Neg"), STRUCTURE),
-    **dict.fromkeys(SUMS, SUM),
+    **dict.fromkeys(SUMS | QUANTISED_SUMS, SUM),
     "Softmax": SOFTMAX,
-    "Gemm": LINEAR,
-    **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv", FUSED_CONV), CONV),
+    **dict.fromkeys(("Gemm", "FusedGemm"), LINEAR),
+    **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv", "FusedConv"), CONV),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", *SKIP_NORMS), LAYER_NORM),
     **dict.fromkeys(("BatchNormalization", "GroupNormalization", "InstanceNormalization"), CHANNEL_NORM),
     "GroupNorm": OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=3),  # contrib: channels last

@@ -14,6 +14,7 @@ MIXING = OpKind(Role.MIXING)
 SUM = OpKind(Role.SUM)
 SLICE = OpKind(Role.SLICE)
 STRUCTURE = OpKind(Role.POINTWISE, linear=True)
+SUBGRAPH = OpKind(Role.MIXING, enclosed=True)
 GATE = OpKind(Role.POINTWISE, gated=True)
 SOFTMAX = OpKind(Role.MIXING, softmax=True)
 # The votes for the feature axis: a normalisation says what its features are, a linear layer may mix tokens instead.

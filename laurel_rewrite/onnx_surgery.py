@@ -1,0 +1,306 @@
+"""The ONNX back end: put LAuReL into a graph that anyone's exporter wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnx_ir import tensor_adapters
+
+from laurel_rewrite import __version__
+from laurel_rewrite.capture import quiet
+from laurel_rewrite.dialects.onnx import METADATA, OnnxFlow, OnnxSum
+from laurel_rewrite.dialects.onnx_ops import PRODUCT_SUMS, SPLIT_LAYOUT
+from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, RewriteError, nearest
+from laurel_rewrite.operator import Laurel
+from laurel_rewrite.operator_onnx import DOMAIN, IR_VERSION, FunctionForm
+from laurel_rewrite.plan import Plan
+from laurel_rewrite.residuals import Residual
+from laurel_rewrite.sites import Sites, read_onnx_sites
+from laurel_rewrite.variants import SiteConfig
+from passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
+
+FUNCTIONS = ("keep", "inline")
+_NODE = f"{METADATA}node"
+_LAUREL_KEY = re.compile(r"(^|\.)laurel_\d+(\.\d+)?\.(mix|g|(down|up)(\.\d+)?\.weight)$")
+_ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "Relu": (), "Tanh": (), "Sigmoid": (), "LeakyRelu": ("alpha",), "Elu": ("alpha",), "HardSigmoid": ("alpha", "beta"),
+    "Clip": ("min", "max"),
+}  # fmt: skip
+"""Activations inside onnxruntime's fused products, with the attributes that their parameters are."""
+
+
+class GraphRewrite:
+    """One ONNX model on its way: detected, and then rewritten. The model that is given stays as it was.
+
+    Attributes:
+        model: a copy with local functions inlined and shapes inferred, into which the plan is carried out.
+        sites: its residual connections.
+        notes: what was done beside the insertion, in sentences for the user.
+        exact: whether at the start every sum adds the same operands in the same order as before.
+
+    Raises:
+        ConfigError: the model was rewritten already.
+        CaptureError: the graph cannot be read, or its tensors are laid out for one machine.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        if any(node.domain == DOMAIN or f"{METADATA}site" in node.metadata_props for node in model.graph):
+            raise ConfigError("The graph was rewritten already: it has LAuReL nodes. Give the file that it was made from.")
+        if SPLIT_LAYOUT in {node.domain for node in model.graph}:
+            raise CaptureError(
+                f"The graph was optimised by onnxruntime for one machine ({SPLIT_LAYOUT}, channels in blocks). Give the file before that."
+            )
+        self.notes = [f"{len(model.functions)} local functions were inlined."] if model.functions else []
+        self.exact = True
+        self._read_sites(model.clone())
+
+    def _read_sites(self, model: ir.Model) -> None:
+        self.sites: Sites
+        self._read: OnnxFlow
+        self.sites, self._read, self.model = read_onnx_sites(model)
+
+    def apply(self, plan: Plan) -> None:
+        """Insert the LAuReL nodes of a plan, at their start.
+
+        Raises:
+            ConfigError: the plan does not fit the graph.
+            RewriteError: a sum cannot be replaced.
+            ExportError: the graph's opset must be raised, and cannot be.
+        """
+        plan.check(self.sites)
+        self._raise_versions(max(FunctionForm(plan.config(row)).opset for row in plan.sites))
+        values = {index: value for value, index in self._read.index.items()}
+        rewriter = _Rewriter(self._read.sums)
+        for row in plan.sites:
+            residual = self.sites.bindings[row.id].residual
+            stream = values.get(residual.skip) or values[residual.branches[0]]  # one of them may lie inside a fused node
+            dtype = tensor_adapters.to_torch_dtype(stream.dtype or ir.DataType.FLOAT)
+            laurel = plan.build(row, torch.empty(0, dtype=dtype))
+            rewriter.site(row.id, residual, plan.config(row), plan.past(row), parameters_of(laurel))
+        self.exact = rewriter.exact and not any(row.normalize == "paper" for row in plan.sites)
+        InsertLaurelOnnx(rewriter.sites, __version__)(self.model)
+
+    def _raise_versions(self, opset: int) -> None:
+        """What LAuReL's functions need, and no more."""
+        had = self.model.opset_imports.get("", 0)
+        if had < opset:
+            from onnxscript import version_converter
+
+            try:
+                with quiet():
+                    converted = version_converter.ConvertVersionPass(opset, fallback=True)(self.model.clone()).model
+            except Exception as error:  # the converter's exceptions share no base class
+                raise ExportError(f"The graph's opset {had} could not be raised to {opset}: {str(error)[:300]}") from error
+            if converted.opset_imports.get("", 0) < opset:
+                raise ExportError(f"onnx's version converter cannot raise this graph from opset {had} to {opset}.")
+            self.notes.append(f"The opset was raised from {had} to {opset} by onnx's version converter.")
+            ids = [site.id for site in self.sites]
+            self._read_sites(converted)
+            if ids != [site.id for site in self.sites]:
+                raise ExportError(f"Raising the graph from opset {had} to {opset} changed its residual connections.")
+        if self.model.ir_version < IR_VERSION:
+            if self.model.ir_version < 4:  # where an initializer was an input too, and no caller could set it
+                inputs = self.model.graph.inputs
+                inputs[:] = [value for value in inputs if value.name not in self.model.graph.initializers]
+            self.notes.append(f"The IR version was raised from {self.model.ir_version} to {IR_VERSION}, for functions and metadata.")
+            self.model.ir_version = IR_VERSION
+
+    def load(self, weights: Path) -> None:
+        """Put trained LAuReL parameters in the place of the start.
+
+        Args:
+            weights: a safetensors file with `site.mix`, `site.down.weight` and so on, as `save` writes it; its other tensors are ignored.
+
+        Raises:
+            ConfigError: the file cannot be read, lacks a parameter, has one for another site, or of another shape.
+        """
+        from safetensors import safe_open
+
+        initializers = self.model.graph.initializers
+        sites = {str(node.metadata_props.get(f"{METADATA}site")) for node in self.model.graph if node.domain == DOMAIN}
+        wanted = {name for name in initializers if _LAUREL_KEY.search(name) and name[: _LAUREL_KEY.search(name).start(3) - 1] in sites}  # type: ignore[union-attr]  # it matched
+        try:
+            with safe_open(str(weights), "pt") as file:
+                given = {key for key in file.keys() if _LAUREL_KEY.search(key)}  # noqa: SIM118  # not a dict
+                _check_keys(weights, wanted, given)
+                for name in sorted(wanted):
+                    old = initializers[name].const_value
+                    assert old is not None
+                    tensor = file.get_tensor(name)
+                    if tuple(tensor.shape) != tuple(old.shape):
+                        raise ConfigError(
+                            f"{weights}: {name} is of shape {list(tensor.shape)}, and the plan gives it {list(old.shape)}. "
+                            "Was it trained with another rank?"
+                        )
+                    value = tensor.to(tensor_adapters.to_torch_dtype(old.dtype)).contiguous()
+                    initializers[name].const_value = tensor_adapters.TorchTensor(value, name=name)
+        except ConfigError:
+            raise
+        except Exception as error:  # safetensors' and the file system's
+            raise ConfigError(f"{weights} could not be read as safetensors: {type(error).__name__}: {error}") from error
+
+    def inline(self) -> None:
+        """Write LAuReL's functions out as ordinary nodes, whose names begin with the site's id."""
+        inline_laurel(self.model)
+
+
+def inline_laurel(model: ir.Model) -> None:
+    """Write LAuReL's functions out as ordinary nodes in place; their names begin with the name of the node they come from."""
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            node.metadata_props[_NODE] = node.name or ""
+    common.InlinePass()(model)
+    for node in model.graph:
+        call = node.metadata_props.pop(_NODE, None)
+        if call is not None:
+            node.name = f"{call}/{node.name}"
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def parameters_of(laurel: Laurel) -> dict[str, ir.TensorProtocol]:
+    """The tensors of a LAuReL module by their names in it."""
+    return {name: tensor_adapters.TorchTensor(value.detach().contiguous()) for name, value in laurel.named_parameters()}
+
+
+def _check_keys(weights: Path, wanted: set[str], given: set[str]) -> None:
+    missing, foreign = sorted(wanted - given), sorted(given - wanted)
+    if missing:
+        raise ConfigError(
+            f"{weights} lacks {len(missing)} of {len(wanted)} LAuReL parameters, the first {missing[0]!r}. {nearest(missing[0], given)}"
+        )
+    if foreign:
+        raise ConfigError(
+            f"{weights} has {len(foreign)} LAuReL parameters that this plan has not, the first {foreign[0]!r}. "
+            "Give the plan that it was trained with (--plan)."
+        )
+
+
+class _Rewriter:
+    """Prepares a graph so that each site's LAuReL node only has to take the place of one node."""
+
+    def __init__(self, sums: Mapping[int, OnnxSum]) -> None:
+        self.sums = sums
+        self.sites: list[OnnxSite] = []
+        self.skips: dict[str, ir.Value] = {}
+        self.exact = True
+
+    def site(
+        self, name: str, residual: Residual, config: SiteConfig, past: Sequence[str], parameters: Mapping[str, ir.TensorProtocol]
+    ) -> None:
+        """LAuReL where the skip is added; the branches that are added further out are weighted there, so that the order of rounding stays."""
+        (inner, side), *outer = residual.adds
+        place = self.sums[inner]
+        if place.inside == side:
+            place = _split(place, name)
+            self.exact = False
+        skip = _operand(place.node, place.terms[side][0])
+        window = tuple((lag, _shaped(self.skips[earlier], skip, place.node)) for lag, earlier in enumerate(past, start=1))
+        self.skips[name] = skip
+        if place.plain:
+            branches = _branches(place.node, side)
+            self.sites.append(OnnxSite(name, place.node, skip, branches, window, config, parameters))
+        else:
+            holder = _placeholder(place.node, place.terms[side][0])
+            self.sites.append(OnnxSite(name, holder, skip, (), window, config, parameters))
+            outer.insert(0, (inner, side))
+        if config.weights:
+            for index, carried in outer:
+                self._weight(self.sums[index], carried, name, config, parameters)
+
+    def _weight(self, place: OnnxSum, carried: int, name: str, config: SiteConfig, parameters: Mapping[str, ir.TensorProtocol]) -> None:
+        """a f for every operand but the one that carries the skip."""
+        positions = [position for operand, term in enumerate(place.terms) if operand != carried for position in term]
+        for position in (*positions, *place.rest):
+            value = _operand(place.node, position)
+            holder = _placeholder(place.node, position)
+            self.sites.append(OnnxSite(name, holder, None, (value,), (), config, parameters))
+
+
+def _operand(node: ir.Node, position: int) -> ir.Value:
+    value = node.inputs[position]
+    assert value is not None
+    return value
+
+
+def _branches(node: ir.Node, side: int) -> tuple[ir.Value, ...]:
+    """The other operands of an Add or Sum, which adds from the left: what stands before the skip, if more than one, is added first."""
+    operands = [value for value in node.inputs if value is not None]
+    before, after = operands[:side], operands[side + 1 :]
+    if len(before) > 1:
+        before = [_before(node, "Sum", before, like=node.outputs[0])]
+    return (*before, *after)
+
+
+def _placeholder(node: ir.Node, position: int) -> ir.Node:
+    """A node on the way into an input, for a LAuReL node to take its place."""
+    value = _operand(node, position)
+    output = _before(node, "Identity", [value], like=value)
+    node.replace_input_with(position, output)
+    producer = output.producer()
+    assert producer is not None
+    return producer
+
+
+def _shaped(state: ir.Value, skip: ir.Value, node: ir.Node) -> ir.Value:
+    """An earlier state in the shape of the skip: a stream keeps the order of its elements, not its shape."""
+    if state.shape is not None and skip.shape is not None and state.shape == skip.shape:
+        return state
+    size = _before(node, "Shape", [skip])
+    return _before(node, "Reshape", [state, size], like=skip)
+
+
+def _before(node: ir.Node, op: str, inputs: Sequence[ir.Value], *, like: ir.Value | None = None, **attributes: Any) -> ir.Value:
+    """The output of a new node in front of another."""
+    new = ir.Node("", op, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1)
+    output, graph = new.outputs[0], node.graph
+    if like is not None:
+        output.type, output.shape = like.type, like.shape
+    assert graph is not None
+    graph.insert_before(node, new)
+    return output
+
+
+def _split(place: OnnxSum, site: str) -> OnnxSum:
+    """Product, sum and activation of a fused node in nodes of their own: the skip is the product, which LAuReL has to read."""
+    node = place.node
+    _, added = PRODUCT_SUMS[node.op_type]
+    kept = {a.name: a for a in node.attributes.values() if not a.name.startswith("activation")}
+    if node.op_type.endswith("Gemm") and (kept.pop("beta").as_float() if "beta" in kept else 1.0) != 1.0:
+        raise RewriteError(f"{site}: the skip of this sum is computed inside the {node.op_type} {node.name!r}, which weights its operands.")
+    output = node.outputs[0]
+    product = ir.Node("", node.op_type.removeprefix("Fused"), [*node.inputs[:added]], kept.values(), num_outputs=1, name=node.name)
+    total = ir.Node("", "Add", [product.outputs[0], node.inputs[added]], num_outputs=1)
+    for value in (product.outputs[0], total.outputs[0]):
+        value.type, value.shape = output.type, output.shape
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, [product, total])
+    result = _activated(node, total.outputs[0], site)
+    result.type, result.shape, result.name = output.type, output.shape, output.name
+    ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return OnnxSum(total, ((0,), (1,)))
+
+
+def _activated(node: ir.Node, value: ir.Value, site: str) -> ir.Value:
+    """The activation of a fused node behind a value, in front of that node; the value itself where it has none."""
+    name = node.attributes.get_string("activation")
+    if not name:
+        return value
+    if name not in _ACTIVATIONS:
+        raise RewriteError(f"{site}: the activation {name} of {node.name!r} is unknown; give the graph before it was optimised.")
+    given = list(node.attributes.get_floats("activation_params") or ())
+    given += [node.attributes[key].as_float() for key in ("activation_alpha", "activation_beta") if key in node.attributes]
+    parameters: dict[str, Any] = dict(zip(_ACTIVATIONS[name], given, strict=False))
+    if name == "Clip":  # its bounds are operands since opset 11; these two always were
+        for op, bound in (("Max", parameters["min"]), ("Min", parameters["max"])):
+            constant = _before(node, "Constant", [], value=ir.tensor(bound, dtype=value.dtype))
+            value = _before(node, op, [value, constant])
+        return value
+    return _before(node, name, [value], **parameters)
