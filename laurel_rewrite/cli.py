@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SITE_OPTIONS = ("variant", "rank", "history", "normalize", "init_down", "history_map", "include", "exclude")
+_GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify")
 _VARIANTS = "rw, lr, pa, rw+lr, rw+pa, lr+pa, rw+lr+pa"
 
 _EPILOG = """\b
@@ -31,6 +32,7 @@ MODEL:
   package.module:FACTORY          from an installed package
   hf:NAME                         a transformers architecture, from its configuration
   timm:NAME, torchvision:NAME     an architecture with random weights
+  model.onnx                      a graph; the result is a graph too
 
 \b
 Exit status: 0 done, 1 a verification failed, 2 usage or configuration, 3 no residual
@@ -72,6 +74,24 @@ def _common(function: Any) -> Any:
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
 @click.option("--profile-seconds", default=10.0, show_default=True, help="Time to measure latency; 0 for no profile.")
+@click.option(
+    "--onnx-functions",
+    "functions",
+    type=click.Choice(["keep", "inline"]),
+    default="keep",
+    show_default=True,
+    help="LAuReL in ONNX as local functions, or as ordinary nodes.",
+)
+@click.option("--weights", type=click.Path(path_type=Path), help="model.onnx: trained LAuReL parameters (safetensors) to put in.")
+@click.option(
+    "--inputs", type=click.Path(path_type=Path), help="model.onnx: inputs (.npz) to verify and profile with, instead of random ones."
+)
+@click.option(
+    "--external-data",
+    type=click.Choice(["reference", "copy"]),
+    help="model.onnx: refer to its external weights, or copy them beside the result. Default: refer where --out allows it.",
+)
+@click.option("--verify/--no-verify", default=True, show_default=True, help="model.onnx: compare the graphs in onnxruntime.")
 @_common
 @click.version_option(__version__, prog_name="laurel-rewrite")
 @click.pass_context
@@ -85,18 +105,26 @@ def rewrite(
     seed: int,
     out: Path,
     profile_seconds: float,
+    functions: str,
     settings: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Replace the residual connections of MODEL by LAuReL: write a trainable model, verify it, export it to ONNX and profile it."""
+    """Replace the residual connections of MODEL by LAuReL: write a trainable model, verify it, export it to ONNX and profile it.
+
+    Of an ONNX file it makes an ONNX file, verifies it against the first, and profiles both.
+    """
     _start(verbose)
     if plan is not None:
         given = [name for name in _SITE_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
         if given:
             raise ConfigError(f"--plan says what each site gets, so --{given[0].replace('_', '-')} cannot be given with it. Edit the plan.")
+    for_graphs = {name: options.pop(name) for name in _GRAPH_OPTIONS}
+    given = [name for name in _GRAPH_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if given and not model.endswith(".onnx"):
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for ONNX files, and {model} is none.")
     from laurel_rewrite.plan import LaurelConfig
 
     config = LaurelConfig(**options, seed=seed)
@@ -116,7 +144,18 @@ def rewrite(
                 click.echo(f"Written to {plan_out}. Edit it, then: laurel-rewrite {model} --plan {plan_out}")
         return
     try:
-        report = job.run(model, config, out, plan=plan, settings=parse_settings(settings), seconds=profile_seconds, listener=listener)
+        if model.endswith(".onnx"):
+            from laurel_rewrite import graph_job
+
+            report = graph_job.run(
+                job.graph_file(model, parse_settings(settings)), config, out, plan=plan, functions=functions, seconds=profile_seconds,
+                listener=listener, **for_graphs,
+            )  # fmt: skip
+        else:
+            report = job.run(
+                model, config, out, plan=plan, settings=parse_settings(settings), functions=functions, seconds=profile_seconds,
+                listener=listener,
+            )  # fmt: skip
     except VerificationError as error:
         if len(error.args) > 1:
             failed = error.args[1]

@@ -21,6 +21,7 @@ from laurel_rewrite import __version__
 from laurel_rewrite.capture import describe, quiet, training, without_caches
 from laurel_rewrite.errors import ConfigError, ExportError
 from laurel_rewrite.graph_files import write_onnx
+from laurel_rewrite.onnx_surgery import FUNCTIONS, inline_laurel, parameters_of
 from laurel_rewrite.operator import Laurel, sites_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def export_onnx(
     path: Path | str,
     *,
     target: str = "portable",
+    functions: str = "keep",
 ) -> Path:
     """Write a model, rewritten or not, as ONNX. It is exported in eval mode and left as it was.
 
@@ -48,21 +50,26 @@ def export_onnx(
         path: of the `.onnx` file; above 1 GiB the weights go into `path` + ".data".
         target: "portable" writes LAuReL as local functions of standard ops, which every ONNX runtime inlines; "none" writes the ops
             that PyTorch executes.
+        functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
 
     Returns:
         The path. A site's node is named by the site's id, and its `metadata_props` say site, variant, rank and version.
 
     Raises:
-        ConfigError: an unknown target.
+        ConfigError: an unknown target, or another word for `functions`.
         ExportError: the model cannot be exported, or the result is no valid ONNX. Nothing is written then.
     """
     if target not in TARGETS:
         raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
+    if functions not in FUNCTIONS:
+        raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
     if any(p.is_meta for p in model.parameters()):
         raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
     proto = _export(model, args, dict(kwargs or {}), markers=target == "portable")
     if target == "portable":
         _insert(proto, model)
+    if functions == "inline":
+        inline_laurel(proto)
     return write_onnx(proto, path)
 
 
@@ -157,7 +164,6 @@ class _Marker:
 
 
 def _insert(model: ir.Model, module: nn.Module) -> None:
-    from laurel_rewrite.onnx_surgery import parameters_of
     from passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 
     modules = sites_of(module)

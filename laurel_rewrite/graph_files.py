@@ -80,6 +80,12 @@ def external(model: ir.Model) -> list[ir.ExternalTensor]:
     return [tensor for _, tensor in tensors(model) if isinstance(tensor, ir.ExternalTensor)]
 
 
+def weight_count(model: ir.Model) -> int:
+    """Number of floating-point weights in the initializers."""
+    kept = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.size for tensor in kept if tensor is not None and tensor.dtype.is_floating_point())
+
+
 def _check_external(model: ir.Model, path: Path) -> None:
     sizes: dict[Path, int] = {}
     folder = path.parent.resolve()
@@ -134,8 +140,12 @@ def write_onnx(model: ir.Model, path: Path | str, *, external_data: str | None =
     from laurel_rewrite.saving import replacing
 
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ExportError(f"{path} could not be written: there is no folder {path.parent}.")
     with replacing(path.parent) as draft:
-        place_onnx(model, draft / path.name, external_data=external_data)
+        loadable = place_onnx(model, draft / path.name, external_data=external_data)
+        if loadable.parent != draft:
+            loadable.unlink()
     return path
 
 
@@ -200,8 +210,9 @@ def _settle(file: Path, location: str, draft: Path, folder: Path, external_data:
     if reachable and (external_data != "copy" or file.resolve() == (folder / location).resolve()):
         return str(file.resolve().relative_to(folder.resolve())), False
     try:
-        (draft / location).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, draft / location)  # by the kernel, in pieces
+        if not (draft / location).exists():  # a model may be placed twice
+            (draft / location).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, draft / location)  # by the kernel, in pieces
     except OSError as error:
         raise ExportError(f"{file} could not be copied to {folder}: {error.strerror}.") from error
     return location, True

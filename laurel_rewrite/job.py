@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,7 @@ class Report:
     profile: Profile | None = None
     out: str = ""
     files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -66,8 +67,9 @@ class Report:
         return {
             "model": self.model,
             **self.sites.to_dict(),
-            "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites]},
+            "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites], "left_out": self.plan.left_out},
             "parameters": self.parameters,
+            "notes": self.notes,
             "verification": [check.to_dict() for check in self.checks],
             "profile": self.profile.to_dict() if self.profile is not None else None,
             "out": self.out,
@@ -79,10 +81,15 @@ def find_sites(spec: str, settings: Mapping[str, Any]) -> Sites:
     """The sites of what a MODEL names: Python, an architecture, or a graph in a file."""
     if Path(spec).suffix not in (".onnx", ".pt2"):
         return _build_and_detect(spec, settings)[1]
+    return detect(graph_file(spec, settings))
+
+
+def graph_file(spec: str, settings: Mapping[str, Any]) -> Path:
+    """The file of a graph; ConfigError where there is none, or where settings are given."""
     if settings:
         raise ConfigError("--set is for models that are built; a graph has no settings.")
     require_file(Path(spec))
-    return detect(spec)
+    return Path(spec)
 
 
 def _build_and_detect(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Sites]:
@@ -120,10 +127,17 @@ def plan_only(
 ) -> Report:
     """Detection and plan, nothing more."""
     with listener("detect") as stage:
-        built, sites = _build_and_detect(spec, settings or {})
-        stage.done(_counts(sites))
+        if spec.endswith(".onnx"):
+            from laurel_rewrite.graph_files import read_onnx, weight_count
+
+            model = read_onnx(graph_file(spec, settings or {}))
+            count, sites = weight_count(model), detect(model)
+        else:
+            built, sites = _build_and_detect(spec, settings or {})
+            count = built.parameters
+        stage.done(counts(sites))
     chosen = make_plan(sites, config, plan, spec)
-    return Report(spec, chosen, sites, _parameters(built, chosen))
+    return Report(spec, chosen, sites, parameters(count, chosen))
 
 
 def run(
@@ -133,10 +147,13 @@ def run(
     *,
     plan: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    functions: str = "keep",
     seconds: float = 10.0,
     listener: Listener = silent,
 ) -> Report:
-    """Do the main job. The files appear in `out` when everything has passed; else nothing does.
+    """Do the main job for a model in Python; `graph_job.run` does it for an ONNX file.
+
+    The files appear in `out` when everything has passed; else nothing does.
 
     Raises:
         VerificationError: a check failed; the report is its `args[1]`.
@@ -148,46 +165,43 @@ def run(
     from laurel_rewrite.saving import replacing, save
     from laurel_rewrite.surgery import apply_plan
 
-    _writable(out)
+    writable(out)
     with listener("build") as stage:
         torch.manual_seed(config.seed)
         built = _build(spec, settings)
         model, args, kwargs = built.model, built.args, built.kwargs
         refuse_second_time(model)
-        stage.done(f"{type(model).__name__}, {_millions(sum(p.numel() for p in model.parameters()))} parameters")
+        stage.done(f"{type(model).__name__}, {millions(built.parameters)} parameters")
     with listener("detect") as stage:
         sites = detect(model, args, kwargs)
-        stage.done(_counts(sites))
+        stage.done(counts(sites))
     with listener("rewrite") as stage:
         chosen = make_plan(sites, config, plan, spec)
         rewritten = apply_plan(model, sites, chosen)
-        report = Report(spec, chosen, sites, _parameters(built, chosen), out=str(out))
-        added = report.parameters["added"]
-        stage.done(
-            f"{len(chosen.sites)} LAuReL modules, {_millions(added)} parameters more (+{100 * added / report.parameters['model']:.2f} %)"
-        )
+        report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out))
+        stage.done(insertion(report))
     with listener("verify the start") as stage:
         report.checks += check_start(model, rewritten, args, kwargs, seed=config.seed)
-        stage.done(_verdict(report.checks))
+        stage.done(verdict(report.checks))
     with listener("verify gradients") as stage:
         report.checks.append(check_gradients(rewritten, args, kwargs, seed=config.seed))
-        stage.done(_verdict(report.checks[-1:]))
-    _stop_if_failed(report)
+        stage.done(verdict(report.checks[-1:]))
+    stop_if_failed(report)
     with replacing(out) as draft:
         with listener("export") as stage:
             baseline = export_onnx(model, args, kwargs, draft / "baseline.onnx")
-            laurel = export_onnx(rewritten, args, kwargs, draft / "laurel.onnx")
+            laurel = export_onnx(rewritten, args, kwargs, draft / "laurel.onnx", functions=functions)
             stage.done("baseline.onnx, laurel.onnx")
         with listener("verify ONNX") as stage:
             with randomized(rewritten, config.seed):
-                probe = export_onnx(rewritten, args, kwargs, draft / "probe.onnx")
+                probe = export_onnx(rewritten, args, kwargs, draft / "probe.onnx", functions=functions)
                 checks = check_onnx(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
             for file in draft.glob("probe.onnx*"):
                 file.unlink()
             checks += check_onnx(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)
             report.checks += checks
-            stage.done(_verdict(checks))
-        _stop_if_failed(report)
+            stage.done(verdict(checks))
+        stop_if_failed(report)
         with listener("save") as stage:
             save(rewritten, draft, built=built)
             stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
@@ -196,14 +210,19 @@ def run(
                 report.profile = profile(
                     [baseline, laurel], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress
                 )
-                report.profile = _renamed(report.profile, out)
+                report.profile = renamed(report.profile, {draft: out})
                 stage.done(f"{report.profile.rows[1].ratio:.3f}x the baseline's latency")
-        report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), REPORT])
-        (draft / REPORT).write_text(json.dumps(report.to_dict(), indent=1, default=str) + "\n")
+        write_report(report, draft)
     return report
 
 
-def _writable(out: Path) -> None:
+def write_report(report: Report, draft: Path) -> None:
+    """List the files of a draft folder, and add the report to them."""
+    report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), REPORT])
+    (draft / REPORT).write_text(json.dumps(report.to_dict(), indent=1, default=str) + "\n")
+
+
+def writable(out: Path) -> None:
     """Say at once that the results could not be written, not after minutes."""
     from laurel_rewrite.saving import replacing
 
@@ -216,7 +235,8 @@ def _writable(out: Path) -> None:
         out.rmdir()
 
 
-def _stop_if_failed(report: Report) -> None:
+def stop_if_failed(report: Report) -> None:
+    """Raise VerificationError with the report where a check failed."""
     failed = [check for check in report.checks if not check.passed]
     if failed:
         first = failed[0]
@@ -239,31 +259,45 @@ def _feeds(path: Path, built: Built) -> dict[str, Any]:
     return {info.name: built.kwargs.get(info.name, leaves[n]).cpu().numpy() for n, info in enumerate(inputs)}
 
 
-def _renamed(result: Profile, out: Path) -> Profile:
-    from dataclasses import replace
+def renamed(result: Profile, places: Mapping[Path, Path]) -> Profile:
+    """The profile with the files where they will be: a file or a folder -> its later place."""
 
-    return replace(result, rows=tuple(replace(row, path=str(out / Path(row.path).name)) for row in result.rows))
+    def place(path: Path) -> Path:
+        return places.get(path) or (places[path.parent] / path.name if path.parent in places else path)
+
+    return replace(result, rows=tuple(replace(row, path=str(place(Path(row.path)))) for row in result.rows))
 
 
-def _parameters(built: Built, plan: Plan) -> dict[str, int]:
+def parameters(model: int, plan: Plan) -> dict[str, int]:
+    """What the plan adds to a model of so many parameters."""
     flops = sum(variants.operator(s.variant).flops(plan.config(s)) * s.calls for s in plan.sites)
     return {
-        "model": sum(p.numel() for p in built.model.parameters()),
+        "model": model,
         "added": plan.parameters(),
         "added_flops_per_position": flops,
     }
 
 
-def _counts(sites: Sites) -> str:
+def insertion(report: Report) -> str:
+    """In words: how many modules, and what they add."""
+    added = report.parameters["added"]
+    share = 100 * added / max(report.parameters["model"], 1)
+    return f"{len(report.plan.sites)} LAuReL modules, {millions(added)} parameters more (+{share:.2f} %)"
+
+
+def counts(sites: Sites) -> str:
+    """The kinds of sites, in words."""
     kinds = Counter(site.kind for site in sites)
     streams = len({site.stream for site in sites})
     return f"{len(sites)} sites ({', '.join(f'{n} {k}' for k, n in kinds.items()) or 'none'}), {streams} streams, {len(sites.rejected)} other additions"
 
 
-def _verdict(checks: list[Check]) -> str:
+def verdict(checks: list[Check]) -> str:
+    """How many checks passed, or which did not."""
     failed = [check.name for check in checks if not check.passed]
     return f"FAILED: {', '.join(failed)}" if failed else f"{len(checks)} passed"
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """A number of parameters, in words."""
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

@@ -40,6 +40,11 @@ class Built:
     settings: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(p.numel() for p in self.model.parameters())
+
 
 def build(spec: str, settings: Mapping[str, Any] | None = None, *, device: str = "cpu", batch: int = 2) -> Built:
     """Build the model that a MODEL names, with random weights, in train mode.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
@@ -17,6 +21,7 @@ from laurel_rewrite.capture import quiet
 from laurel_rewrite.dialects.onnx import METADATA, OnnxFlow, OnnxSum
 from laurel_rewrite.dialects.onnx_ops import PRODUCT_SUMS, SPLIT_LAYOUT
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, RewriteError, nearest
+from laurel_rewrite.graph_files import external
 from laurel_rewrite.operator import Laurel
 from laurel_rewrite.operator_onnx import DOMAIN, IR_VERSION, FunctionForm
 from laurel_rewrite.plan import Plan
@@ -27,7 +32,7 @@ from passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 
 FUNCTIONS = ("keep", "inline")
 _NODE = f"{METADATA}node"
-_LAUREL_KEY = re.compile(r"(^|\.)laurel_\d+(\.\d+)?\.(mix|g|(down|up)(\.\d+)?\.weight)$")
+_LAUREL_KEY = re.compile(r"(^|\.)laurel_\d+(\.\d+)?\.(?P<parameter>mix|g|(down|up)(\.\d+)?\.weight)$")
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "Relu": (), "Tanh": (), "Sigmoid": (), "LeakyRelu": ("alpha",), "Elu": ("alpha",), "HardSigmoid": ("alpha", "beta"),
     "Clip": ("min", "max"),
@@ -123,8 +128,7 @@ class GraphRewrite:
         from safetensors import safe_open
 
         initializers = self.model.graph.initializers
-        sites = {str(node.metadata_props.get(f"{METADATA}site")) for node in self.model.graph if node.domain == DOMAIN}
-        wanted = {name for name in initializers if _LAUREL_KEY.search(name) and name[: _LAUREL_KEY.search(name).start(3) - 1] in sites}  # type: ignore[union-attr]  # it matched
+        wanted = set(_laurel_names(self.model))
         try:
             with safe_open(str(weights), "pt") as file:
                 given = {key for key in file.keys() if _LAUREL_KEY.search(key)}  # noqa: SIM118  # not a dict
@@ -163,9 +167,51 @@ def inline_laurel(model: ir.Model) -> None:
     model.opset_imports.pop(DOMAIN, None)
 
 
+@contextlib.contextmanager
+def away_from_start(path: Path, model: ir.Model, seed: int = 0) -> Iterator[Path]:
+    """A copy of a file whose LAuReL parameters are random where they are at their start; the file itself where it has none such.
+
+    What is 0 or 1 at the start could be lost or swapped unseen, and a runtime deletes it. Where the model has external weights, the copy
+    lies beside it for a while, for it refers to them.
+
+    Args:
+        path, model: the file, and what was read from it.
+        seed: of the numbers.
+    """
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, ir.TensorProtocol] = {}
+    for name, parameter in _laurel_names(model).items():
+        tensor = model.graph.initializers[name].const_value
+        array = tensor.numpy() if tensor is not None else np.ones(1)
+        if parameter.startswith(("mix", "up")) and not array.any():
+            noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
+            drawn[name] = ir.tensor(noise.astype(array.dtype), name=name)
+    if not drawn:
+        yield path
+        return
+    copy = model.clone()
+    for name, tensor in drawn.items():
+        copy.graph.initializers[name].const_value = tensor
+    with tempfile.TemporaryDirectory(prefix="laurel-") as scratch:
+        handle, file = tempfile.mkstemp(prefix=".laurel-", suffix=".onnx", dir=path.parent if external(model) else scratch)
+        os.close(handle)
+        try:
+            ir.save(copy, file)
+            yield Path(file)
+        finally:
+            Path(file).unlink(missing_ok=True)
+
+
 def parameters_of(laurel: Laurel) -> dict[str, ir.TensorProtocol]:
     """The tensors of a LAuReL module by their names in it."""
     return {name: tensor_adapters.TorchTensor(value.detach().contiguous()) for name, value in laurel.named_parameters()}
+
+
+def _laurel_names(model: ir.Model) -> dict[str, str]:
+    """The initializers that are LAuReL parameters, each with its name below the site's."""
+    sites = {node.metadata_props.get(f"{METADATA}site") for node in model.graph}
+    matches = {name: match for name in model.graph.initializers if (match := _LAUREL_KEY.search(name)) is not None}
+    return {name: match["parameter"] for name, match in matches.items() if name[: match.start("parameter") - 1] in sites}
 
 
 def _check_keys(weights: Path, wanted: set[str], given: set[str]) -> None:

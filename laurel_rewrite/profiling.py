@@ -25,16 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.feeds import check_feeds, draw_feeds
+from laurel_rewrite.graph_files import external
+from laurel_rewrite.onnx_surgery import away_from_start
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import onnxruntime
 
-_ELEMENT = {
-    "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
-}  # fmt: skip
 _BLOCKS = 6  # makings of the sessions
-_DEFAULT_SIZES = {"batch": 1, "sequence": 128}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def profile(
 
     Args:
         paths: two or more files with the same inputs; the first is the baseline. One alone gives absolute figures.
-        inputs: by name. None draws them: dynamic dimensions are 1 for the batch and 128 for a sequence; ids are below 1000.
+        inputs: by name. None draws them (`draw_feeds`): dynamic dimensions are 1 for the batch and 128 for a sequence.
         seconds: time for the rounds, after warm-up. There are at least `min_rounds`.
         threads: of one run. None: as many as the process may use, at most 4.
         seed: of inputs, order and bootstrap.
@@ -111,11 +110,15 @@ def profile(
         raise ConfigError("profile takes at least one ONNX file.")
     threads = threads or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     order = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="laurel-profile-") as folder:
-        measured = [_away_from_start(file, Path(folder) / str(n), seed) for n, file in enumerate(files)]
-        feeds = dict(inputs) if inputs is not None else _draw_inputs(_session(measured[0], threads), seed)
+    models = [_load(file) for file in files]
+    feeds = dict(inputs) if inputs is not None else draw_feeds(models[0], seed=seed, batch=1, length=128)
+    for file, model in zip(files, models, strict=True):
+        check_feeds(model, feeds, file)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="laurel-profile-"))
+        measured = [stack.enter_context(away_from_start(file, model, seed)) for file, model in zip(files, models, strict=True)]
         for file, copy in zip(files, measured, strict=True):
-            _check_feeds(file, _session(copy, threads), feeds)
+            _check_runs(file, _session(copy, threads), feeds)
         blocks = []
         for block in range(_BLOCKS):
             step = None if progress is None else lambda done, block=block: progress((block + done) / _BLOCKS)
@@ -129,7 +132,19 @@ def profile(
         verdict = "baseline" if n == 0 else "within noise" if low <= 1 <= high else "slower" if ratio > 1 else "faster"
         p10, median, p90 = np.percentile(times, [10, 50, 90]) * 1e3
         rows.append(
-            Row(str(file), float(median), float(p10), float(p90), ratio, low, high, verdict, activation[n], resident[n], _file_bytes(file))
+            Row(
+                str(file),
+                float(median),
+                float(p10),
+                float(p90),
+                ratio,
+                low,
+                high,
+                verdict,
+                activation[n],
+                resident[n],
+                _file_bytes(file, models[n]),
+            )
         )
     return Profile(tuple(rows), _conditions(threads, sum(block.shape[1] for block in blocks), feeds, seed))
 
@@ -231,68 +246,25 @@ def _resident_bytes(path: Path, threads: int, feeds: Mapping[str, np.ndarray], f
     return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
 
 
-def _file_bytes(path: Path) -> int:
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+def _file_bytes(path: Path, model: ir.Model) -> int:
+    """The file and the files with its external weights."""
+    return path.stat().st_size + sum(file.stat().st_size for file in {Path(tensor.path) for tensor in external(model)})
 
 
-# Inputs
+def _load(path: Path) -> ir.Model:
+    import onnx_ir as ir
+
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
+        raise ConfigError(f"{path} is no ONNX model: {type(error).__name__}: {error}") from error
 
 
-def _draw_inputs(session: onnxruntime.InferenceSession, seed: int) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    feeds: dict[str, np.ndarray] = {}
-    for info in session.get_inputs():
-        kind = _ELEMENT.get(info.type)
-        if kind is None:
-            raise ConfigError(f"The input {info.name} is of type {info.type}, for which no values are drawn; give inputs.")
-        shape = [d if isinstance(d, int) else _DEFAULT_SIZES.get(str(d).split(".")[0], 1) for d in info.shape]
-        if np.issubdtype(kind, np.floating):
-            feeds[info.name] = generator.standard_normal(shape).astype(kind)
-        else:
-            ones = kind is np.bool_ or "mask" in info.name or "type" in info.name
-            feeds[info.name] = np.ones(shape, kind) if ones else generator.integers(0, 1000, shape).astype(kind)
-    return feeds
-
-
-def _check_feeds(path: Path, session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> None:
-    wanted, given = {i.name for i in session.get_inputs()}, set(feeds)
-    if wanted != given:
-        raise ConfigError(f"{path} takes the inputs {sorted(wanted)}, not {sorted(given)}.")
+def _check_runs(path: Path, session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> None:
     try:
         session.run(None, dict(feeds))
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ConfigError(f"{path} does not run with these inputs: {str(error)[:300]}") from error
-
-
-def _away_from_start(path: Path, folder: Path, seed: int) -> Path:
-    """The file, or a copy of it whose LAuReL parameters are random where they are all at their start."""
-    import onnx_ir as ir
-
-    from laurel_rewrite.operator_onnx import DOMAIN
-
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
-        raise ConfigError(f"{path} is no ONNX model: {type(error).__name__}: {error}") from error
-    nodes = [node for node in model.graph if node.domain == DOMAIN]
-    if not nodes:
-        return path
-    generator = np.random.default_rng(seed)
-    sites = {name for node in nodes if (name := node.metadata_props.get("laurel_rewrite.site"))}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or not any(name.startswith(f"{site}.") for site in sites):
-            continue
-        array = tensor.numpy()
-        if (name.endswith(".mix") or ".up." in name) and not array.any():
-            noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
-            value.const_value = ir.tensor(noise.astype(array.dtype), name=name)
-    folder.mkdir()
-    copy = folder / path.name
-    split = path.with_name(path.name + ".data").exists()  # as the file itself, so that loading costs the same
-    ir.save(model, copy, external_data=f"{path.name}.data" if split else None)
-    return copy
 
 
 def _conditions(threads: int, rounds: int, feeds: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:

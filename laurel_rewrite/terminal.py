@@ -124,6 +124,10 @@ def show_plan(console: Console, report: Report) -> None:
         table.add_row(str(len(ids)), variant, str(rank), str(dim), Text(ids[0]))
     console.print(table)
     console.print(_parameter_line(report))
+    if report.plan.left_out:
+        console.print(Text(f"Left out, for their feature axis is of unknown size: {', '.join(report.plan.left_out)}", style="yellow"))
+    for note in report.notes:
+        console.print(Text(note))
 
 
 def show_report(console: Console, report: Report) -> None:

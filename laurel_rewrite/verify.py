@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import quiet, training, without_caches
+from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.exporting import widened
 from laurel_rewrite.operator import sites_of
 
@@ -118,6 +119,106 @@ def check_onnx(model: nn.Module, path: Path, args: Sequence[Any], kwargs: Mappin
     return checks
 
 
+def check_graph_start(original: Path, rewritten: Path, feeds: Mapping[str, np.ndarray], *, exact: bool) -> list[Check]:
+    """At the start a rewritten ONNX file equals the one it was made from, in onnxruntime: bit for bit without optimisation where LAuReL
+    adds in the order of the original (`exact`), within a tolerance with it, for fusions differ.
+
+    Raises:
+        ConfigError: the original does not run with these inputs, or its outputs are not numbers.
+    """
+    checks = []
+    for optimised in (False, True):
+        try:
+            expected = run_onnx(original, feeds, optimised=optimised)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise ConfigError(f"{original} does not run with these inputs: {str(error)[:300]}. Give others with --inputs.") from error
+        if any(np.isnan(array).any() for array in expected if array.dtype.kind == "f"):
+            raise ConfigError(f"The outputs of {original} are not numbers with these inputs. Give others with --inputs.")
+        name = f"start, onnxruntime {'optimised' if optimised else 'without optimisation'}"
+        strict = exact and not optimised
+        checks.append(_compared(name, rewritten, feeds, expected, _graph_tolerance(original, strict=strict), optimised=optimised))
+    return checks
+
+
+def check_graph_random(original: Path, rewritten: Path, feeds: Mapping[str, np.ndarray]) -> Check:
+    """A rewritten file whose LAuReL parameters are random: onnxruntime's optimiser keeps its function, and that is not the original's."""
+    before, expected = (run_onnx(path, feeds, optimised=False) for path in (original, rewritten))
+    tolerance = _graph_tolerance(original, strict=False)
+    check = _compared("random LAuReL, optimised against not", rewritten, feeds, expected, tolerance, optimised=True)
+    if all(np.array_equal(a, b) for a, b in zip(before, expected, strict=True)):  # a model whose weights are all zeros, for instance
+        return replace(check, detail=f"{check.detail}; says little, for no residual connection moves the outputs")
+    return check
+
+
+def check_graph_weights(rewritten: Path, feeds: Mapping[str, np.ndarray]) -> Check:
+    """A rewritten file with trained LAuReL parameters: its outputs are numbers, and onnxruntime's optimiser keeps them."""
+    name = "trained LAuReL, optimised against not"
+    plain = run_onnx(rewritten, feeds, optimised=False)
+    if any(np.isnan(array).any() for array in plain if array.dtype.kind == "f"):
+        return Check(name, False, float("nan"), "", "with these weights the outputs are not numbers")
+    return _compared(name, rewritten, feeds, plain, _graph_tolerance(rewritten, strict=False), optimised=True)
+
+
+def run_onnx(path: Path, feeds: Mapping[str, np.ndarray], *, optimised: bool) -> list[np.ndarray]:
+    """The outputs of an ONNX file in onnxruntime; random operators draw the same numbers in every call."""
+    import onnxruntime
+
+    onnxruntime.set_seed(0)
+    found: list[np.ndarray] = []
+    stack = session_of(path, optimised=optimised).run(None, dict(feeds))[::-1]
+    while stack:  # sequences and maps are flattened
+        value = stack.pop()
+        stack += [*reversed(value)] if isinstance(value, list) else [*reversed(value.values())] if isinstance(value, dict) else []
+        if not isinstance(value, list | dict):
+            found.append(np.asarray(value))
+    return found
+
+
+def _graph_tolerance(path: Path, *, strict: bool) -> tuple[float, float]:
+    """rtol and atol for a file's outputs: zero where strict, else by its coarsest type."""
+    import onnx_ir as ir
+
+    if strict:
+        return 0.0, 0.0
+    nodes = list(ir.load(path).graph)
+    types = {value.dtype for node in nodes for value in node.inputs if value is not None}
+    if any("Quantize" in node.op_type or node.op_type.startswith("QLinear") for node in nodes):
+        return 0.0, 5e-2  # a fused integer op may round to the next step
+    return (1e-2, 1e-3) if types & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else (RTOL, ATOL)
+
+
+def _compared(
+    name: str,
+    path: Path,
+    feeds: Mapping[str, np.ndarray],
+    expected: Sequence[np.ndarray],
+    tolerance: tuple[float, float],
+    *,
+    optimised: bool,
+) -> Check:
+    rtol, atol = tolerance
+    allowed = f"rtol {rtol:.0e}, atol {atol:.0e} x max(1, max|y|)" if rtol or atol else "max |difference| = 0"
+    shapes = ", ".join(f"{key}{list(value.shape)}" for key, value in feeds.items())
+    try:
+        found = run_onnx(path, feeds, optimised=optimised)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        return Check(name, False, float("nan"), allowed, f"{shapes}: {str(error)[:300]}")
+    worst, passed = 0.0, len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=False):
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.dtype.kind not in "fiub":
+            passed = passed and np.array_equal(mine, theirs)
+            continue
+        a, b = mine.astype(np.float64), theirs.astype(np.float64)
+        different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+        with np.errstate(invalid="ignore"):
+            difference = np.where(different, np.abs(a - b), 0.0)
+        finite = np.abs(b[np.isfinite(b)])
+        scale = max(1.0, float(finite.max(initial=0.0)))
+        passed = passed and bool((difference <= rtol * np.abs(np.where(np.isfinite(b), b, 0.0)) + atol * scale).all())
+        worst = max(worst, float(difference.max(initial=0.0)) / scale)
+    return Check(name, passed, worst, allowed, shapes)
+
+
 @contextlib.contextmanager
 def randomized(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """LAuReL parameters away from their start for a while: what is 0 or 1 at the start could be lost or swapped unseen."""
@@ -136,12 +237,14 @@ def randomized(model: nn.Module, seed: int = 0) -> Iterator[None]:
             changed.data.copy_(value)
 
 
-def session_of(path: Path) -> onnxruntime.InferenceSession:
+def session_of(path: Path, *, optimised: bool = True) -> onnxruntime.InferenceSession:
     """An onnxruntime session on the CPU that says nothing below errors."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import away_from_start, output, real
 from toys import CASES, D
 
-import laurel_rewrite.exporting
+import laurel_rewrite.graph_files
 from laurel_rewrite import ConfigError, ExportError, export_onnx, rewrite
 from laurel_rewrite.models import build
 from laurel_rewrite.operator import sites_of
@@ -133,7 +133,7 @@ def test_a_batch_of_one_still_gives_a_dynamic_batch(tmp_path):
 
 
 def test_large_models_get_a_data_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(laurel_rewrite.exporting, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(laurel_rewrite.graph_files, "EXTERNAL_DATA_BYTES", 1000)
     x = torch.randn(2, 5, D)
     model = away_from_start(rewrite(CASES["plain"].make(), (x,), rank=4))
     path = export_onnx(model, (x,), None, tmp_path / "model.onnx")

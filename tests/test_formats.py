@@ -229,9 +229,9 @@ def test_the_dataflow_is_in_order(tmp_path):
     built = build("timm:test_vit")
     with quiet(), torch.no_grad():
         exported = torch.onnx.export(built.model.eval(), built.args, dynamo=True, verbose=False)
-    flow, index = dataflow_from_onnx(exported.model.graph)
-    flow.check()
-    assert all(flow.values[i].name == value.name for value, i in index.items())
+    read = dataflow_from_onnx(exported.model.graph)
+    read.flow.check()
+    assert all(read.flow.values[i].name == value.name for value, i in read.index.items())
     path = tmp_path / "model.onnx"
     exported.save(path)
     assert table(detect(path), ids=True) == table(detect(exported.model), ids=True)
@@ -240,9 +240,9 @@ def test_the_dataflow_is_in_order(tmp_path):
 def test_a_file_that_is_no_model(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"not a model")
-    with pytest.raises(CaptureError, match=r"model\.onnx could not be read as a graph"):
+    with pytest.raises(CaptureError, match=r"model\.onnx could not be read as an ONNX graph"):
         detect(path)
-    with pytest.raises(CaptureError, match=r"nothing\.pt2 could not be read as a graph"):
+    with pytest.raises(CaptureError, match=r"nothing\.pt2 could not be read as an exported program"):
         detect(tmp_path / "nothing.pt2")
 
 

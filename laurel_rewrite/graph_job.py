@@ -1,0 +1,105 @@
+"""The main job for an ONNX file: read, detect, insert, verify in onnxruntime, profile, and only then put the results in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laurel_rewrite import job
+from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
+from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
+from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
+from laurel_rewrite.plan import LaurelConfig
+from laurel_rewrite.profiling import profile
+from laurel_rewrite.saving import PLAN, replacing
+
+NAME = "laurel.onnx"
+
+
+def run(
+    path: Path,
+    config: LaurelConfig,
+    out: Path,
+    *,
+    plan: Path | None = None,
+    weights: Path | None = None,
+    functions: str = "keep",
+    external_data: str | None = None,
+    inputs: Path | None = None,
+    verify: bool = True,
+    seconds: float = 10.0,
+    listener: job.Listener = job.silent,
+) -> job.Report:
+    """Rewrite an ONNX file. `laurel.onnx` and the rest appear in `out` when everything has passed; else nothing does.
+
+    Args:
+        path: of the file, which stays as it is.
+        config, plan: what the sites get; a plan in a file instead of the configuration.
+        out: folder for the results.
+        weights: trained LAuReL parameters (safetensors), instead of the start.
+        functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
+        external_data: see `graph_files.write_onnx`.
+        inputs: an .npz file for verification and profile; else they are drawn (`draw_feeds`).
+        verify: run the original and the result in onnxruntime and compare.
+        seconds: time for the profile; 0 for none.
+        listener: is told of the stages.
+
+    Raises:
+        VerificationError: a check failed; the report is its `args[1]`.
+        CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written.
+    """
+    from laurel_rewrite.verify import check_graph_random, check_graph_start, check_graph_weights
+
+    job.writable(out)
+    if (out / NAME).exists() and (out / NAME).samefile(path):
+        raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
+    with listener("read") as stage:
+        model = read_onnx(path)
+        stage.done(f"{len(model.graph):,} nodes, {job.millions(weight_count(model))} weights")
+    runs = verify or seconds > 0
+    feeds = (read_feeds(inputs) if inputs is not None else draw_feeds(model, seed=config.seed)) if runs else {}
+    if runs:
+        check_feeds(model, feeds, path)
+    with listener("detect") as stage:
+        rewrite = GraphRewrite(model)
+        stage.done(job.counts(rewrite.sites))
+    with listener("rewrite") as stage:
+        chosen = job.make_plan(rewrite.sites, config, plan, str(path))
+        rewrite.apply(chosen)
+        if functions == "inline":
+            rewrite.inline()
+        report = job.Report(
+            str(path), chosen, rewrite.sites, job.parameters(weight_count(model), chosen), out=str(out), notes=list(rewrite.notes)
+        )
+        stage.done(job.insertion(report))
+    with replacing(out) as draft:
+        try:
+            with listener("write") as stage:
+                file = place_onnx(rewrite.model, draft / NAME, external_data=external_data)
+                stage.done(NAME)
+            if verify:
+                with listener("verify") as stage:
+                    report.checks += check_graph_start(path, file, feeds, exact=rewrite.exact)
+                    with away_from_start(file, rewrite.model, config.seed) as random:
+                        report.checks.append(check_graph_random(path, random, feeds))
+                    stage.done(job.verdict(report.checks))
+                job.stop_if_failed(report)
+            if weights is not None:
+                with listener("weights") as stage:
+                    rewrite.load(weights)
+                    file = place_onnx(rewrite.model, draft / NAME, external_data=external_data)
+                    if verify:
+                        report.checks.append(check_graph_weights(file, feeds))
+                    stage.done(str(weights))
+                job.stop_if_failed(report)
+            (draft / PLAN).write_text(chosen.to_toml())
+            if seconds > 0:
+                with listener("profile") as stage:
+                    measured = profile([path, file], inputs=feeds, seconds=seconds, seed=config.seed, progress=stage.progress)
+                    report.profile = job.renamed(measured, {file: out / NAME})
+                    stage.done(f"{measured.rows[1].ratio:.3f}x the original's latency")
+            job.write_report(report, draft)
+        finally:
+            for twin in out.glob(f"{draft.name}-*"):
+                twin.unlink()
+    return report
