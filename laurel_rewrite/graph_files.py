@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import onnx_ir as ir
 
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError
 
 if TYPE_CHECKING:
-    import onnx
     import torch
 
 EXTERNAL_DATA = ("reference", "copy")
@@ -50,14 +50,22 @@ def read_onnx(path: Path) -> ir.Model:
         CaptureError: what is wrong with the file, in one sentence.
     """
     try:
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        _check_names(proto, path)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+    except CaptureError:
+        raise
     except Exception as error:  # protobuf's, onnx-ir's, the file system's
-        raise CaptureError(f"{path} could not be read as an ONNX graph: {_first_line(error)}. Is the file complete?") from error
+        raise CaptureError(f"{path} could not be read as an ONNX graph: {_first_line(_root(error))}. Is the file complete?") from error
     if not len(model.graph):
         raise CaptureError(f"{path} holds no graph, or one without nodes.")
+    try:
+        model.graph.sort()
+    except ValueError as error:
+        raise CaptureError(f"{path}: the graph has a cycle.") from error
     _check_external(model, path)
-    _check_names(model, path)
-    _check_valid(path)
+    _check_valid(model, path)
     return model
 
 
@@ -101,21 +109,31 @@ def _check_external(model: ir.Model, path: Path) -> None:
             raise CaptureError(f"{path}: {file} ends before the weights of {tensor.name!r} do. Is the file complete?")
 
 
-def _check_names(model: ir.Model, path: Path) -> None:
-    twice = [name for name, count in Counter(node.name for node in model.graph if node.name).items() if count > 1]
-    if twice:
-        raise CaptureError(f"{path} has {len(twice)} node names that stand twice, the first {twice[0]!r}.")
+def _check_names(proto: onnx.ModelProto, path: Path) -> None:
+    graph = proto.graph
+    for kind, names in (
+        ("node", [node.name for node in graph.node]),
+        ("value", [name for node in graph.node for name in node.output] + [value.name for value in graph.input]),
+        ("initializer", [tensor.name for tensor in graph.initializer]),
+    ):
+        twice = [name for name, count in Counter(names).items() if name and count > 1]
+        if twice:
+            raise CaptureError(f"{path} has {len(twice)} {kind} names that stand twice, the first {twice[0]!r}.")
 
 
-def _check_valid(path: Path) -> None:
-    import onnx
-
+def _check_valid(model: ir.Model, path: Path) -> None:
+    """onnx's checker must pass the file; where that cannot judge, onnxruntime must load it."""
+    standard = {"", "ai.onnx", *(function.domain for function in model.functions.values())}
+    complaint = ""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the checker's, the inference's, protobuf's
+        complaint = f"{_first_line(error)}. "
+    future = model.opset_imports.get("", 0) > onnx.defs.onnx_opset_version()
+    if complaint or future or any(node.domain not in standard for node in model.graph.all_nodes()):
         refusal = _refused(path)
         if refusal is not None:
-            raise CaptureError(f"{path} is no valid ONNX model: {_first_line(error)}. onnxruntime says: {refusal}.") from error
+            raise CaptureError(f"{path} is no valid ONNX model: {complaint}onnxruntime says: {refusal}.")
 
 
 # Writing
@@ -235,8 +253,6 @@ def _locations(proto: onnx.ModelProto) -> list[onnx.StringStringEntryProto]:
 
 def _check_written(file: Path, scratch: Path) -> None:
     """Raise ExportError unless onnx's checker passes the file, or onnxruntime loads it."""
-    import onnx
-
     inferred = scratch / "inferred.onnx"
     try:
         onnx.checker.check_model(str(file))
@@ -266,8 +282,18 @@ def _refused(path: Path) -> str | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    """The start of a message without its stack of contexts and colours."""
-    text = re.sub(r"\x1b\[\d+m|\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
+def _root(error: BaseException) -> BaseException:
+    """What an exception was raised for at first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    """The start of a message without its colours, contexts and places in a runtime's source."""
+    text = re.sub(
+        r"\x1b\[\d+m|\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:|/onnxruntime_src/.*\)( const)? ", "", str(error)
+    )
+    text = re.sub(r", however input '(.*)' of node:", r", and \1 is not", text).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("==>")]
     return (lines[0] if lines else type(error).__name__)[:400].rstrip(".")

@@ -63,7 +63,11 @@ class GraphRewrite:
             )
         self.notes = [f"{len(model.functions)} local functions were inlined."] if model.functions else []
         self.exact = True
-        self._read_sites(model.clone())
+        try:
+            copy = model.clone()
+        except Exception as error:  # onnx-ir's
+            raise CaptureError(f"The graph could not be copied; are its nodes in topological order? {error.__cause__ or error}") from error
+        self._read_sites(copy)
 
     def _read_sites(self, model: ir.Model) -> None:
         self.sites: Sites

@@ -140,7 +140,7 @@ class _Finder:
     def _not_a_sum(self, value: Value) -> Refusal:
         shapes = " + ".join(_shape(self.values[i]) for i in value.inputs)
         fixed = [self.values[i] for i in value.inputs if not self.values[i].data]
-        if value.shape is None:
+        if any(self.values[i].shape is None for i in (value.index, *value.inputs)):
             reason, detail = "unknown shape", f"{shapes}: shapes are not known"
         elif not value.floating:
             reason, detail = "integer", f"{shapes}: not floating-point numbers"

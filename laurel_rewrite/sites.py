@@ -233,7 +233,7 @@ def read_onnx_sites(model: onnx_ir.Model) -> tuple[Sites, OnnxFlow, onnx_ir.Mode
     shapes inferred.
 
     Raises:
-        CaptureError: the graph has a cycle, or contradicts itself.
+        CaptureError: the nodes are not in topological order, or the shapes contradict each other.
     """
     from laurel_rewrite.dialects.onnx import dataflow_from_onnx
     from laurel_rewrite.dialects.onnx_shapes import completed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import quiet, training, without_caches
-from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.exporting import widened
 from laurel_rewrite.operator import sites_of
 
@@ -124,9 +124,14 @@ def check_graph_start(original: Path, rewritten: Path, feeds: Mapping[str, np.nd
     adds in the order of the original (`exact`), within a tolerance with it, for fusions differ.
 
     Raises:
+        CaptureError: onnxruntime cannot load the original.
         ConfigError: the original does not run with these inputs, or its outputs are not numbers.
     """
     checks = []
+    try:
+        session_of(original)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise CaptureError(f"onnxruntime cannot load {original}: {str(error)[:400]}") from error
     for optimised in (False, True):
         try:
             expected = run_onnx(original, feeds, optimised=optimised)

@@ -1,4 +1,4 @@
-"""A copy of an ONNX model that can be read: local functions inlined, nodes in order, every shape that can be inferred."""
+"""A copy of an ONNX model that can be read: local functions inlined, every shape that can be inferred."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ def completed(model: ir.Model) -> ir.Model:
     onnx's own inference comes first, for it knows every operator of the standard; the symbolic one goes on behind onnxruntime's.
 
     Raises:
-        ValueError, RuntimeError: the graph has a cycle, or the shapes that it gives contradict each other.
+        ValueError, RuntimeError: the nodes are not in topological order, or the shapes that the graph gives contradict each other.
     """
     if model.functions:
         model = common.InlinePass()(model.clone()).model
-    if not _in_order(model.graph):
-        model = model.clone()
-        model.graph.sort()
     for infer in (_onnx, _symbolic):
         if _lacks_shapes(model):
             with quiet():
@@ -35,15 +32,6 @@ def completed(model: ir.Model) -> ir.Model:
 
 def _lacks_shapes(model: ir.Model) -> bool:
     return any(value.name and (value.shape is None or value.dtype is None) for node in model.graph for value in node.outputs)
-
-
-def _in_order(graph: ir.Graph) -> bool:
-    seen: set[ir.Node] = set()
-    for node in graph:
-        if any(producer.graph is graph and producer not in seen for producer in node.predecessors()):
-            return False
-        seen.add(node)
-    return True
 
 
 def _onnx(model: ir.Model) -> ir.Model:
