@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     )
     from laurel_rewrite.explaining import explain
     from laurel_rewrite.exporting import export_onnx
+    from laurel_rewrite.graph_files import write_onnx
+    from laurel_rewrite.onnx_surgery import rewrite_onnx
     from laurel_rewrite.operator import param_groups
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
@@ -43,6 +45,8 @@ _HOMES = {
     "draw": "drawing",
     "rewrite": "surgery",
     "remove": "surgery",
+    "rewrite_onnx": "onnx_surgery",
+    "write_onnx": "graph_files",
     "save": "saving",
     "load": "saving",
     "export_onnx": "exporting",
@@ -83,7 +87,9 @@ __all__ = [
     "profile",
     "remove",
     "rewrite",
+    "rewrite_onnx",
     "save",
+    "write_onnx",
 ]
 
 

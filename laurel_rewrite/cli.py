@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SITE_OPTIONS = ("variant", "rank", "history", "normalize", "init_down", "history_map", "include", "exclude")
-_GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify")
+_GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
 _VARIANTS = "rw, lr, pa, rw+lr, rw+pa, lr+pa, rw+lr+pa"
 
 _EPILOG = """\b
@@ -91,6 +91,7 @@ def _common(function: Any) -> Any:
     type=click.Choice(["reference", "copy"]),
     help="model.onnx: refer to its external weights, or copy them beside the result. Default: refer where --out allows it.",
 )
+@click.option("--emit-torch", is_flag=True, help="model.onnx: write a trainable PyTorch module, too.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="model.onnx: compare the graphs in onnxruntime.")
 @_common
 @click.version_option(__version__, prog_name="laurel-rewrite")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laurel_rewrite import job
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
-from laurel_rewrite.plan import LaurelConfig
+from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
-from laurel_rewrite.saving import PLAN, replacing
+from laurel_rewrite.saving import PLAN, replacing, save_graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import fx
 
 NAME = "laurel.onnx"
 
@@ -27,6 +32,7 @@ def run(
     external_data: str | None = None,
     inputs: Path | None = None,
     verify: bool = True,
+    emit_torch: bool = False,
     seconds: float = 10.0,
     listener: job.Listener = job.silent,
 ) -> job.Report:
@@ -41,6 +47,7 @@ def run(
         external_data: see `graph_files.write_onnx`.
         inputs: an .npz file for verification and profile; else they are drawn (`draw_feeds`).
         verify: run the original and the result in onnxruntime and compare.
+        emit_torch: write a trainable PyTorch module as well, which `laurel_rewrite.load(out)` gives.
         seconds: time for the profile; 0 for none.
         listener: is told of the stages.
 
@@ -48,7 +55,7 @@ def run(
         VerificationError: a check failed; the report is its `args[1]`.
         CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written.
     """
-    from laurel_rewrite.verify import check_graph_random, check_graph_start, check_graph_weights
+    from laurel_rewrite.verify import check_graph_random, check_graph_start, check_graph_weights, check_torch
 
     job.writable(out)
     if (out / NAME).exists() and (out / NAME).samefile(path):
@@ -93,6 +100,14 @@ def run(
                     stage.done(str(weights))
                 job.stop_if_failed(report)
             (draft / PLAN).write_text(chosen.to_toml())
+            if emit_torch:
+                with listener("emit torch") as stage:
+                    module = _torch_module(model, chosen, weights)
+                    save_graph(module, draft, chosen)
+                    if verify:
+                        report.checks += check_torch(module, file, feeds, seed=config.seed)
+                    stage.done("model.pt")
+                job.stop_if_failed(report)
             if seconds > 0:
                 with listener("profile") as stage:
                     measured = profile([path, file], inputs=feeds, seconds=seconds, seed=config.seed, progress=stage.progress)
@@ -103,3 +118,14 @@ def run(
             for twin in out.glob(f"{draft.name}-*"):
                 twin.unlink()
     return report
+
+
+def _torch_module(model: ir.Model, plan: Plan, weights: Path | None) -> fx.GraphModule:
+    """The same rewrite once more, with whole sums at the sites, which modules can take the place of."""
+    from laurel_rewrite.emit_torch import to_torch
+
+    rewrite = GraphRewrite(model)
+    rewrite.apply(plan, split=True)
+    if weights is not None:
+        rewrite.load(weights)
+    return to_torch(rewrite.model, plan)

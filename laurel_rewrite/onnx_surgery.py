@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from laurel_rewrite.capture import quiet
 from laurel_rewrite.dialects.onnx import METADATA, OnnxFlow, OnnxSum
 from laurel_rewrite.dialects.onnx_ops import PRODUCT_SUMS, SPLIT_LAYOUT
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, RewriteError, nearest
-from laurel_rewrite.graph_files import external
+from laurel_rewrite.graph_files import external, read_onnx
 from laurel_rewrite.operator import Laurel
 from laurel_rewrite.operator_onnx import DOMAIN, IR_VERSION, FunctionForm
-from laurel_rewrite.plan import Plan
+from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.residuals import Residual
 from laurel_rewrite.sites import Sites, read_onnx_sites
 from laurel_rewrite.variants import SiteConfig
@@ -38,6 +39,42 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "Clip": ("min", "max"),
 }  # fmt: skip
 """Activations inside onnxruntime's fused products, with the attributes that their parameters are."""
+
+
+def rewrite_onnx(
+    model: ir.Model | str | PathLike[str],
+    *,
+    plan: Plan | str | None = None,
+    weights: Path | str | None = None,
+    functions: str = "keep",
+    **options: Any,
+) -> ir.Model:
+    """Replace the residual connections of an ONNX graph by LAuReL. At the start it computes what it computed.
+
+    Args:
+        model: a model, or the path of a file; it stays as it is, and its external weights are not read.
+        plan: an edited plan, or the path of one, instead of the options.
+        weights: a safetensors file with trained LAuReL parameters, instead of the start.
+        functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
+        options: variant, rank, ...: see `LaurelConfig`.
+
+    Returns:
+        A new model; `write_onnx` writes it. Inputs and outputs are as they were.
+
+    Raises:
+        ConfigError, NoSiteError, CaptureError, RewriteError, ExportError: see `GraphRewrite`.
+    """
+    if functions not in FUNCTIONS:
+        raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
+    rewrite = GraphRewrite(model if isinstance(model, ir.Model) else read_onnx(Path(model)))
+    if plan is None:
+        plan = Plan.from_sites(rewrite.sites, LaurelConfig(**options))
+    rewrite.apply(plan if isinstance(plan, Plan) else Plan.read(plan))
+    if weights is not None:
+        rewrite.load(Path(weights))
+    if functions == "inline":
+        rewrite.inline()
+    return rewrite.model
 
 
 class GraphRewrite:
@@ -74,8 +111,12 @@ class GraphRewrite:
         self._read: OnnxFlow
         self.sites, self._read, self.model = read_onnx_sites(model)
 
-    def apply(self, plan: Plan) -> None:
+    def apply(self, plan: Plan, *, split: bool = False) -> None:
         """Insert the LAuReL nodes of a plan, at their start.
+
+        Args:
+            plan: for these sites.
+            split: take products that add something apart at the sites, so that each LAuReL node computes a whole sum.
 
         Raises:
             ConfigError: the plan does not fit the graph.
@@ -85,7 +126,7 @@ class GraphRewrite:
         plan.check(self.sites)
         self._raise_versions(max(FunctionForm(plan.config(row)).opset for row in plan.sites))
         values = {index: value for value, index in self._read.index.items()}
-        rewriter = _Rewriter(self._read.sums)
+        rewriter = _Rewriter(self._read.sums, split=split)
         for row in plan.sites:
             residual = self.sites.bindings[row.id].residual
             stream = values.get(residual.skip) or values[residual.branches[0]]  # one of them may lie inside a fused node
@@ -234,8 +275,9 @@ def _check_keys(weights: Path, wanted: set[str], given: set[str]) -> None:
 class _Rewriter:
     """Prepares a graph so that each site's LAuReL node only has to take the place of one node."""
 
-    def __init__(self, sums: Mapping[int, OnnxSum]) -> None:
+    def __init__(self, sums: Mapping[int, OnnxSum], *, split: bool) -> None:
         self.sums = sums
+        self.split = split
         self.sites: list[OnnxSite] = []
         self.skips: dict[str, ir.Value] = {}
         self.exact = True
@@ -246,7 +288,7 @@ class _Rewriter:
         """LAuReL where the skip is added; the branches that are added further out are weighted there, so that the order of rounding stays."""
         (inner, side), *outer = residual.adds
         place = self.sums[inner]
-        if place.inside == side:
+        if place.inside is not None and (self.split or place.inside == side):
             place = _split(place, name)
             self.exact = False
         skip = _operand(place.node, place.terms[side][0])

@@ -119,22 +119,8 @@ class Laurel(nn.Module):
         return [(self.down, self.up)] if self._low_rank else []
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """a and b, tensors of shape (1,).
-
-        softmax: 2 softmax(w); sigmoid: a = 2 sigmoid(w), b = 2 - a; none: 1 + w, free; paper: softmax(w), which starts at 1/2.
-        Each is written so that w = 0 is the plain residual, towards which weight decay pulls.
-        """
-        mix = self.mix
-        if self._normalize == "sigmoid":
-            a = 2 * torch.sigmoid(mix)
-            return a, 2 - a
-        if self._normalize == "none":
-            both = 1 + mix
-        else:
-            both = torch.softmax(mix, 0)
-            if self._normalize == "softmax":
-                both = 2 * both
-        return both[:1], both[1:]
+        """a and b, tensors of shape (1,); see `weights`."""
+        return weights(self.mix, self._normalize or "none")
 
     def forward(self, x: Tensor, f: Tensor, *more: Tensor, past: Sequence[Tensor | None] | None = None) -> Tensor:
         skip = x
@@ -153,7 +139,7 @@ class Laurel(nn.Module):
 
     def branch(self, f: Tensor) -> Tensor:
         """a f: one more branch of the same sum, of the skip's shape."""
-        return f if self._normalize is None else self.weights()[0].to(f.dtype) * f
+        return f if self._normalize is None else weighted(f, self.mix, self._normalize)
 
     def states(self, x: Tensor) -> list[tuple[int, Tensor]]:
         """The window of PA: (lag, state of the stream) from lag 0, the skip itself, as far as this pass has states."""
@@ -199,6 +185,29 @@ class Laurel(nn.Module):
         parts += [f"rank={c.rank}"] if c.maps else []
         parts += [f"lags={c.lags}"] if c.lags else []
         return ", ".join([*parts, f"axis={c.axis}"])
+
+
+def weights(mix: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+    """a and b, tensors of shape (1,), from the scalars w that they are made of.
+
+    softmax: 2 softmax(w); sigmoid: a = 2 sigmoid(w), b = 2 - a; none: 1 + w, free; paper: softmax(w), which starts at 1/2.
+    Each but the last is written so that w = 0 is the plain residual, towards which weight decay pulls.
+    """
+    if normalize == "sigmoid":
+        a = 2 * torch.sigmoid(mix)
+        return a, 2 - a
+    if normalize == "none":
+        both = 1 + mix
+    else:
+        both = torch.softmax(mix, 0)
+        if normalize == "softmax":
+            both = 2 * both
+    return both[:1], both[1:]
+
+
+def weighted(f: Tensor, mix: Tensor, normalize: str) -> Tensor:
+    """a f."""
+    return weights(mix, normalize)[0].to(f.dtype) * f
 
 
 def _window(x: Tensor, past: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:

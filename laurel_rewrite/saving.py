@@ -31,6 +31,7 @@ from laurel_rewrite.source import BASE
 from laurel_rewrite.surgery import RECORD, Rewriting, install, rewriting_of
 
 MODELING, WEIGHTS, PLAN, CONFIG, SKELETON = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "skeleton.pt"
+GRAPH = "model.pt"
 BASE_CONFIG = "base_config.json"
 _ORIGIN = "_laurel_origin"
 
@@ -81,9 +82,7 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None) ->
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         config = {
-            "laurel_rewrite": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+            **_versions(),
             "seed": record.plan.seed,
             "class": _name(type(model)),
             "model": {**origin.recipe, "files": sorted(origin.files)},
@@ -94,6 +93,18 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None) ->
                 config[package] = getattr(sys.modules[package], "__version__", "unknown")
         (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return folder
+
+
+def save_graph(module: fx.GraphModule, folder: Path, plan: Plan) -> None:
+    """Write a rewritten graph module, pickled, so that `load` finds it; the packages of its modules must be installed there."""
+    torch.save(module, folder / GRAPH)
+    (folder / PLAN).write_text(plan.to_toml())
+    config = {**_versions(), "seed": plan.seed, "class": _name(type(module)), "model": {"kind": "graph", "files": [GRAPH]}, "classes": {}}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    return {"laurel_rewrite": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def source_of(record: Rewriting, name: str) -> tuple[str, dict[str, str]]:
@@ -139,7 +150,7 @@ class replacing:
 def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Module:
     """Build a saved model: no capture, no tracing.
 
-    The folder's `modeling_laurel.py` is imported and so runs; load only what you trust.
+    The folder's `modeling_laurel.py` is imported, or its `model.pt` unpickled, and so runs; load only what you trust.
 
     Args:
         folder: what `save` or the command wrote.
@@ -152,6 +163,8 @@ def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Mod
         ConfigError: the folder is none of ours, a file is missing, or weights and plan do not fit.
     """
     folder = Path(folder)
+    if (folder / CONFIG).is_file() and (folder / GRAPH).is_file() and not (folder / MODELING).is_file():
+        return _load_graph(folder, device)
     missing = [name for name in (MODELING, PLAN, CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ConfigError(f"{folder} is not a folder written by laurel-rewrite: {missing[0]} is missing.")
@@ -185,6 +198,17 @@ def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Mod
         return model.to("meta")
     _load_weights(model, folder / WEIGHTS)
     return model if device is None else model.to(device)
+
+
+def _load_graph(folder: Path, device: torch.device | str | None) -> nn.Module:
+    from laurel_rewrite.emit_torch import onnx2torch
+
+    onnx2torch()  # whose modules were pickled
+    try:
+        model: nn.Module = torch.load(folder / GRAPH, map_location=device, weights_only=False)
+    except Exception as error:  # unpickling raises whatever the modules raise
+        raise CaptureError(f"{folder / GRAPH} could not be loaded: {type(error).__name__}: {error}") from error
+    return model.train()
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

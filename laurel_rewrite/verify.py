@@ -164,6 +164,16 @@ def check_graph_weights(rewritten: Path, feeds: Mapping[str, np.ndarray]) -> Che
     return _compared(name, rewritten, feeds, plain, _graph_tolerance(rewritten, strict=False), optimised=True)
 
 
+def check_torch(module: nn.Module, rewritten: Path, feeds: Mapping[str, np.ndarray], *, seed: int = 0) -> list[Check]:
+    """A PyTorch module made from a rewritten file equals it in eval mode, and its LAuReL parameters have gradients."""
+    args = [torch.from_numpy(array) for array in feeds.values()]
+    with training(module, False), torch.no_grad(), quiet():
+        found = [tensor.numpy() for tensor in _tensors(module(*args))]
+    expected = run_onnx(rewritten, feeds, optimised=False)
+    check = _difference_of("PyTorch against ONNX", found, expected, _graph_tolerance(rewritten, strict=False), _shapes(feeds))
+    return [check, check_gradients(module, args, {}, seed=seed)]
+
+
 def run_onnx(path: Path, feeds: Mapping[str, np.ndarray], *, optimised: bool) -> list[np.ndarray]:
     """The outputs of an ONNX file in onnxruntime; random operators draw the same numbers in every call."""
     import onnxruntime
@@ -201,27 +211,35 @@ def _compared(
     *,
     optimised: bool,
 ) -> Check:
-    rtol, atol = tolerance
-    allowed = f"rtol {rtol:.0e}, atol {atol:.0e} x max(1, max|y|)" if rtol or atol else "max |difference| = 0"
-    shapes = ", ".join(f"{key}{list(value.shape)}" for key, value in feeds.items())
     try:
         found = run_onnx(path, feeds, optimised=optimised)
     except Exception as error:  # onnxruntime's exceptions share no base class
-        return Check(name, False, float("nan"), allowed, f"{shapes}: {str(error)[:300]}")
+        return Check(name, False, float("nan"), "", f"{_shapes(feeds)}: {str(error)[:300]}")
+    return _difference_of(name, found, expected, tolerance, _shapes(feeds))
+
+
+def _shapes(feeds: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{key}{list(value.shape)}" for key, value in feeds.items())
+
+
+def _difference_of(
+    name: str, found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: tuple[float, float], detail: str
+) -> Check:
+    rtol, atol = tolerance
+    allowed = f"rtol {rtol:.0e}, atol {atol:.0e} x max(1, max|y|)" if rtol or atol else "max |difference| = 0"
     worst, passed = 0.0, len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=False):
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.dtype.kind not in "fiub":
             passed = passed and np.array_equal(mine, theirs)
             continue
         a, b = mine.astype(np.float64), theirs.astype(np.float64)
-        different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
         with np.errstate(invalid="ignore"):
-            difference = np.where(different, np.abs(a - b), 0.0)
-        finite = np.abs(b[np.isfinite(b)])
+            difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+        finite = np.where(np.isfinite(b), np.abs(b), 0.0)
         scale = max(1.0, float(finite.max(initial=0.0)))
-        passed = passed and bool((difference <= rtol * np.abs(np.where(np.isfinite(b), b, 0.0)) + atol * scale).all())
+        passed = passed and bool((difference <= rtol * finite + atol * scale).all())
         worst = max(worst, float(difference.max(initial=0.0)) / scale)
-    return Check(name, passed, worst, allowed, shapes)
+    return Check(name, passed, worst, allowed, detail)
 
 
 @contextlib.contextmanager
