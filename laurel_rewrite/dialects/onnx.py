@@ -197,6 +197,8 @@ class _Reader(OnnxFlow):
             return SLICE
         if op == "Expand":
             return TRANSPARENT if operands[0].shape is not None and operands[0].shape == _shape(node.outputs[0]) else kind
+        if op == "QuantizeLinear" and _rectifies(node):
+            return POINTWISE
         if op in ("Conv", "FusedConv"):
             kind = replace(kind, wide=_kernel(node, operands) != {1})
         if op in PRODUCT_SUMS:
@@ -275,6 +277,15 @@ def _kernel(node: ir.Node, operands: list[Value]) -> set[int | str]:
     if given is not None:
         return set(given)
     return set((operands[1].shape or ())[2:]) if len(operands) > 1 else set()
+
+
+def _rectifies(node: ir.Node) -> bool:
+    """Whether a quantisation cuts off what is negative, as quantisers write the ReLU before it: its zero point is the lowest number."""
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    lowest = {ir.DataType.UINT8: 0, ir.DataType.UINT16: 0, ir.DataType.INT8: -128, ir.DataType.INT16: -32768}
+    if zero is None or zero.const_value is None or zero.const_value.size != 1 or zero.dtype not in lowest:
+        return False
+    return int(zero.const_value.numpy().item()) == lowest[zero.dtype]
 
 
 def _reduced(node: ir.Node, operand: Value) -> tuple[int, ...]:
