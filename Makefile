@@ -14,6 +14,7 @@ $(VENV)/base: pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[zoo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nudenet  # for the YOLO graph inside
 	touch $@
 
 demo: $(VENV)/base

@@ -87,7 +87,7 @@ def run(
             if verify:
                 with listener("verify") as stage:
                     report.checks += check_graph_start(path, file, feeds, exact=rewrite.exact)
-                    with away_from_start(file, rewrite.model, config.seed) as random:
+                    with away_from_start(file, config.seed) as random:
                         report.checks.append(check_graph_random(path, random, feeds))
                     stage.done(job.verdict(report.checks))
                 job.stop_if_failed(report)

@@ -213,16 +213,17 @@ def inline_laurel(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def away_from_start(path: Path, model: ir.Model, seed: int = 0) -> Iterator[Path]:
+def away_from_start(path: Path, seed: int = 0) -> Iterator[Path]:
     """A copy of a file whose LAuReL parameters are random where they are at their start; the file itself where it has none such.
 
     What is 0 or 1 at the start could be lost or swapped unseen, and a runtime deletes it. Where the model has external weights, the copy
     lies beside it for a while, for it refers to them.
 
     Args:
-        path, model: the file, and what was read from it.
+        path: of the file.
         seed: of the numbers.
     """
+    model = ir.load(path)
     generator = np.random.default_rng(seed)
     drawn: dict[str, ir.TensorProtocol] = {}
     for name, parameter in _laurel_names(model).items():
@@ -234,14 +235,13 @@ def away_from_start(path: Path, model: ir.Model, seed: int = 0) -> Iterator[Path
     if not drawn:
         yield path
         return
-    copy = model.clone()
     for name, tensor in drawn.items():
-        copy.graph.initializers[name].const_value = tensor
+        model.graph.initializers[name].const_value = tensor
     with tempfile.TemporaryDirectory(prefix="laurel-") as scratch:
         handle, file = tempfile.mkstemp(prefix=".laurel-", suffix=".onnx", dir=path.parent if external(model) else scratch)
         os.close(handle)
         try:
-            ir.save(copy, file)
+            ir.save(model, file)
             yield Path(file)
         finally:
             Path(file).unlink(missing_ok=True)

@@ -116,7 +116,7 @@ def profile(
         check_feeds(model, feeds, file)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="laurel-profile-"))
-        measured = [stack.enter_context(away_from_start(file, model, seed)) for file, model in zip(files, models, strict=True)]
+        measured = [stack.enter_context(away_from_start(file, seed)) for file in files]
         for file, copy in zip(files, measured, strict=True):
             _check_runs(file, _session(copy, threads), feeds)
         blocks = []

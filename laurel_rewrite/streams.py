@@ -64,8 +64,9 @@ def _predecessor(flow: Dataflow, residual: Residual, by_output: dict[int, int]) 
         value = flow.values[index]
         if index in by_output and index != residual.output:
             return by_output[index]
-        quantised = value.role is Role.TRANSPARENT  # or cast: what it reads need not be floating-point
-        carried = [i for i in value.inputs if flow.values[i].data and (flow.values[i].floating or quantised)]
+        carried = [i for i in value.inputs if flow.values[i].data and flow.values[i].floating]
+        if value.role is Role.TRANSPARENT:  # what is dequantised is no floating-point number
+            carried = [i for i in value.inputs[:1] if flow.values[i].data]
         # A sum with one data operand adds a bias.
         carries = value.role in (Role.TRANSPARENT, Role.POINTWISE, Role.SUM) or value.kind.norm
         if not carries or len(carried) != 1:

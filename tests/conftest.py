@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from laurel_rewrite import cli
 from laurel_rewrite.models import build, declare_torchvision_ops
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -103,9 +108,65 @@ def away_from_start(model: nn.Module, seed: int = 0, spread: float = 0.2) -> nn.
     return model
 
 
+LIGHT = {
+    "bvlc_alexnet": {},
+    "densenet121": {},
+    "inception_v1": {},
+    "inception_v2": {},
+    "resnet50": {"identity": 12, "projection": 4},
+    "shufflenet": {"identity": 13},
+    "squeezenet": {},
+    "vgg19": {},
+    "zfnet512": {},
+}
+"""Graphs in the onnx package, and what is in them."""
+
+
+def light(name: str) -> Path:
+    return Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"light_{name}.onnx"
+
+
+def yolo() -> Path:
+    """YOLOv8n; the package that ships it is not imported."""
+    spec = importlib.util.find_spec("nudenet")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "320n.onnx"
+
+
+def onnx_graph(nodes: list[object], shapes: dict[str, tuple[object, ...]], inner: str = "", **weights: tuple[int, ...]) -> ir.Model:
+    """A model with these nodes and inputs, and the output y; weights are zeros. The values named in `inner` have x's shape."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes["x"] if inner else None)],
+        [helper.make_tensor(name, TensorProto.FLOAT, shape, [0.0] * torch.Size(shape).numel()) for name, shape in weights.items()],
+        value_info=[helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes["x"]) for name in inner.split()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets))
+
+
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     return subprocess.run([sys.executable, "-m", "laurel_rewrite", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """The command in this process, in an empty folder: most of a process of its own is importing torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        code = 0
+        try:
+            cli.main(words)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, captured.out, captured.err)
+
+    return call
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

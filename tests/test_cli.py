@@ -14,8 +14,6 @@ import pytest
 from conftest import EXAMPLES, run
 from toys import D
 
-from laurel_rewrite import cli
-
 NET = f"""
 import torch
 
@@ -34,23 +32,6 @@ def example_inputs():
     return (torch.randn(2, {D}),)
 """
 FILES = {"baseline.onnx", "laurel.onnx", "laurel_config.json", "model.safetensors", "modeling_laurel.py", "plan.toml", "report.json"}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """The command in this process, in an empty folder: most of a process of its own is importing torch."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        code = 0
-        try:
-            cli.main(words)
-        except SystemExit as error:
-            code = int(error.code or 0)
-        captured = capsys.readouterr()
-        return subprocess.CompletedProcess(words, code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture

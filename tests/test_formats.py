@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
 import torch
-from conftest import LLAMA, run
+from conftest import LIGHT, LLAMA, light, onnx_graph, run, yolo
 from onnx import TensorProto, helper
 from torch import fx, nn
 from toys import D
@@ -87,20 +85,6 @@ def test_every_capture_gives_the_same_sites(spec):
 
 
 # Graphs that no exporter of PyTorch wrote
-
-
-def onnx_graph(nodes: list[object], shapes: dict[str, tuple[object, ...]], inner: str = "", **weights: tuple[int, ...]) -> ir.Model:
-    """A model with these nodes and inputs, and the output y; weights are zeros. The values named in `inner` have x's shape."""
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes["x"] if inner else None)],
-        [helper.make_tensor(name, TensorProto.FLOAT, shape, [0.0] * torch.Size(shape).numel()) for name, shape in weights.items()],
-        value_info=[helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes["x"]) for name in inner.split()],
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets))
 
 
 def test_shapes_are_inferred_and_nothing_is_changed():
@@ -203,26 +187,32 @@ def test_local_functions_are_read_inline():
     assert len(model.functions) == 1  # the model itself is as it was
 
 
-LIGHT = {
-    "bvlc_alexnet": {},
-    "densenet121": {},
-    "inception_v1": {},
-    "inception_v2": {},
-    "resnet50": {"identity": 12, "projection": 4},
-    "shufflenet": {"identity": 13},
-    "squeezenet": {},
-    "vgg19": {},
-    "zfnet512": {},
-}
-
-
 @pytest.mark.parametrize("name", LIGHT)
 def test_graphs_of_another_framework(name):
     """Caffe2's, as the onnx package ships them: opsets from 7 on, no shapes inside."""
-    path = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / f"light_{name}.onnx"
-    sites = detect(path)
+    sites = detect(light(name))
     assert Counter(site.kind for site in sites) == LIGHT[name]
     assert all(site.axis == 1 and site.dim == site.shape[1] for site in sites)
+
+
+def test_a_detector_from_the_field():
+    """YOLOv8n, exported by PyTorch's older exporter, whose node names hold the module paths."""
+    sites = detect(yolo())
+    assert [site.id for site in sites][:2] == ["model.2.m.0.laurel_0", "model.4.m.0.laurel_0"]
+    assert Counter(site.kind for site in sites) == {"identity": 6}
+
+
+@pytest.mark.parametrize("spec", ["timm:test_resnet", "timm:test_vit", "hf:t5", "hf:bert"])
+def test_pytorchs_older_exporter(spec, tmp_path):
+    built = build(spec, MODELS[spec])
+    with torch.no_grad():
+        for parameter in built.model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.02)
+    expected = [(s.id, s.kind, s.axis, s.dim, s.stream, s.index) for s in detect(built.model, built.args, built.kwargs)]
+    path = tmp_path / "model.onnx"
+    with quiet(), without_caches(built.model), torch.no_grad():
+        torch.onnx.export(built.model.eval(), built.args, path, kwargs=built.kwargs, dynamo=False, opset_version=17)
+    assert [(s.id, s.kind, s.axis, s.dim, s.stream, s.index) for s in detect(path)] == expected
 
 
 def test_the_dataflow_is_in_order(tmp_path):
