@@ -71,6 +71,7 @@ class Value:
         axes: for a transparent op, the operand's dimension behind each dimension of the result, None where lost.
         owner: module path of the op.
         where: "file:line" of the op, or "".
+        trace: the calls that led to it, in the words of the source graph, or ""; the same for every turn of a loop.
         call: index of the recorded call in the capture, None where there is none.
         existing: the op lies inside a LAuReL module that the model already had.
     """
@@ -86,6 +87,7 @@ class Value:
     axes: tuple[int | None, ...] | None = None
     owner: str = ""
     where: str = ""
+    trace: str = ""
     call: int | None = None
     existing: bool = False
 

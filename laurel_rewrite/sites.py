@@ -296,27 +296,32 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
     values = flow.values
     sites = Sites(refusals=refusals, flow=flow, calls=calls)
 
-    # How often each line ran in one call of its owner, sites or not: a loop's turns.
-    runs: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)
-    for value in values:
-        call = sites.call(value.index)
+    def line(index: int) -> tuple[Any, ...] | None:
+        """What the executions of one line in one call of its owner have in common; None where the graph does not say."""
+        call, value = sites.call(index), values[index]
         if call is not None:
-            executions = runs[call.owner, call.owner_call, call.steps]
-            executions[value.index] = len(executions)
+            return call.owner, call.owner_call, call.steps
+        return (value.owner, None, value.trace) if value.trace else None
+
+    # How often each line ran, sites or not: a loop's turns. Without recorded calls a line may hold several adds, and only sites count.
+    runs: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)
+    for index in range(len(values)) if calls else (residual.adds[0][0] for residual in residuals):
+        key = line(index) if not calls or sites.call(index) is not None else None
+        if key is not None:
+            runs[key][index] = len(runs[key])
     ordinals: dict[str, dict[Any, int]] = defaultdict(dict)
     tied: dict[str, int] = defaultdict(int)
     owners: dict[int, list[str]] = defaultdict(list)
     for residual, place in zip(residuals, places, strict=True):
         adds = tuple((values[node].name, side, sites.call(node)) for node, side in residual.adds)
-        inner, first = residual.adds[0][0], adds[0][2]  # where the skip is added
+        inner = residual.adds[0][0]  # where the skip is added
         owner, where, shape = sites.owner(inner), sites.where(inner), values[residual.output].shape or ()
-        key = first.steps if first is not None else residual.output
-        ordinal = ordinals[owner].setdefault(key, len(ordinals[owner]))
-        turn, turns = None, 1
-        if first is not None:
-            executions = runs[first.owner, first.owner_call, first.steps]
-            turns = len(executions)
-            turn = executions[inner] if turns > 1 else None
+        key = line(inner)
+        if key not in runs:
+            key = None
+        ordinal = ordinals[owner].setdefault(key[2] if key is not None else residual.output, len(ordinals[owner]))
+        turns = len(runs[key]) if key is not None else 1
+        turn = runs[key][inner] if key is not None and turns > 1 else None
         path = f"{owner}.laurel_{ordinal}" if owner else f"laurel_{ordinal}"
         if turn is not None:
             path += f".{turn}"

@@ -144,7 +144,7 @@ def onnx_graph(nodes: list[object], shapes: dict[str, tuple[object, ...]], inner
         value_info=[helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes["x"]) for name in inner.split()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets))
+    return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -110,6 +110,7 @@ class _Reader:
         owner, existing = owner_of(node)
         value = self.flow.add(
             node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
+            trace=node.meta.get("stack_trace") or "",
             call=(node.meta.get("custom") or {}).get("laurel_call") if op in SUMS else None,
         )  # fmt: skip
         if kind.role is Role.TRANSPARENT and inputs:

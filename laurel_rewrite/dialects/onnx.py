@@ -148,7 +148,7 @@ class _Reader(OnnxFlow):
         data = any(self.flow.values[i].data for i in inputs) and node.op_type not in SHAPE_ONLY
         return self.flow.add(
             name, op, kind, inputs, shape=_shape(like), floating=_floating(like), data=data, owner=owner, existing=existing,
-            where=innermost_frame(node.metadata_props.get(_TRACE, "")),
+            where=innermost_frame(node.metadata_props.get(_TRACE, "")), trace=node.metadata_props.get(_TRACE, ""),
         )  # fmt: skip
 
     def _skip_norm(self, node: ir.Node, inputs: list[int]) -> None:
@@ -173,7 +173,8 @@ class _Reader(OnnxFlow):
         output, addend = node.outputs[0], node.inputs[added]
         assert addend is not None
         factors = [self.read(value) for position, value in enumerate(node.inputs) if value is not None and position != added]
-        product = self._add(node, f"{output.name}_product", node.op_type, self._kind(node, factors), factors, output)
+        kind = replace(self._kind(node, factors), linear=True)  # the activation comes after the sum
+        product = self._add(node, f"{output.name}_product", node.op_type, kind, factors, output)
         total = self._add(node, f"{output.name}_sum", "Add", SUM, [product.index, self.read(addend)], output)
         present = tuple(position for position in linear if position < len(node.inputs) and node.inputs[position] is not None)
         self.sums[total.index] = OnnxSum(node, (present, (added,)), inside=0)
