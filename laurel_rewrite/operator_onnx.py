@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -13,6 +14,10 @@ from laurel_rewrite.variants import SiteConfig
 
 DOMAIN = "laurel_rewrite"
 DOMAIN_VERSION = 1
+FORM = "laurel_rewrite.form"
+"""Key of a function's form in its `metadata_props`."""
+BRANCH = "_branch"
+"""End of the name of a function that weights one branch."""
 IR_VERSION = 10
 """The first with `metadata_props` at nodes; functions came with 8."""
 
@@ -46,6 +51,15 @@ class FunctionForm:
         parts += ["skip"] if not self.branches else [f"branches{self.branches}"] if self.branches > 1 else []
         parts += ["cast"] if self.cast else []
         return "_".join(parts)
+
+    def to_json(self) -> str:
+        """As the function's metadata say it, so that a file can be lowered without its plan."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> FunctionForm:
+        data = json.loads(text)
+        return FunctionForm(SiteConfig(**data.pop("config")), **{**data, "lags": tuple(data["lags"])})
 
     @property
     def opset(self) -> int:
@@ -86,7 +100,7 @@ def laurel_function(form: FunctionForm, opsets: dict[str, int]) -> ir.Function:
     for branch in branches:
         out = body.op("Add", branch, out)
     out.name = "z"
-    return body.function(form.name, out, opsets)
+    return body.function(form.name, form, out, opsets)
 
 
 def branch_function(form: FunctionForm, opsets: dict[str, int]) -> ir.Function:
@@ -95,7 +109,7 @@ def branch_function(form: FunctionForm, opsets: dict[str, int]) -> ir.Function:
     f, mix = body.input("f"), body.input("mix")
     a, _ = body.weights(form.config, mix)
     out = body.op("Mul", body.like(form, a, f), f)
-    return body.function(f"{form.name}_branch", out, opsets)
+    return body.function(f"{form.name}{BRANCH}", form, out, opsets)
 
 
 class _Body:
@@ -155,6 +169,8 @@ class _Body:
         assert total is not None
         return self.low_rank(form, total, parameters["down.weight"], parameters["up.weight"]) if config.maps and not per_lag else total
 
-    def function(self, name: str, output: ir.Value, opsets: dict[str, int]) -> ir.Function:
+    def function(self, name: str, form: FunctionForm, output: ir.Value, opsets: dict[str, int]) -> ir.Function:
         graph = ir.Graph(self.inputs, [output], nodes=list(self.tape.nodes), opset_imports=opsets, name=name)
-        return ir.Function(DOMAIN, name, "", graph=graph, attributes=[])
+        function = ir.Function(DOMAIN, name, "", graph=graph, attributes=[])
+        function.metadata_props[FORM] = form.to_json()
+        return function

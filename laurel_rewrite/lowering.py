@@ -1,0 +1,68 @@
+"""From LAuReL nodes to the ordinary ops that run fastest in onnxruntime on a CPU.
+
+    EvaluateLaurel -> RescaleStream -> FoldBranch -> ExpandLaurel
+
+Each pass is a file in `passes/`, with its algebra, its conditions and its refusals. What comes out has no trainable parameter and no
+function: a graph to deploy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from laurel_rewrite.errors import ConfigError, nearest
+from passes.evaluate_laurel import EvaluateLaurel, Forms
+from passes.expand_laurel import ExpandLaurel
+from passes.fold_branch import FoldBranch
+from passes.rescale_stream import RescaleStream
+
+SKIPPABLE = ("rescale-stream", "fold-branch", "pad-rank")
+
+
+@dataclass
+class Lowering:
+    """What the lowering did.
+
+    Attributes:
+        sites: number of LAuReL nodes.
+        folded: branches whose weight went into what computes them.
+        refused: nodes where it did not, and why.
+        rescaled: what became of the skips' weights, in words.
+    """
+
+    sites: int = 0
+    folded: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    rescaled: str = ""
+
+
+def lower(model: ir.Model, *, skip: Collection[str] = ()) -> Lowering:
+    """Lower a model's LAuReL nodes, in place.
+
+    Args:
+        model: with LAuReL as functions, as `rewrite_onnx` and the export leave them.
+        skip: names of passes to leave out, from `SKIPPABLE`.
+
+    Raises:
+        ConfigError: there is no such pass.
+        ExportError: a LAuReL node whose parameters are no constants.
+    """
+    for name in skip:
+        if name not in SKIPPABLE:
+            raise ConfigError(f"There is no pass {name!r} to skip. {nearest(name, SKIPPABLE)}")
+    forms: Forms = {}
+    result = Lowering(sites=len(EvaluateLaurel(forms)(model).changed))
+    if "rescale-stream" not in skip:
+        rescale = RescaleStream(forms)
+        rescale(model)
+        result.rescaled = rescale.note
+    if "fold-branch" not in skip:
+        fold = FoldBranch(forms)
+        result.folded, result.refused = len(fold(model).changed), fold.refused
+    ExpandLaurel(forms, pad="pad-rank" not in skip)(model)
+    common.RemoveUnusedNodesPass()(model)
+    return result

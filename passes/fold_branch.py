@@ -1,0 +1,115 @@
+"""a (W h + v)  ->  (a W) h + (a v): the branch's weight goes into what computes the branch.
+
+Backwards from the branch: through views, pools, ReLU (a > 0) and sums of several branches to the convolutions, products and
+normalisations that made it, whose weights and biases are multiplied by a. Exact but for one rounding of each weight.
+
+Refusals, after which the weight stays one Mul: a value on the way that somebody else reads, or that is an output of the graph; a
+producer that is not linear in its weights; quantised weights, and weights in other files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from passes.base import Pass, PassResult
+from passes.evaluate_laurel import AFFINE_DOMAIN, Forms
+from passes.rescale_stream import constant_of, replace_constant
+
+_THROUGH = frozenset(
+    """
+    Identity Relu LeakyRelu Neg Reshape Transpose Squeeze Unsqueeze Flatten Slice Expand Tile Dropout MaxPool AveragePool GlobalAveragePool
+    GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth Abs
+    """.split()
+)
+_LINEAR = {
+    "Conv": (1, 2), "Gemm": (1, 2), "ConvTranspose": (1, 2), "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "RMSNormalization": (1,),
+    "SimplifiedLayerNormalization": (1,), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
+}  # fmt: skip
+"""Operators that are linear in these inputs together: weights and, where there is one, bias."""
+_TERMS = frozenset({"Add", "Sub", "Sum", "Concat"})
+_FACTORS = frozenset({"MatMul", "Mul"})
+_Change = Callable[[], None]
+
+
+class FoldBranch(Pass[ir.Model]):
+    """Fold the weights of `Affine` nodes' branches into what computes them, in place.
+
+    Args:
+        forms: the linear form of each `Affine` node.
+
+    Attributes:
+        refused: nodes with a branch whose weight could not be folded, and why.
+    """
+
+    def __init__(self, forms: Forms) -> None:
+        self.forms = forms
+        self.refused: dict[str, str] = {}
+
+    def call(self, graph: ir.Model) -> PassResult[ir.Model]:
+        folded = []
+        for node, form in self.forms.items():
+            for position, alpha in enumerate(form.alphas):
+                if alpha == 1.0:
+                    continue
+                changes: list[_Change] = []
+                reason = self._fold(graph, node, position, alpha, changes)
+                if reason:
+                    self.refused[str(node.name)] = reason
+                    continue
+                for change in changes:
+                    change()
+                form.alphas[position] = 1.0
+                folded.append(str(node.name))
+        return PassResult(graph, tuple(folded))
+
+    def _fold(self, model: ir.Model, reader: ir.Node, position: int, factor: float, changes: list[_Change]) -> str:
+        """Collect the changes that multiply what a node reads at an input; why there are none, or ""."""
+        value = reader.inputs[position]
+        if constant_of(value) is not None:
+            changes.append(_scaled(model, reader, position, factor))
+            return ""
+        node = value.producer() if value is not None else None
+        if value is None or node is None:
+            return f"{value.name if value is not None else 'nothing'} is an input"
+        if value.is_graph_output() or len(value.uses()) != 1:
+            return f"{value.name} has other readers"
+        if node.domain == AFFINE_DOMAIN:
+            changes.append(lambda: self._scale(node, factor))
+            return ""
+        if node.domain not in ("", "ai.onnx"):
+            return f"{node.op_type} is not known to be linear"
+        if node.op_type in _THROUGH:
+            return self._fold(model, node, 0, factor, changes)
+        if node.op_type in _TERMS:
+            reasons = (self._fold(model, node, p, factor, changes) for p, operand in enumerate(node.inputs) if operand is not None)
+            return next(filter(None, reasons), "")
+        if node.op_type in _FACTORS:  # one factor of a product, a constant where there is one
+            for p in sorted((0, 1), key=lambda p: constant_of(node.inputs[p]) is None):
+                attempt: list[_Change] = []
+                if not self._fold(model, node, p, factor, attempt):
+                    changes += attempt
+                    return ""
+            return f"no factor of {node.op_type} {node.name!r} is linear in its weights"
+        positions = [p for p in _LINEAR.get(node.op_type, ()) if p < len(node.inputs) and node.inputs[p] is not None]
+        if not positions:
+            return f"{node.op_type} is not linear in its weights"
+        if any(constant_of(node.inputs[p]) is None for p in positions):
+            return f"the weights of {node.op_type} {node.name!r} are no constants of the file"
+        changes += [_scaled(model, node, p, factor) for p in positions]
+        return ""
+
+    def _scale(self, node: ir.Node, factor: float) -> None:
+        form = self.forms[node]
+        form.alphas, form.betas = [alpha * factor for alpha in form.alphas], [beta * factor for beta in form.betas]
+        form.up = form.up * factor if form.up is not None else None
+
+
+def _scaled(model: ir.Model, node: ir.Node, position: int, factor: float) -> _Change:
+    def change() -> None:
+        array = constant_of(node.inputs[position])  # read now: another fold may have changed it
+        assert array is not None
+        replace_constant(model, node, position, array * factor)
+
+    return change

@@ -1,0 +1,249 @@
+"""x_i = c_i y_i with c_{i+1} = b_i c_i: the skip's weight becomes 1, and b costs nothing.
+
+    x_{i+1} = a f + b (x_i + U V x_i)        y_{i+1} = (a / c_{i+1}) f + y_i + U V y_i
+
+Whoever reads x must then read c y. One walk through the graph, in order, carries the scale of every value: normalisations take it into
+epsilon (c^2) and are free of it, linear readers take it into their weights, positively homogeneous ops hand it on, products multiply the
+scales of their operands. Anything else reads the value behind one Mul.
+
+Refusals: where more Muls would come in than go out; where a scale leaves what float16 can bear, 2^-6 to 2^6; weights in other files, and
+quantised ones, are not touched, so that their readers get the Mul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from passes.base import Pass, PassResult
+from passes.evaluate_laurel import AFFINE_DOMAIN, Forms
+from passes.expand_laurel import constant
+
+_HOMOGENEOUS = frozenset(
+    """
+    Identity Relu LeakyRelu PRelu Abs Neg Reshape Transpose Squeeze Unsqueeze Flatten Slice Expand Tile Gather GatherElements GatherND Dropout
+    MaxPool AveragePool GlobalAveragePool GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth Split Trilu
+    """.split()
+)
+"""f(c x) = c f(x) for c > 0, in the first operand."""
+_NORMS = frozenset(
+    "LayerNormalization RMSNormalization SimplifiedLayerNormalization GroupNormalization InstanceNormalization GroupNorm".split()
+)
+_EPSILON = 1e-5  # their default
+_WEIGHTED = frozenset("Conv ConvTranspose Gemm FusedConv FusedGemm FusedMatMul".split())
+"""Linear in the first operand, with weights in the second; whatever they do with the result."""
+_NO_VALUES = frozenset("Shape Size".split())
+_HALF_RANGE = (2.0**-6, 2.0**6)
+_Change = Callable[[], None]
+
+
+@dataclass
+class _Walk:
+    """What a walk found: the scale of each value that is not 1, the changes to make, and what they cost."""
+
+    scales: dict[ir.Value, float] = field(default_factory=dict)
+    changes: list[_Change] = field(default_factory=list)
+    muls: int = 0
+    saved: int = 0
+    low: float = 1.0
+    high: float = 1.0
+
+
+class RescaleStream(Pass[ir.Model]):
+    """Rescale the streams of `Affine` nodes, in place, where that saves ops.
+
+    Args:
+        forms: the linear form of each `Affine` node.
+
+    Attributes:
+        note: what was done, in words, with the range of c.
+    """
+
+    def __init__(self, forms: Forms) -> None:
+        self.forms = forms
+        self.note = ""
+
+    def call(self, graph: ir.Model) -> PassResult[ir.Model]:
+        walk = _walked(graph, self.forms)
+        half = any(value is not None and value.dtype == ir.DataType.FLOAT16 for node in self.forms for value in node.inputs)
+        if half and not (_HALF_RANGE[0] <= walk.low and walk.high <= _HALF_RANGE[1]):
+            self.note = f"not rescaled: c would range from {walk.low:.3g} to {walk.high:.3g}, too far for float16"
+        elif walk.muls >= walk.saved:
+            self.note = f"not rescaled: {walk.muls} readers would need a Mul to save {walk.saved}" if walk.saved else ""
+        else:
+            for change in walk.changes:
+                change()
+            self.note = f"{walk.saved} skip weights became 1, c from {walk.low:.3g} to {walk.high:.3g}, {walk.muls} Muls at readers"
+            return PassResult(graph, tuple(str(node.name) for node in self.forms))
+        return PassResult(graph, ())
+
+
+def constant_of(value: ir.Value | None) -> np.ndarray | None:
+    """A constant's array: of an initializer in the file itself, or of a Constant node."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or isinstance(tensor, ir.ExternalTensor) or not tensor.dtype.is_floating_point():
+        return None
+    return tensor.numpy()
+
+
+def replace_constant(model: ir.Model, node: ir.Node, position: int, array: np.ndarray) -> None:
+    """Another constant at one input of one node; other readers keep the old one."""
+    old = node.inputs[position]
+    assert old is not None
+    dtype = (old.dtype or ir.DataType.FLOAT).numpy()
+    node.replace_input_with(position, constant(model, f"{old.name}.scaled", np.asarray(array, np.float64).astype(dtype)))
+
+
+def _walked(model: ir.Model, forms: Forms) -> _Walk:
+    walk = _Walk()
+    behind: dict[ir.Value, ir.Value] = {}  # value -> c y, computed once
+    for node in model.graph:
+        captured = {v for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH for v in _outer(a.as_graph())}
+        scaled = {value: walk.scales[value] for value in node.inputs if value is not None and value in walk.scales}
+        if node in forms:
+            _affine(walk, node, forms)
+            continue
+        for value in captured & set(walk.scales):
+            scaled[value] = walk.scales[value]
+        if not scaled or node.op_type in _NO_VALUES:
+            continue
+        found = (
+            None
+            if captured or node.domain == AFFINE_DOMAIN
+            else _rule(model, node, [walk.scales.get(v, 1.0) if v is not None else 1.0 for v in node.inputs])
+        )
+        if found is not None:
+            scale, changes = found
+            walk.changes += changes
+            if scale != 1.0:
+                walk.scales.update(dict.fromkeys(node.outputs, scale))
+            continue
+        for value, scale in scaled.items():
+            if value not in behind:
+                walk.muls += 1
+                behind[value] = ir.Value(name=f"{value.name}.true", type=value.type, shape=value.shape)
+                walk.changes.append(_restore(model, value, scale, behind[value], node))
+            walk.changes.append(_read(node, value, behind[value]))
+    for position, value in enumerate(model.graph.outputs):
+        if value in walk.scales:
+            walk.muls += 1
+            walk.changes.append(_output(model, position, value, walk.scales[value]))
+    return walk
+
+
+def _affine(walk: _Walk, node: ir.Node, forms: Forms) -> None:
+    form = forms[node]
+    scales = [walk.scales.get(value, 1.0) if value is not None else 1.0 for value in node.inputs]
+    branches, states = scales[: len(form.alphas)], scales[len(form.alphas) :]
+    alphas = [alpha * scale for alpha, scale in zip(form.alphas, branches, strict=True)]
+    betas = [beta * scale for beta, scale in zip(form.betas, states, strict=True)]
+    c = betas[0] if form.alphas and betas and betas[0] > 0 else 1.0
+    walk.saved += bool(form.betas) and form.betas[0] != 1.0 and c == betas[0]
+
+    def change() -> None:
+        form.alphas, form.betas = [alpha / c for alpha in alphas], [beta / c for beta in betas]
+        form.downs = [(m, down * states[m]) for m, down in form.downs]
+        form.up = form.up / c if form.up is not None else None
+
+    walk.changes.append(change)
+    if c != 1.0:
+        walk.scales[node.outputs[0]] = c
+    walk.low, walk.high = min(walk.low, c), max(walk.high, c)
+
+
+def _rule(model: ir.Model, node: ir.Node, scales: list[float]) -> tuple[float, list[_Change]] | None:
+    """The scale of a node's outputs, and the changes that make it so; None where it must read true values."""
+    op, first = node.op_type, scales[0]
+    constants = [constant_of(value) if scale == 1.0 else None for value, scale in zip(node.inputs, scales, strict=True)]
+    others = scales[1:]
+
+    def scaled(position: int, factor: float) -> _Change:
+        array = constants[position]
+        assert array is not None
+        return lambda: replace_constant(model, node, position, array * factor)
+
+    if op in _HOMOGENEOUS or (op == "Cast" and node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point()):
+        return (first, []) if all(scale == 1.0 for scale in others) else None
+    if op in _NORMS and all(scale == 1.0 for scale in others):
+        epsilon = node.attributes.get_float("epsilon", _EPSILON) or 0.0
+        return 1.0, [lambda: node.attributes.add(ir.AttrFloat32("epsilon", epsilon / first**2))]
+    if (
+        op == "BatchNormalization"
+        and constants[1] is not None
+        and constants[3] is not None
+        and not node.attributes.get_int("training_mode", 0)
+    ):
+        return 1.0, [scaled(1, first), scaled(3, 1 / first)]
+    if op in _WEIGHTED and all(scale == 1.0 for scale in others) and constants[1] is not None:
+        return 1.0, [scaled(1, first)]
+    if op == "MatMul":
+        for position in (0, 1):
+            if constants[position] is not None:
+                return 1.0, [scaled(position, scales[1 - position])]
+        return scales[0] * scales[1], []
+    if op == "Mul":
+        return scales[0] * scales[1], []
+    if op == "Div":
+        return scales[0] / scales[1], []
+    if op == "Sqrt":
+        return first**0.5, []
+    if op == "Reciprocal":
+        return 1 / first, []
+    if op == "Pow" and constants[1] is not None and constants[1].size == 1:
+        return first ** float(constants[1].reshape(())), []
+    if op in ("Add", "Sub", "Concat", "Sum", "Max", "Min"):
+        data = [scale for scale, array in zip(scales, constants, strict=True) if array is None]
+        if data and all(scale == data[0] for scale in data):
+            return data[0], [scaled(position, 1 / data[0]) for position, array in enumerate(constants) if array is not None]
+    return None
+
+
+def _restore(model: ir.Model, value: ir.Value, scale: float, result: ir.Value, node: ir.Node) -> _Change:
+    def change() -> None:
+        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+        factor = constant(model, f"{value.name}.scale", np.asarray(scale, dtype))
+        model.graph.insert_before(node, ir.Node("", "Mul", [value, factor], outputs=[result], name=f"{value.name}/rescaled"))
+
+    return change
+
+
+def _read(node: ir.Node, value: ir.Value, other: ir.Value) -> _Change:
+    def change() -> None:
+        for position, operand in enumerate(node.inputs):
+            if operand is value:
+                node.replace_input_with(position, other)
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                for inner in attribute.as_graph().all_nodes():
+                    for position, operand in enumerate(inner.inputs):
+                        if operand is value:
+                            inner.replace_input_with(position, other)
+
+    return change
+
+
+def _output(model: ir.Model, position: int, value: ir.Value, scale: float) -> _Change:
+    """A graph output keeps its name, and the value behind it gets another."""
+
+    def change() -> None:
+        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+        factor = constant(model, f"{value.name}.scale", np.asarray(scale, dtype))
+        true = ir.Node("", "Mul", [value, factor], num_outputs=1, name=f"{value.name}/rescaled")
+        true.outputs[0].type, true.outputs[0].shape = value.type, value.shape
+        model.graph.append(true)
+        name, value.name = value.name, f"{value.name}.unscaled"
+        true.outputs[0].name = name
+        model.graph.outputs[position] = true.outputs[0]
+
+    return change
+
+
+def _outer(graph: ir.Graph) -> set[ir.Value]:
+    nodes = list(graph.all_nodes())
+    inside = {*graph.inputs, *graph.initializers.values(), *(output for node in nodes for output in node.outputs)}
+    return {value for node in nodes for value in node.inputs if value is not None and value not in inside}
