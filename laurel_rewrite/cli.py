@@ -82,6 +82,20 @@ def _common(function: Any) -> Any:
     show_default=True,
     help="LAuReL in ONNX as local functions, or as ordinary nodes.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(["portable", "ort-cpu"]),
+    default="portable",
+    show_default=True,
+    help="ONNX that can be trained on and runs anywhere, or lowered to the ops that run fastest in onnxruntime.",
+)
+@click.option(
+    "--skip-pass",
+    "skip",
+    multiple=True,
+    metavar="PASS",
+    help="--target ort-cpu: a pass to leave out: rescale-stream, fold-branch, pad-rank.",
+)
 @click.option("--weights", type=click.Path(path_type=Path), help="model.onnx: trained LAuReL parameters (safetensors) to put in.")
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="model.onnx: inputs (.npz) to verify and profile with, instead of random ones."
@@ -107,6 +121,8 @@ def rewrite(
     out: Path,
     profile_seconds: float,
     functions: str,
+    target: str,
+    skip: tuple[str, ...],
     settings: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -122,6 +138,8 @@ def rewrite(
         given = [name for name in _SITE_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
         if given:
             raise ConfigError(f"--plan says what each site gets, so --{given[0].replace('_', '-')} cannot be given with it. Edit the plan.")
+    if skip and target != "ort-cpu":
+        raise ConfigError("--skip-pass is for --target ort-cpu.")
     for_graphs = {name: options.pop(name) for name in _GRAPH_OPTIONS}
     given = [name for name in _GRAPH_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if given and not model.endswith(".onnx"):
@@ -149,12 +167,14 @@ def rewrite(
             from laurel_rewrite import graph_job
 
             report = graph_job.run(
-                job.graph_file(model, parse_settings(settings)), config, out, plan=plan, functions=functions, seconds=profile_seconds,
+                job.graph_file(model, parse_settings(settings)), config, out, plan=plan, functions=functions, target=target, skip=skip,
+                seconds=profile_seconds,
                 listener=listener, **for_graphs,
             )  # fmt: skip
         else:
             report = job.run(
-                model, config, out, plan=plan, settings=parse_settings(settings), functions=functions, seconds=profile_seconds,
+                model, config, out, plan=plan, settings=parse_settings(settings), functions=functions, target=target, skip=skip,
+                seconds=profile_seconds,
                 listener=listener,
             )  # fmt: skip
     except VerificationError as error:

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,14 @@ from laurel_rewrite import __version__
 from laurel_rewrite.capture import describe, quiet, training, without_caches
 from laurel_rewrite.errors import ConfigError, ExportError
 from laurel_rewrite.graph_files import write_onnx
+from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import FUNCTIONS, inline_laurel, parameters_of
 from laurel_rewrite.operator import Laurel, sites_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TARGETS = ("portable", "none")
+TARGETS = ("portable", "ort-cpu", "none")
 _MARKER = "laurel_rewrite.marker"
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def export_onnx(
     *,
     target: str = "portable",
     functions: str = "keep",
+    skip: Collection[str] = (),
 ) -> Path:
     """Write a model, rewritten or not, as ONNX. It is exported in eval mode and left as it was.
 
@@ -48,15 +50,16 @@ def export_onnx(
         args, kwargs: example inputs. Batch and sequence become dynamic where the model allows it; a batch of 1 is doubled, because
             an export takes the size 1 for a constant.
         path: of the `.onnx` file; above 1 GiB the weights go into `path` + ".data".
-        target: "portable" writes LAuReL as local functions of standard ops, which every ONNX runtime inlines; "none" writes the ops
-            that PyTorch executes.
+        target: "portable" writes LAuReL as local functions of standard ops, which every ONNX runtime inlines; "ort-cpu" the ops that run
+            fastest in onnxruntime (`laurel_rewrite.lowering`): the graph to deploy after training; "none" the ops that PyTorch executes.
+        skip: passes of "ort-cpu" to leave out.
         functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
 
     Returns:
         The path. A site's node is named by the site's id, and its `metadata_props` say site, variant, rank and version.
 
     Raises:
-        ConfigError: an unknown target, or another word for `functions`.
+        ConfigError: an unknown target or pass, or another word for `functions`.
         ExportError: the model cannot be exported, or the result is no valid ONNX. Nothing is written then.
     """
     if target not in TARGETS:
@@ -65,10 +68,12 @@ def export_onnx(
         raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
     if any(p.is_meta for p in model.parameters()):
         raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
-    proto = _export(model, args, dict(kwargs or {}), markers=target == "portable")
-    if target == "portable":
+    proto = _export(model, args, dict(kwargs or {}), markers=target != "none")
+    if target != "none":
         _insert(proto, model)
-    if functions == "inline":
+    if target == "ort-cpu":
+        lower(proto, skip=skip)
+    elif functions == "inline":
         inline_laurel(proto)
     return write_onnx(proto, path)
 

@@ -217,8 +217,8 @@ def _with_own_file(model: ir.Model, draft: Path, name: str) -> ir.Model:
 
 def _settle(file: Path, location: str, draft: Path, folder: Path, external_data: str | None) -> tuple[str, bool]:
     """Where a data file will lie below the folder of the model, and whether it lies in the draft folder until then."""
-    if file.parent.resolve() == draft.resolve():
-        return location, True
+    if file.resolve().is_relative_to(draft.resolve()):
+        return str(file.resolve().relative_to(draft.resolve())), True
     reachable = file.resolve().is_relative_to(folder.resolve())
     if external_data == "reference" and not reachable:
         raise ConfigError(

@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
 from laurel_rewrite import job
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
+from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
 from laurel_rewrite.saving import PLAN, replacing, save_graph
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     from torch import fx
 
 NAME = "laurel.onnx"
+UNLOWERED = "unlowered.onnx"
 
 
 def run(
@@ -29,6 +32,8 @@ def run(
     plan: Path | None = None,
     weights: Path | None = None,
     functions: str = "keep",
+    target: str = "portable",
+    skip: tuple[str, ...] = (),
     external_data: str | None = None,
     inputs: Path | None = None,
     verify: bool = True,
@@ -44,6 +49,8 @@ def run(
         out: folder for the results.
         weights: trained LAuReL parameters (safetensors), instead of the start.
         functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
+        target: "portable" keeps LAuReL as functions or nodes of standard ops; "ort-cpu" lowers it (`laurel_rewrite.lowering`).
+        skip: passes of "ort-cpu" to leave out.
         external_data: see `graph_files.write_onnx`.
         inputs: an .npz file for verification and profile; else they are drawn (`draw_feeds`).
         verify: run the original and the result in onnxruntime and compare.
@@ -55,7 +62,7 @@ def run(
         VerificationError: a check failed; the report is its `args[1]`.
         CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written.
     """
-    from laurel_rewrite.verify import check_graph_random, check_graph_start, check_graph_weights, check_torch
+    from laurel_rewrite.verify import check_graph_random, check_graph_start, check_graph_weights, check_same, check_torch
 
     job.writable(out)
     if (out / NAME).exists() and (out / NAME).samefile(path):
@@ -82,8 +89,8 @@ def run(
     with replacing(out) as draft:
         try:
             with listener("write") as stage:
-                file = place_onnx(rewrite.model, draft / NAME, external_data=external_data)
-                stage.done(NAME)
+                file = place_onnx(rewrite.model, draft / (UNLOWERED if target == "ort-cpu" else NAME), external_data=external_data)
+                stage.done(file.name)
             if verify:
                 with listener("verify") as stage:
                     report.checks += check_graph_start(path, file, feeds, exact=rewrite.exact)
@@ -94,10 +101,26 @@ def run(
             if weights is not None:
                 with listener("weights") as stage:
                     rewrite.load(weights)
-                    file = place_onnx(rewrite.model, draft / NAME, external_data=external_data)
+                    file = place_onnx(rewrite.model, draft / file.name.removeprefix(f"{draft.name}-"), external_data=external_data)
                     if verify:
                         report.checks.append(check_graph_weights(file, feeds))
                     stage.done(str(weights))
+                job.stop_if_failed(report)
+            measured = file
+            if target == "ort-cpu":
+                with listener("lower") as stage, away_from_start(file, config.seed) as random:
+                    # With random parameters too, for those of the start hide what is lost; and it is them that the profile measures.
+                    lowered = [(file, NAME, "lowered against not"), (random, job.PROBE, "lowered against not, random LAuReL")]
+                    for source, name, check in lowered[: 2 if runs else 1]:
+                        unlowered = ir.load(source)
+                        done = lower(unlowered, skip=skip)
+                        measured = place_onnx(unlowered, draft / name, external_data=external_data)
+                        if verify:
+                            report.checks.append(check_same(check, source, measured, feeds))
+                        if name == NAME:
+                            file = measured
+                            report.notes += done.notes()
+                    stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
                 job.stop_if_failed(report)
             (draft / PLAN).write_text(chosen.to_toml())
             if emit_torch:
@@ -110,9 +133,12 @@ def run(
                 job.stop_if_failed(report)
             if seconds > 0:
                 with listener("profile") as stage:
-                    measured = profile([path, file], inputs=feeds, seconds=seconds, seed=config.seed, progress=stage.progress)
-                    report.profile = job.renamed(measured, {file: out / NAME})
-                    stage.done(f"{measured.rows[1].ratio:.3f}x the original's latency")
+                    result = profile([path, measured], inputs=feeds, seconds=seconds, seed=config.seed, progress=stage.progress)
+                    report.profile = job.renamed(result, {measured: out / NAME})
+                    stage.done(f"{result.rows[1].ratio:.3f}x the original's latency")
+            for name in (job.PROBE, UNLOWERED):
+                for scratch in draft.glob(f"{name}*"):
+                    scratch.unlink()
             job.write_report(report, draft)
         finally:
             for twin in out.glob(f"{draft.name}-*"):

@@ -19,6 +19,7 @@ from laurel_rewrite.sites import Sites, detect
 from laurel_rewrite.verify import Check, check_gradients, check_onnx, check_start, randomized
 
 REPORT = "report.json"
+PROBE = "probe.onnx"
 
 
 class Stage(Protocol):
@@ -148,6 +149,8 @@ def run(
     plan: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     functions: str = "keep",
+    target: str = "portable",
+    skip: tuple[str, ...] = (),
     seconds: float = 10.0,
     listener: Listener = silent,
 ) -> Report:
@@ -190,14 +193,14 @@ def run(
     with replacing(out) as draft:
         with listener("export") as stage:
             baseline = export_onnx(model, args, kwargs, draft / "baseline.onnx")
-            laurel = export_onnx(rewritten, args, kwargs, draft / "laurel.onnx", functions=functions)
+            written: dict[str, Any] = {"functions": functions, "target": target, "skip": skip}
+            laurel = export_onnx(rewritten, args, kwargs, draft / "laurel.onnx", **written)
             stage.done("baseline.onnx, laurel.onnx")
         with listener("verify ONNX") as stage:
             with randomized(rewritten, config.seed):
-                probe = export_onnx(rewritten, args, kwargs, draft / "probe.onnx", functions=functions)
+                probe = export_onnx(rewritten, args, kwargs, draft / PROBE, **written)
                 checks = check_onnx(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
-            for file in draft.glob("probe.onnx*"):
-                file.unlink()
+            checks += check_onnx(rewritten, laurel, args, kwargs, name="laurel.onnx", seed=config.seed)
             checks += check_onnx(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)
             report.checks += checks
             stage.done(verdict(checks))
@@ -207,11 +210,14 @@ def run(
             stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
         if seconds > 0:
             with listener("profile") as stage:
+                # With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph.
                 report.profile = profile(
-                    [baseline, laurel], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress
+                    [baseline, probe], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress
                 )
-                report.profile = renamed(report.profile, {draft: out})
+                report.profile = renamed(report.profile, {probe: out / "laurel.onnx", draft: out})
                 stage.done(f"{report.profile.rows[1].ratio:.3f}x the baseline's latency")
+        for file in draft.glob(f"{PROBE}*"):
+            file.unlink()
         write_report(report, draft)
     return report
 

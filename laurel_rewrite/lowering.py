@@ -8,6 +8,7 @@ function: a graph to deploy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -38,6 +39,12 @@ class Lowering:
     folded: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     rescaled: str = ""
+
+    def notes(self) -> list[str]:
+        """In sentences for the user."""
+        lines = [f"Streams: {self.rescaled}."] if self.rescaled else []
+        reasons = Counter(self.refused.values())
+        return lines + [f"{count} branches keep their weight as a Mul: {reason}." for reason, count in reasons.most_common(4)]
 
 
 def lower(model: ir.Model, *, skip: Collection[str] = ()) -> Lowering:

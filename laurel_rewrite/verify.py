@@ -164,6 +164,11 @@ def check_graph_weights(rewritten: Path, feeds: Mapping[str, np.ndarray]) -> Che
     return _compared(name, rewritten, feeds, plain, _graph_tolerance(rewritten), optimised=True)
 
 
+def check_same(name: str, before: Path, after: Path, feeds: Mapping[str, np.ndarray]) -> Check:
+    """A lowered file computes what the file that it was made from does."""
+    return _compared(name, after, feeds, run_onnx(before, feeds, optimised=False), _graph_tolerance(before), optimised=True)
+
+
 def check_torch(module: nn.Module, rewritten: Path, feeds: Mapping[str, np.ndarray], *, seed: int = 0) -> list[Check]:
     """A PyTorch module made from a rewritten file equals it in eval mode, and its LAuReL parameters have gradients."""
     args = [torch.from_numpy(array) for array in feeds.values()]

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from laurel_rewrite.errors import ExportError
 from passes.base import Pass, PassResult
+from passes.constants import constant
 from passes.evaluate_laurel import AFFINE_DOMAIN, Affine, Forms
 
 BLOCK = 16  # channels
@@ -84,6 +85,7 @@ class _Writer:
         return self.op("Mul", value, self.constant("weight", np.full(shape, weight)))
 
     def low_rank(self) -> ir.Value:
+        """U [V_j s_j]_j."""
         form = self.form
         assert form.up is not None
         rank = form.downs[0][1].shape[0]
@@ -117,16 +119,3 @@ class _Writer:
         graph.insert_before(self.node, new)
         self.written.append(new)
         return new.outputs[0]
-
-
-def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer, under this name or one like it."""
-    taken = model.graph.initializers
-    unique, count = name, 0
-    while unique in taken:
-        count += 1
-        unique = f"{name}.{count}"
-    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    model.graph.register_initializer(value)
-    return value

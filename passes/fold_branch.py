@@ -14,8 +14,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from passes.base import Pass, PassResult
+from passes.constants import constant_of, replace_constant
 from passes.evaluate_laurel import AFFINE_DOMAIN, Forms
-from passes.rescale_stream import constant_of, replace_constant
 
 _THROUGH = frozenset(
     """
@@ -91,7 +91,7 @@ class FoldBranch(Pass[ir.Model]):
                 if not self._fold(model, node, p, factor, attempt):
                     changes += attempt
                     return ""
-            return f"no factor of {node.op_type} {node.name!r} is linear in its weights"
+            return f"no factor of {node.op_type} {node.name!r} is a constant of the file, or linear in one"
         positions = [p for p in _LINEAR.get(node.op_type, ()) if p < len(node.inputs) and node.inputs[p] is not None]
         if not positions:
             return f"{node.op_type} is not linear in its weights"

@@ -12,6 +12,7 @@ quantised ones, are not touched, so that their readers get the Mul.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.base import Pass, PassResult
+from passes.constants import constant, constant_of, replace_constant
 from passes.evaluate_laurel import AFFINE_DOMAIN, Forms
-from passes.expand_laurel import constant
 
 _HOMOGENEOUS = frozenset(
     """
@@ -36,6 +37,7 @@ _EPSILON = 1e-5  # their default
 _WEIGHTED = frozenset("Conv ConvTranspose Gemm FusedConv FusedGemm FusedMatMul".split())
 """Linear in the first operand, with weights in the second; whatever they do with the result."""
 _NO_VALUES = frozenset("Shape Size".split())
+_SAME = 1e-9  # scales that are multiplied and divided come back to 1 but for float64's rounding
 _HALF_RANGE = (2.0**-6, 2.0**6)
 _Change = Callable[[], None]
 
@@ -81,24 +83,6 @@ class RescaleStream(Pass[ir.Model]):
         return PassResult(graph, ())
 
 
-def constant_of(value: ir.Value | None) -> np.ndarray | None:
-    """A constant's array: of an initializer in the file itself, or of a Constant node."""
-    while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
-        value = node.inputs[0]
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or isinstance(tensor, ir.ExternalTensor) or not tensor.dtype.is_floating_point():
-        return None
-    return tensor.numpy()
-
-
-def replace_constant(model: ir.Model, node: ir.Node, position: int, array: np.ndarray) -> None:
-    """Another constant at one input of one node; other readers keep the old one."""
-    old = node.inputs[position]
-    assert old is not None
-    dtype = (old.dtype or ir.DataType.FLOAT).numpy()
-    node.replace_input_with(position, constant(model, f"{old.name}.scaled", np.asarray(array, np.float64).astype(dtype)))
-
-
 def _walked(model: ir.Model, forms: Forms) -> _Walk:
     walk = _Walk()
     behind: dict[ir.Value, ir.Value] = {}  # value -> c y, computed once
@@ -120,7 +104,7 @@ def _walked(model: ir.Model, forms: Forms) -> _Walk:
         if found is not None:
             scale, changes = found
             walk.changes += changes
-            if scale != 1.0:
+            if not math.isclose(scale, 1.0, rel_tol=_SAME):
                 walk.scales.update(dict.fromkeys(node.outputs, scale))
             continue
         for value, scale in scaled.items():
@@ -198,7 +182,7 @@ def _rule(model: ir.Model, node: ir.Node, scales: list[float]) -> tuple[float, l
         return first ** float(constants[1].reshape(())), []
     if op in ("Add", "Sub", "Concat", "Sum", "Max", "Min"):
         data = [scale for scale, array in zip(scales, constants, strict=True) if array is None]
-        if data and all(scale == data[0] for scale in data):
+        if data and all(math.isclose(scale, data[0], rel_tol=_SAME) for scale in data):
             return data[0], [scaled(position, 1 / data[0]) for position, array in enumerate(constants) if array is not None]
     return None
 

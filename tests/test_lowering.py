@@ -1,0 +1,403 @@
+"""The lowered graph computes what the unlowered one does, and onnxruntime fuses it as it fuses the baseline."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from conftest import LIGHT, away_from_start, light, onnx_graph, output, real
+from hypothesis import HealthCheck, given, settings
+from onnx import TensorProto, helper, numpy_helper
+from toys import CASES, D
+
+from laurel_rewrite import ConfigError, ExportError, detect, export_onnx, rewrite, rewrite_onnx, write_onnx
+from laurel_rewrite.feeds import draw_feeds
+from laurel_rewrite.lowering import lower
+from laurel_rewrite.verify import run_onnx
+from passes.evaluate_laurel import EvaluateLaurel
+
+VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
+RTOL, ATOL = 1e-4, 1e-5  # float32: weights are rounded once more, and kernels sum in another order
+
+
+def close(found, expected, rtol=RTOL, atol=ATOL) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * max(1.0, float(np.abs(b).max())))
+
+
+def trained_like(model: ir.Model, seed: int = 0) -> ir.Model:
+    """a and b in [0.5, 1.5], U and V of trained size, all g away from their start."""
+    generator = np.random.default_rng(seed)
+    for name, value in model.graph.initializers.items():
+        if "laurel_" not in name:
+            continue
+        array = value.const_value.numpy()
+        if name.endswith(".mix") and array.size == 2:  # 2 softmax(w, 0) = (a, 2 - a)
+            a = generator.uniform(0.5, 1.5)
+            array = np.array([np.log(a / (2 - a)), 0.0])
+        else:
+            array = array + generator.standard_normal(array.shape) * (0.3 if array.ndim == 1 else 0.5 / np.sqrt(max(array.shape[:2])))
+        value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=name)
+    return model
+
+
+def compared(model: ir.Model, folder: Path, *, skip=(), seed: int = 3, **drawn) -> tuple[Path, object]:
+    """Lower a copy, and compare both in onnxruntime with and without its optimiser. The lowered file, and what was done."""
+    before = write_onnx(model, folder / "before.onnx")
+    lowered = model.clone()
+    done = lower(lowered, skip=skip)
+    assert not lowered.functions
+    assert {node.domain for node in lowered.graph} <= {node.domain for node in model.graph}
+    after = write_onnx(lowered, folder / "after.onnx")
+    feeds = draw_feeds(model, seed=seed, **drawn)
+    expected = run_onnx(before, feeds, optimised=False)
+    for optimised in (False, True):
+        close(run_onnx(after, feeds, optimised=optimised), expected)
+    return after, done
+
+
+def fused(path: Path) -> Counter[str]:
+    """What onnxruntime makes of a file, by op."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = f"{folder}/fused.onnx"
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in ir.load(options.optimized_model_filepath).graph)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    made: dict[str, Path] = {}
+
+    def export(name: str) -> Path:
+        if name not in made:
+            example = real(name)
+            made[name] = export_onnx(example.model, example.args, example.kwargs, folder / f"{name}.onnx")
+        return made[name]
+
+    return export
+
+
+MODELS = ["resnet50", "vit_small", "gpt2", "bert", "llama", "t5", "falcon"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_values(name, variant, exported, tmp_path):
+    model = trained_like(rewrite_onnx(exported(name), variant=variant, rank=4))
+    _, done = compared(model, tmp_path)
+    if "rw" in variant:
+        assert done.sites == done.folded
+        assert not done.refused
+        assert "0 Muls at readers" in done.rescaled
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weighted_residuals_cost_nothing(name, exported, tmp_path):
+    """RW ends as the baseline's very ops."""
+    model = trained_like(rewrite_onnx(exported(name), variant="rw"))
+    after, _ = compared(model, tmp_path)
+    assert fused(after) == fused(exported(name))
+
+
+def test_the_optimised_resnet_is_the_baselines_and_two_convolutions_a_site(exported, tmp_path):
+    base = fused(exported("resnet50"))
+    assert sum(base.values()) == 58
+    after, _ = compared(trained_like(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4)), tmp_path)
+    assert fused(after) - base == Counter({"Conv": 32})
+    assert not base - fused(after)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("normalize", ["softmax", "sigmoid", "none", "paper"])
+@pytest.mark.parametrize("history_map", ["low-rank", "identity"])
+def test_every_option_of_the_operator(variant, normalize, history_map, tmp_path):
+    """Against PyTorch, which knows nothing of the lowering."""
+    x = torch.randn(2, 5, D)
+    model = away_from_start(
+        rewrite(CASES["loop"].make(), (x,), variant=variant, rank=4, normalize=normalize, history_map=history_map)
+    ).eval()
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target="ort-cpu")
+    other = torch.randn(3, 7, D)
+    close(run_onnx(path, {"x": other.numpy()}, optimised=True), [output(model, (other,)).numpy()])
+
+
+@pytest.mark.parametrize("name", ["parallel", "parallel_skip_middle", "post_norm", "images", "sequence_1d", "tied", "helper"])
+def test_every_way_to_write_a_sum(name, tmp_path):
+    case = CASES[name]
+    x = torch.randn(case.shape)
+    model = away_from_start(rewrite(case.make(), (x,), variant="rw+lr+pa", rank=4)).eval()
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target="ort-cpu")
+    other = torch.randn(3, *case.shape[1:])
+    close(run_onnx(path, {"x": other.numpy()}, optimised=True), [output(model, (other,)).numpy()])
+
+
+@pytest.mark.parametrize("name", [name for name, kinds in LIGHT.items() if kinds])
+def test_graphs_of_another_framework(name, tmp_path):
+    compared(trained_like(rewrite_onnx(light(name), variant="rw+lr", rank=4)), tmp_path)
+
+
+@pytest.mark.parametrize("skip", [["rescale-stream"], ["fold-branch"], ["pad-rank"], ["rescale-stream", "fold-branch"]])
+def test_passes_can_be_left_out(skip, exported, tmp_path, here):
+    model = trained_like(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4))
+    after, _done = compared(model, tmp_path, skip=skip)
+    lowered = ir.load(after)
+    muls = sum(node.op_type == "Mul" for node in lowered.graph)
+    assert muls == 16 * (("rescale-stream" in skip) + ("fold-branch" in skip))
+    ranks = {v.const_value.shape[0] for n, v in lowered.graph.initializers.items() if ".down." in n}
+    assert ranks == ({4} if "pad-rank" in skip else {16})
+    with pytest.raises(ConfigError, match=r"no pass 'fold-branches' to skip\. Nearest: fold-branch"):
+        lower(model.clone(), skip=["fold-branches"])
+
+
+# Refusals
+
+
+def chain(nodes, folder: Path, *, weights, outputs=("y",), opset: int = 20) -> ir.Model:
+    made = helper.make_graph(
+        nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, D])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, D]) for name in outputs],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+    )  # fmt: skip
+    path = folder / "given.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
+    return trained_like(rewrite_onnx(path, variant="rw+lr", rank=4))
+
+
+W = {"w": np.random.default_rng(0).standard_normal((D, D))}
+node = helper.make_node
+
+
+def test_a_branch_that_somebody_else_reads_keeps_its_weight(tmp_path):
+    nodes = [node("Relu", ["x"], ["r"]), node("MatMul", ["r", "w"], ["f"]), node("Add", ["x", "f"], ["y"]), node("Sigmoid", ["f"], ["z"])]
+    _, done = compared(chain(nodes, tmp_path, weights=W, outputs=("y", "z")), tmp_path)
+    assert done.refused == {"laurel_0": "f has other readers"}
+    assert done.folded == 0
+
+
+def test_a_branch_that_is_not_linear_in_its_weights_keeps_its_weight(tmp_path):
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Sigmoid", ["m"], ["f"]), node("Add", ["x", "f"], ["y"])]
+    _, done = compared(chain(nodes, tmp_path, weights=W), tmp_path)
+    assert done.refused == {"laurel_0": "Sigmoid is not linear in its weights"}
+
+
+def test_a_shared_weight_is_scaled_for_one_reader_alone(tmp_path):
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]), node("Relu", ["m"], ["r"]), node("MatMul", ["r", "w"], ["f"]), node("Add", ["x", "f"], ["s"]),
+        node("MatMul", ["s", "w"], ["y"]),
+    ]  # fmt: skip
+    after, done = compared(chain(nodes, tmp_path, weights=W), tmp_path)
+    assert done.folded == 1
+    assert len([n for n in ir.load(after).graph.initializers if n.startswith("w")]) == 3  # as it was, with a, and with c
+
+
+def test_a_stream_whose_readers_are_not_linear_is_not_rescaled(tmp_path):
+    nodes = [
+        node("Relu", ["x"], ["r"]), node("MatMul", ["r", "w"], ["f"]), node("Add", ["x", "f"], ["s"]), node("Sigmoid", ["s"], ["u"]),
+        node("MatMul", ["u", "w"], ["g"]), node("Add", ["s", "g"], ["y"]),
+    ]  # fmt: skip
+    _, done = compared(chain(nodes, tmp_path, weights=W), tmp_path)
+    assert done.rescaled == "not rescaled: 2 readers would need a Mul to save 2"
+
+
+def test_weights_in_other_files_are_left_there(tmp_path):
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("MatMul", ["r", "w"], ["f"]),
+        node("Add", ["x", "f"], ["s"]),
+        node("MatMul", ["s", "w"], ["y"]),
+    ]
+    model = chain(nodes, tmp_path, weights=W)
+    folder = tmp_path / "external"
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="weights.bin", size_threshold_bytes=512)
+    done = lower(external := ir.load(folder / "model.onnx"))
+    assert "is a constant of the file" in done.refused["laurel_0"]
+    assert isinstance(external.graph.initializers["w"].const_value, ir.ExternalTensor)
+    x = np.random.default_rng(1).standard_normal((2, D)).astype(np.float32)
+    before = run_onnx(write_onnx(model, tmp_path / "before.onnx"), {"x": x}, optimised=False)
+    close(run_onnx(write_onnx(external, folder / "lowered.onnx"), {"x": x}, optimised=True), before)
+
+
+def test_a_scale_that_float16_cannot_bear(tmp_path):
+    """Twenty sites with b = 0.5 would scale the stream by 2^-20."""
+    x = torch.randn(2, 5, D, dtype=torch.float16)
+
+    class Deep(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, D)) for _ in range(20))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x.sum(1)
+
+    model = rewrite(Deep().half(), (x,), variant="rw").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".mix"):
+            parameter.data = torch.tensor([np.log(3.0), 0.0], dtype=torch.float16)
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    lowered = ir.load(path)
+    done = lower(lowered)
+    assert done.rescaled.startswith("not rescaled: c would range from 9.")
+    after = write_onnx(lowered, tmp_path / "after.onnx")
+    # float16 in twenty layers
+    close(run_onnx(after, {"x": x.numpy()}, optimised=False), run_onnx(path, {"x": x.numpy()}, optimised=False), rtol=5e-2, atol=5e-3)
+
+
+def test_parameters_that_are_no_constants(tmp_path):
+    nodes = [node("MatMul", ["x", "w"], ["f"]), node("Relu", ["f"], ["r"]), node("Add", ["x", "r"], ["y"])]
+    model = chain(nodes, tmp_path, weights=W)
+    laurel = next(n for n in model.graph if n.domain == "laurel_rewrite")
+    free = ir.Value(name="free", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    model.graph.inputs.append(free)
+    laurel.replace_input_with(2, free)
+    with pytest.raises(ExportError, match="laurel_0: the LAuReL parameters are no constants"):
+        lower(model)
+    next(iter(model.functions.values())).metadata_props.clear()
+    with pytest.raises(ExportError, match="does not say what it computes"):
+        EvaluateLaurel({})(model)
+
+
+# What the passes make of a graph
+
+
+GOLDEN = {
+    "rw": ("rw", [node("Relu", ["n"], ["r"]), node("MatMul", ["r", "w"], ["f"])]),
+    "rw+lr": ("rw+lr", [node("Relu", ["n"], ["r"]), node("MatMul", ["r", "w"], ["f"])]),
+    "kept": ("rw", [node("Sigmoid", ["n"], ["f"])]),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_graphs(name, tmp_path, golden):
+    variant, branch = GOLDEN[name]
+    nodes = [
+        node("LayerNormalization", ["x", "gamma"], ["n"], axis=-1), *branch, node("Add", ["x", "f"], ["s"]),
+        node("LayerNormalization", ["s", "gamma"], ["t"], axis=-1), node("MatMul", ["t", "w"], ["y"]),
+    ]  # fmt: skip
+    model = chain(nodes, tmp_path, weights=W | {"gamma": np.ones(D)})
+    plain = rewrite_onnx(tmp_path / "given.onnx", variant=variant, rank=4)
+    compared(trained_like(plain), tmp_path)
+    lowered = plain.clone()
+    lower(lowered)
+    golden(f"lowered_{name.replace('+', '_')}.txt", f"before\n{shown(plain)}\nafter\n{shown(lowered)}")
+    assert model.graph
+
+
+def shown(model: ir.Model) -> str:
+    lines = []
+    for n in model.graph:
+        epsilon = f"  epsilon {n.attributes['epsilon'].as_float():.3g}" if "epsilon" in n.attributes else ""
+        lines.append(f"  {n.outputs[0].name} = {n.op_type}({', '.join(str(v.name) for v in n.inputs if v is not None)}){epsilon}")
+    named: dict[str, str] = {}
+    for n in model.graph:  # values that the passes made have no names that last
+        named.setdefault(str(n.outputs[0].name), n.op_type)
+    return "\n".join(lines) + "\n"
+
+
+# Random graphs
+
+
+UNARY = ["Relu", "Sigmoid", "MatMul", "LayerNormalization", "Abs", "Neg", "Softmax", "Mul", "AddBias", "Tanh", "Reshape", "Transpose"]
+steps = st.lists(
+    st.tuples(st.sampled_from([*UNARY, "Site", "Site", "Add"]), st.integers(0, 30), st.integers(0, 30)), min_size=4, max_size=18
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=steps, seed=st.integers(0, 3), variant=st.sampled_from(["rw", "rw+lr", "rw+lr+pa"]))
+def test_random_graphs(plan, seed, variant, tmp_path):
+    """Values stay, whatever reads the streams."""
+    generator = np.random.default_rng(seed)
+    nodes, values, weights = [], ["x"], {}
+
+    def put(op: str, *inputs: str, **attributes) -> str:
+        values.append(f"v{len(nodes)}")  # a node has one output
+        nodes.append(node(op, list(inputs), [values[-1]], **attributes))
+        return values[-1]
+
+    def weight(array: np.ndarray) -> str:
+        weights[f"w{len(weights)}"] = array
+        return f"w{len(weights) - 1}"
+
+    for op, left, right in plan:
+        a, b = values[-1 - left % len(values)], values[-1 - right % len(values)]
+        if op == "MatMul":
+            put(op, a, weight(generator.standard_normal((D, D)) / 4))
+        elif op == "LayerNormalization":
+            put(op, a, weight(generator.uniform(0.5, 1.5, D)), axis=-1)
+        elif op == "Mul":
+            put(op, a, weight(generator.uniform(0.5, 1.5, D)))
+        elif op == "AddBias":
+            put("Add", a, weight(generator.standard_normal(D)))
+        elif op == "Reshape":
+            put("Reshape", put("Reshape", a, "flat"), "back")
+            del values[-2]  # of another shape
+        elif op == "Transpose":
+            put("Transpose", put("Transpose", a, perm=[1, 0]), perm=[1, 0])
+            del values[-2]
+        elif op == "Site":
+            put("Add", a, put("Relu", put("MatMul", a, weight(generator.standard_normal((D, D)) / 4))))
+        elif op == "Add":
+            put("Add", a, b)
+        else:
+            put(op, a)
+    made = helper.make_graph(
+        nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, D])],
+        [helper.make_tensor_value_info(values[-1], TensorProto.FLOAT, [2, D])],
+        [
+            *(numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()),
+            numpy_helper.from_array(np.array([2 * D]), "flat"), numpy_helper.from_array(np.array([2, D]), "back"),
+        ],
+    )  # fmt: skip
+    path = tmp_path / "given.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    if not len(detect(path)):
+        return
+    model = trained_like(rewrite_onnx(path, variant=variant, rank=4), seed)
+    before = write_onnx(model, tmp_path / "before.onnx")
+    lowered = model.clone()
+    lower(lowered)
+    after = write_onnx(lowered, tmp_path / "after.onnx")
+    feeds = {"x": generator.standard_normal((2, D)).astype(np.float32)}
+    close(run_onnx(after, feeds, optimised=False), run_onnx(before, feeds, optimised=False), rtol=1e-3, atol=1e-4)  # chains of any depth
+
+
+def test_onnx_graphs_by_the_command(exported, tmp_path, here):
+    result = here(str(exported("gpt2")), "--rank", "4", "--target", "ort-cpu", "--profile-seconds", "0.2")
+    assert result.returncode == 0, result.stderr
+    assert "lowered against not, random LAuReL" in result.stdout
+    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {"laurel.onnx", "plan.toml", "report.json"}
+    assert not ir.load(tmp_path / "laurel_out" / "laurel.onnx").functions
+    result = here(str(exported("gpt2")), "--rank", "4", "--skip-pass", "fold-branch")
+    assert result.returncode == 2
+    assert "--skip-pass is for --target ort-cpu" in result.stderr
+
+
+def test_what_onnx_graph_helpers_make_is_lowered_too(tmp_path):
+    """Sums inside fused nodes keep their node, and the weights go to its operands."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["f"]), node("Relu", ["f"], ["r"]),
+        node("SkipLayerNormalization", ["x", "r", "gamma", "beta"], ["y"], name="fused", domain="com.microsoft"),
+    ]  # fmt: skip
+    model = onnx_graph(nodes, {"x": (2, 5, D)}, "f r", w=(D, D), gamma=(D,), beta=(D,))
+    generator = np.random.default_rng(0)
+    for name in ("w", "gamma", "beta"):
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(generator.standard_normal(tuple(value.shape)).astype(np.float32), name=name)
+    after, done = compared(trained_like(rewrite_onnx(model, variant="rw+lr", rank=4)), tmp_path)
+    assert "SkipLayerNormalization" in {n.op_type for n in ir.load(after).graph}
+    assert done.folded == 1
