@@ -6,7 +6,6 @@ import itertools
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,23 +68,18 @@ def read_onnx(path: Path) -> ir.Model:
     return model
 
 
-def tensors(model: ir.Model) -> Iterator[tuple[ir.Value | ir.Attr, ir.TensorProtocol]]:
-    """Every tensor of the main graph, its subgraphs and the functions, with what holds it."""
+def external(model: ir.Model) -> list[ir.ExternalTensor]:
+    """The tensors of the graph, its subgraphs and its functions whose data lies in other files."""
+    found: list[ir.TensorProtocol | None] = []
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in graphs:
-        if isinstance(graph, ir.Graph):
-            yield from ((value, value.const_value) for value in graph.initializers.values() if value.const_value is not None)
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR:
-                    yield attribute, attribute.as_tensor()
-                elif attribute.type == ir.AttributeType.GRAPH:
-                    graphs.append(attribute.as_graph())
-
-
-def external(model: ir.Model) -> list[ir.ExternalTensor]:
-    """The tensors whose data lies in other files."""
-    return [tensor for _, tensor in tensors(model) if isinstance(tensor, ir.ExternalTensor)]
+        found += [value.const_value for value in graph.initializers.values()] if isinstance(graph, ir.Graph) else []
+        for attribute in (attribute for node in graph for attribute in node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR:
+                found.append(attribute.as_tensor())
+            elif attribute.type == ir.AttributeType.GRAPH:
+                graphs.append(attribute.as_graph())
+    return [tensor for tensor in found if isinstance(tensor, ir.ExternalTensor)]
 
 
 def weight_count(model: ir.Model) -> int:
@@ -186,7 +180,7 @@ def place_onnx(model: ir.Model, path: Path, *, external_data: str | None = None)
     references = [(entry, entry.value) for entry in _locations(proto)]
     loadable = folder / f"{draft.name}-{path.name}" if references else path
     try:
-        for file, moment in ((loadable, 1), (path, 0)):
+        for file, moment in {loadable: 1, path: 0}.items():
             for entry, location in references:
                 entry.value = names[location][moment]
             file.write_bytes(proto.SerializeToString())

@@ -12,7 +12,7 @@ from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
+from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start, inline_laurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
 from laurel_rewrite.saving import PLAN, replacing, save_graph
@@ -81,7 +81,7 @@ def run(
         chosen = job.make_plan(rewrite.sites, config, plan, str(path))
         rewrite.apply(chosen)
         if functions == "inline":
-            rewrite.inline()
+            inline_laurel(rewrite.model)
         report = job.Report(
             str(path), chosen, rewrite.sites, job.parameters(weight_count(model), chosen), out=str(out), notes=list(rewrite.notes)
         )

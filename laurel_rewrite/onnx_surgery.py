@@ -73,7 +73,7 @@ def rewrite_onnx(
     if weights is not None:
         rewrite.load(Path(weights))
     if functions == "inline":
-        rewrite.inline()
+        inline_laurel(rewrite.model)
     return rewrite.model
 
 
@@ -193,10 +193,6 @@ class GraphRewrite:
             raise
         except Exception as error:  # safetensors' and the file system's
             raise ConfigError(f"{weights} could not be read as safetensors: {type(error).__name__}: {error}") from error
-
-    def inline(self) -> None:
-        """Write LAuReL's functions out as ordinary nodes, whose names begin with the site's id."""
-        inline_laurel(self.model)
 
 
 def inline_laurel(model: ir.Model) -> None:

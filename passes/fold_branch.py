@@ -9,6 +9,7 @@ producer that is not linear in its weights; quantised weights, and weights in ot
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -54,7 +55,10 @@ class FoldBranch(Pass[ir.Model]):
                 if alpha == 1.0:
                     continue
                 changes: list[_Change] = []
-                reason = self._fold(graph, node, position, alpha, changes)
+                seen: Counter[ir.Value] = Counter()
+                reason = self._fold(graph, node, position, alpha, changes, seen)
+                others = (value for value, count in seen.items() if count < len(value.uses()))
+                reason = reason or next((f"{value.name} has other readers" for value in others), "")
                 if reason:
                     self.refused[str(node.name)] = reason
                     continue
@@ -64,8 +68,11 @@ class FoldBranch(Pass[ir.Model]):
                 folded.append(str(node.name))
         return PassResult(graph, tuple(folded))
 
-    def _fold(self, model: ir.Model, reader: ir.Node, position: int, factor: float, changes: list[_Change]) -> str:
-        """Collect the changes that multiply what a node reads at an input; why there are none, or ""."""
+    def _fold(self, model: ir.Model, reader: ir.Node, position: int, factor: float, changes: list[_Change], seen: Counter[ir.Value]) -> str:
+        """Collect the changes that multiply what a node reads at an input; why there are none, or "".
+
+        A value with several readers may be multiplied where all of them want it (`seen` counts them), as the two halves of a roll do.
+        """
         value = reader.inputs[position]
         if constant_of(value) is not None:
             changes.append(_scaled(model, reader, position, factor))
@@ -73,23 +80,27 @@ class FoldBranch(Pass[ir.Model]):
         node = value.producer() if value is not None else None
         if value is None or node is None:
             return f"{value.name if value is not None else 'nothing'} is an input"
-        if value.is_graph_output() or len(value.uses()) != 1:
-            return f"{value.name} has other readers"
+        if value.is_graph_output():
+            return f"{value.name} is an output"
+        seen[value] += 1
+        if seen[value] < len(value.uses()):
+            return ""
         if node.domain == AFFINE_DOMAIN:
             changes.append(lambda: self._scale(node, factor))
             return ""
         if node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} is not known to be linear"
         if node.op_type in _THROUGH:
-            return self._fold(model, node, 0, factor, changes)
+            return self._fold(model, node, 0, factor, changes, seen)
         if node.op_type in _TERMS:
-            reasons = (self._fold(model, node, p, factor, changes) for p, operand in enumerate(node.inputs) if operand is not None)
+            reasons = (self._fold(model, node, p, factor, changes, seen) for p, operand in enumerate(node.inputs) if operand is not None)
             return next(filter(None, reasons), "")
         if node.op_type in _FACTORS:  # one factor of a product, a constant where there is one
             for p in sorted((0, 1), key=lambda p: constant_of(node.inputs[p]) is None):
-                attempt: list[_Change] = []
-                if not self._fold(model, node, p, factor, attempt):
-                    changes += attempt
+                attempt, counts = list(changes), seen.copy()
+                if not self._fold(model, node, p, factor, attempt, counts):
+                    changes[:] = attempt
+                    seen.update(counts - seen)
                     return ""
             return f"no factor of {node.op_type} {node.name!r} is a constant of the file, or linear in one"
         positions = [p for p in _LINEAR.get(node.op_type, ()) if p < len(node.inputs) and node.inputs[p] is not None]

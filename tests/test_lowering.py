@@ -192,6 +192,19 @@ def test_a_branch_that_is_not_linear_in_its_weights_keeps_its_weight(tmp_path):
     assert done.refused == {"laurel_0": "Sigmoid is not linear in its weights"}
 
 
+def test_the_halves_of_a_roll_are_one_value(tmp_path):
+    """Swin's shifted windows: two slices of one value, put together the other way round."""
+    slices = {"zero": np.array([0]), "cut": np.array([1]), "end": np.array([2]), "axis": np.array([0])}
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]), node("Relu", ["m"], ["r"]), node("MatMul", ["r", "w"], ["v"]),
+        *(node("Constant", [], [name], value=numpy_helper.from_array(array)) for name, array in slices.items()),
+        node("Slice", ["v", "cut", "end", "axis"], ["late"]), node("Slice", ["v", "zero", "cut", "axis"], ["early"]),
+        node("Concat", ["late", "early"], ["f"], axis=0), node("Add", ["x", "f"], ["y"]),
+    ]  # fmt: skip
+    _, done = compared(chain(nodes, tmp_path, weights=W), tmp_path)
+    assert (done.folded, done.refused) == (1, {})
+
+
 def test_a_shared_weight_is_scaled_for_one_reader_alone(tmp_path):
     nodes = [
         node("MatMul", ["x", "w"], ["m"]), node("Relu", ["m"], ["r"]), node("MatMul", ["r", "w"], ["f"]), node("Add", ["x", "f"], ["s"]),

@@ -1,0 +1,151 @@
+"""Benchmark: latency of LAuReL in onnxruntime, lowered and not, beside the plain residual and beside what its FLOPs alone would cost.
+
+    python tools/bench_lowering.py [--seconds 60] [MODEL ...]     # writes a dated table under tools/results/
+
+All files of one model run interleaved in random order (`laurel_rewrite.profile`), with LAuReL parameters of trained size. "naive" is the
+rewritten graph with LAuReL as functions, which onnxruntime inlines; "lowered" is `--target ort-cpu`. The bound is the FLOPs of the model
+with LAuReL over those without.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+HERE = Path(__file__).parent
+THREADS = 2
+SMALL_LLAMA = {
+    "num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12,
+    "vocab_size": 16000,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "torchvision:resnet50": {},
+    "timm:convnext_tiny": {},
+    "timm:mobilenetv3_large_100": {},
+    "timm:vit_small_patch16_224": {},
+    "timm:swin_tiny_patch4_window7_224": {},
+    "hf:gpt2": {},
+    "hf:bert": {},
+    "hf:llama": SMALL_LLAMA,
+}
+GRAPHS = [("rw", "lowered"), ("lr", "lowered"), ("rw+lr", "naive"), ("rw+lr", "lowered"), ("rw+lr+pa", "lowered")]
+RANK = 16
+
+
+def trained_like(model: ir.Model) -> None:
+    """a and b in [0.5, 1.5], and matrices of trained size: at its start a runtime would delete what LAuReL adds."""
+    generator = np.random.default_rng(0)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if ".laurel_" not in f".{name}" or tensor is None:
+            continue
+        array = tensor.numpy()
+        if name.endswith(".mix"):
+            a = generator.uniform(0.5, 1.5)
+            array = np.array([math.log(a / (2 - a)), 0.0])
+        elif array.ndim > 1:
+            array = generator.standard_normal(array.shape) * 0.5 / math.sqrt(max(array.shape[:2]))
+        value.const_value = ir.tensor(array.astype(tensor.dtype.numpy()), name=name)
+
+
+def ops(path: Path, folder: Path) -> Counter[str]:
+    """What onnxruntime makes of a file, by op."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in ir.load(folder / "optimised.onnx").graph)
+
+
+def flops(spec: str) -> tuple[int, Any]:
+    """FLOPs of one sample of a model, and its sites at that batch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from laurel_rewrite import detect
+    from laurel_rewrite.capture import without_caches
+    from laurel_rewrite.models import build
+
+    built = build(spec, MODELS.get(spec, {}), device="meta", batch=1)
+    kwargs = {name: torch.zeros(1, 128, dtype=torch.long, device="meta") for name in built.kwargs}
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), without_caches(built.model):
+        built.model.eval()(*built.args, **kwargs)
+    return counter.get_total_flops(), detect(built.model.train(), built.args, kwargs)
+
+
+def measure(spec: str, seconds: float) -> list[str]:
+    from laurel_rewrite import export_onnx, profile, rewrite_onnx, variants, write_onnx
+    from laurel_rewrite.lowering import lower
+    from laurel_rewrite.models import build
+    from laurel_rewrite.plan import LaurelConfig, Plan
+
+    built = build(spec, MODELS.get(spec, {}))
+    count, sites = flops(spec)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = [export_onnx(built.model, built.args, built.kwargs, folder / "baseline.onnx")]
+        bounds = [1.0]
+        for variant, kind in GRAPHS:
+            model = rewrite_onnx(files[0], variant=variant, rank=RANK)
+            trained_like(model)
+            if kind == "lowered":
+                lower(model)
+            files.append(write_onnx(model, folder / f"{variant}-{kind}.onnx"))
+            plan = Plan.from_sites(sites, LaurelConfig(variant=variant, rank=RANK))
+            added = sum(
+                variants.operator(s.variant).flops(plan.config(s)) * s.calls * math.prod(int(d) for d in s.shape) // s.dim
+                for s in plan.sites
+            )
+            bounds.append(1 + added / count)
+        result = profile(files, seconds=seconds, threads=THREADS)
+        base = ops(files[0], folder)
+        rows = []
+        for row, file, bound, (variant, kind) in zip(result.rows, files, bounds, [("-", "baseline"), *GRAPHS], strict=True):
+            found = ops(file, folder)
+            more = ", ".join(f"{op} {found[op] - base[op]:+d}" for op in sorted(found | base) if found[op] != base[op]) or "the same"
+            interval = f"{row.ratio:.3f} [{row.low:.3f}, {row.high:.3f}]"
+            rows.append(
+                f"| {spec} | {variant} | {kind} | {row.median_ms:.2f} | {interval} | {row.verdict} | {bound:.3f} | {sum(found.values())} | {more} |"
+            )
+        return rows
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("models", nargs=-1)
+@click.option("--seconds", default=60.0, show_default=True, help="For the rounds of one model.")
+@click.option("--out", type=click.Path(path_type=Path), help="The table's file; by default dated, under tools/results/.")
+def main(models: tuple[str, ...], seconds: float, out: Path | None) -> None:
+    from laurel_rewrite.models import declare_torchvision_ops
+    from laurel_rewrite.profiling import processor
+
+    declare_torchvision_ops()
+    lines = [
+        f"# Latency of LAuReL in onnxruntime, {date.today()}",
+        "",
+        f"Python {platform.python_version()}, onnxruntime {version('onnxruntime')}, torch {version('torch')}; {processor()}, {THREADS} threads, no",
+        f"spinning; batch 1, sequence 128; rank {RANK}, a and b in [0.5, 1.5]. Ratios are medians over interleaved rounds, {seconds:.0f} s a model, with",
+        "95 % intervals. Ops are those that onnxruntime runs after its own optimisation, against the baseline's.",
+        "",
+        "| model | variant | graph | ms | ratio | verdict | FLOP bound | ops | against the baseline |",
+        "|---|---|---|---:|---|---|---:|---:|---|",
+    ]
+    for spec in models or MODELS:
+        for row in measure(spec, seconds):
+            click.echo(row)
+            lines.append(row)
+    (out or HERE / "results" / f"lowering-{date.today()}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
