@@ -80,7 +80,7 @@ def run(
     with listener("rewrite") as stage:
         chosen = job.make_plan(rewrite.sites, config, plan, str(path))
         rewrite.apply(chosen)
-        if functions == "inline":
+        if functions == "inline" and target == "portable":  # lowering leaves ordinary nodes anyway
             inline_laurel(rewrite.model)
         report = job.Report(
             str(path), chosen, rewrite.sites, job.parameters(weight_count(model), chosen), out=str(out), notes=list(rewrite.notes)

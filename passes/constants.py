@@ -20,11 +20,17 @@ def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
-    """A constant's array: of an initializer in the file itself, or of a Constant node."""
+    """A constant's array: of an initializer in the file itself that no caller can set, or of a Constant node."""
     while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
         value = node.inputs[0]
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or isinstance(tensor, ir.ExternalTensor) or not tensor.dtype.is_floating_point():
+    if (
+        tensor is None
+        or value is None
+        or value.is_graph_input()
+        or isinstance(tensor, ir.ExternalTensor)
+        or not tensor.dtype.is_floating_point()
+    ):
         return None
     return tensor.numpy()
 

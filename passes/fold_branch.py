@@ -24,6 +24,8 @@ _THROUGH = frozenset(
     GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth Abs
     """.split()
 )
+_POSITIVE = frozenset("Relu LeakyRelu MaxPool GlobalMaxPool ReduceMax ReduceMin Abs".split())
+"""Those of them that only a positive factor passes."""
 _LINEAR = {
     "Conv": (1, 2), "Gemm": (1, 2), "ConvTranspose": (1, 2), "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "RMSNormalization": (1,),
     "SimplifiedLayerNormalization": (1,), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
@@ -90,6 +92,8 @@ class FoldBranch(Pass[ir.Model]):
             return ""
         if node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} is not known to be linear"
+        if node.op_type in _POSITIVE and factor < 0:
+            return f"the weight is negative, and {node.op_type} is on the way"
         if node.op_type in _THROUGH:
             return self._fold(model, node, 0, factor, changes, seen)
         if node.op_type in _TERMS:

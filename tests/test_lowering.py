@@ -205,6 +205,36 @@ def test_the_halves_of_a_roll_are_one_value(tmp_path):
     assert (done.folded, done.refused) == (1, {})
 
 
+@pytest.mark.parametrize("op", ["Relu", "Abs", "LeakyRelu"])
+def test_a_negative_weight_does_not_pass_what_only_a_positive_one_passes(op, tmp_path):
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node(op, ["m"], ["f"]), node("Add", ["x", "f"], ["y"])]
+    chain(nodes, tmp_path, weights=W)
+    model = rewrite_onnx(tmp_path / "given.onnx", variant="rw", normalize="none")
+    mix = model.graph.initializers["laurel_0.mix"]
+    mix.const_value = ir.tensor(np.array([-1.5, 0.25], np.float32), name=mix.name)  # a = -0.5, b = 1.25
+    _, done = compared(model, tmp_path)
+    assert done.refused == {"laurel_0": f"the weight is negative, and {op} is on the way"}
+
+
+def test_an_initializer_that_callers_may_set_is_no_constant(tmp_path):
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]),
+        node("Relu", ["m"], ["r"]),
+        node("MatMul", ["r", "w"], ["f"]),
+        node("Add", ["x", "f"], ["y"]),
+    ]
+    chain(nodes, tmp_path, weights=W)
+    given = onnx.load(tmp_path / "given.onnx")
+    given.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [D, D]))
+    onnx.save(given, tmp_path / "given.onnx")
+    model = trained_like(rewrite_onnx(tmp_path / "given.onnx", variant="rw"))
+    before = write_onnx(model, tmp_path / "before.onnx")
+    lower(model)
+    after = write_onnx(model, tmp_path / "after.onnx")
+    feeds = {name: np.random.default_rng(4).standard_normal(shape).astype(np.float32) for name, shape in (("x", (2, D)), ("w", (D, D)))}
+    close(run_onnx(after, feeds, optimised=True), run_onnx(before, feeds, optimised=True))
+
+
 def test_a_shared_weight_is_scaled_for_one_reader_alone(tmp_path):
     nodes = [
         node("MatMul", ["x", "w"], ["m"]), node("Relu", ["m"], ["r"]), node("MatMul", ["r", "w"], ["f"]), node("Add", ["x", "f"], ["s"]),
@@ -390,11 +420,14 @@ def test_random_graphs(plan, seed, variant, tmp_path):
 
 
 def test_onnx_graphs_by_the_command(exported, tmp_path, here):
-    result = here(str(exported("gpt2")), "--rank", "4", "--target", "ort-cpu", "--profile-seconds", "0.2")
+    words = ["--rank", "4", "--target", "ort-cpu", "--onnx-functions", "inline", "--profile-seconds", "0.2"]
+    result = here(str(exported("gpt2")), *words)
     assert result.returncode == 0, result.stderr
     assert "lowered against not, random LAuReL" in result.stdout
     assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {"laurel.onnx", "plan.toml", "report.json"}
-    assert not ir.load(tmp_path / "laurel_out" / "laurel.onnx").functions
+    lowered = ir.load(tmp_path / "laurel_out" / "laurel.onnx")
+    assert not lowered.functions
+    assert "Softmax" not in {n.op_type for n in lowered.graph if "laurel" in str(n.name)}  # no weight is left to compute
     result = here(str(exported("gpt2")), "--rank", "4", "--skip-pass", "fold-branch")
     assert result.returncode == 2
     assert "--skip-pass is for --target ort-cpu" in result.stderr
