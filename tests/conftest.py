@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -19,7 +21,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from laurel_rewrite import cli
+from laurel_rewrite import cli, export_onnx
 from laurel_rewrite.models import build, declare_torchvision_ops
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -167,6 +169,26 @@ def here(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(words, code, captured.out, captured.err)
 
     return call
+
+
+def close(found: Sequence[Any], expected: Sequence[Any], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Lists of arrays agree; atol counts in units of the largest value. The default is for float32 in other kernels and orders of rounding."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Exports of the small real architectures, once each."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @functools.cache
+    def export(name: str) -> Path:
+        example = real(name)
+        return export_onnx(example.model, example.args, example.kwargs, folder / f"{name}.onnx")
+
+    return export
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from conftest import LIGHT, away_from_start, light, onnx_graph, output, real
+from conftest import LIGHT, away_from_start, close, light, onnx_graph, output
 from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper, numpy_helper
 from toys import CASES, D
@@ -25,13 +25,6 @@ from laurel_rewrite.verify import run_onnx
 from passes.evaluate_laurel import EvaluateLaurel
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
-RTOL, ATOL = 1e-4, 1e-5  # float32: weights are rounded once more, and kernels sum in another order
-
-
-def close(found, expected, rtol=RTOL, atol=ATOL) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * max(1.0, float(np.abs(b).max())))
 
 
 def trained_like(model: ir.Model, seed: int = 0) -> ir.Model:
@@ -73,20 +66,6 @@ def fused(path: Path) -> Counter[str]:
         options.optimized_model_filepath = f"{folder}/fused.onnx"
         onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return Counter(node.op_type for node in ir.load(options.optimized_model_filepath).graph)
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    made: dict[str, Path] = {}
-
-    def export(name: str) -> Path:
-        if name not in made:
-            example = real(name)
-            made[name] = export_onnx(example.model, example.args, example.kwargs, folder / f"{name}.onnx")
-        return made[name]
-
-    return export
 
 
 MODELS = ["resnet50", "vit_small", "gpt2", "bert", "llama", "t5", "falcon"]

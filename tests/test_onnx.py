@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from conftest import away_from_start, light, onnx_graph, output, real, yolo
+from conftest import away_from_start, close, light, onnx_graph, output, real, yolo
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from toys import CASES, D
@@ -40,13 +40,6 @@ from laurel_rewrite.operator import sites_of
 from laurel_rewrite.verify import run_onnx
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
-RTOL, ATOL = 1e-4, 1e-5  # float32: other kernels, other orders of rounding
-
-
-def close(found, expected, rtol=RTOL, atol=ATOL) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * max(1.0, float(np.abs(b).max())))
 
 
 def randomised(model: ir.Model, seed: int = 0) -> ir.Model:
@@ -58,21 +51,6 @@ def randomised(model: ir.Model, seed: int = 0) -> ir.Model:
             noise = generator.standard_normal(array.shape) * (0.3 if array.ndim == 1 else 0.1)
             value.const_value = ir.tensor((array + noise).astype(array.dtype), name=name)
     return model
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Exports of small real architectures, once each."""
-    folder = tmp_path_factory.mktemp("exported")
-    made: dict[str, Path] = {}
-
-    def export(name: str) -> Path:
-        if name not in made:
-            example = real(name)
-            made[name] = export_onnx(example.model, example.args, example.kwargs, folder / f"{name}.onnx")
-        return made[name]
-
-    return export
 
 
 # Graphs of others
@@ -283,7 +261,7 @@ def test_every_form_of_a_sum(name, tmp_path):
     plain = run_onnx(given, {"x": X}, optimised=False)[0]
     start = write_onnx(rewrite_onnx(given, rank=4), tmp_path / "start.onnx")
     if name == "gemm, skip inside":  # its product and its sum are in one kernel in the original
-        np.testing.assert_allclose(run_onnx(start, {"x": X}, optimised=False)[0], plain, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(run_onnx(start, {"x": X}, optimised=False)[0], plain, rtol=1e-6, atol=1e-5)  # values of about 50
     else:
         np.testing.assert_array_equal(run_onnx(start, {"x": X}, optimised=False)[0], plain)
     model = randomised(rewrite_onnx(given, rank=4))
@@ -331,6 +309,7 @@ def test_a_shortcut_inside_a_fused_convolution(activation, tmp_path):
     assert (site.kind, site.axis, site.dim) == ("projection", 1, D)
     feeds = {"x": generator.standard_normal((2, D, 4, 4)).astype(np.float32)}
     path = write_onnx(rewrite_onnx(given, rank=4), tmp_path / "laurel.onnx")
+    # The convolution no longer adds f into its own accumulator: another order of rounding in float32.
     close(run_onnx(path, feeds, optimised=False), run_onnx(given, feeds, optimised=False), rtol=1e-5, atol=1e-6)
     assert any(np.abs(a - b).max() > 1e-2 for a, b in zip(
         run_onnx(write_onnx(randomised(ir.load(path)), tmp_path / "r.onnx"), feeds, optimised=True), run_onnx(given, feeds, optimised=True),
