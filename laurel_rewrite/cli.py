@@ -80,21 +80,21 @@ def _common(function: Any) -> Any:
     type=click.Choice(["keep", "inline"]),
     default="keep",
     show_default=True,
-    help="LAuReL in ONNX as local functions, or as ordinary nodes.",
+    help="With --target portable: LAuReL as local functions, or as ordinary nodes.",
 )
 @click.option(
     "--target",
-    type=click.Choice(["portable", "ort-cpu"]),
-    default="portable",
+    type=click.Choice(["ort-cpu", "portable", "none"]),
+    default="ort-cpu",
     show_default=True,
-    help="ONNX that can be trained on and runs anywhere, or lowered to the ops that run fastest in onnxruntime.",
+    help="LAuReL in ONNX: lowered to the ops that run fastest in onnxruntime; as functions with parameters, which run anywhere; or as ordinary nodes, nothing folded.",
 )
 @click.option(
     "--skip-pass",
     "skip",
     multiple=True,
     metavar="PASS",
-    help="--target ort-cpu: a pass to leave out: rescale-stream, fold-branch, pad-rank.",
+    help="With --target ort-cpu: a pass to leave out: rescale-stream, fold-branch, pad-rank.",
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="model.onnx: trained LAuReL parameters (safetensors) to put in.")
 @click.option(
@@ -140,6 +140,8 @@ def rewrite(
             raise ConfigError(f"--plan says what each site gets, so --{given[0].replace('_', '-')} cannot be given with it. Edit the plan.")
     if skip and target != "ort-cpu":
         raise ConfigError("--skip-pass is for --target ort-cpu.")
+    if target != "portable" and context.get_parameter_source("functions") is click.core.ParameterSource.COMMANDLINE:
+        raise ConfigError("--onnx-functions is for --target portable.")
     for_graphs = {name: options.pop(name) for name in _GRAPH_OPTIONS}
     given = [name for name in _GRAPH_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if given and not model.endswith(".onnx"):

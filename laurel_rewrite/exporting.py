@@ -28,7 +28,10 @@ from laurel_rewrite.operator import Laurel, sites_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TARGETS = ("portable", "ort-cpu", "none")
+TARGETS = ("ort-cpu", "portable", "none")
+"""ort-cpu: LAuReL lowered to the ops that run fastest in onnxruntime (`laurel_rewrite.lowering`), the graph to deploy.
+portable: LAuReL as local functions of standard ops, with its parameters, which every ONNX runtime inlines. none: the ordinary nodes that
+PyTorch executes, with LAuReL's parameters; nothing is folded."""
 _MARKER = "laurel_rewrite.marker"
 _log = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None,
     path: Path | str,
     *,
-    target: str = "portable",
+    target: str = "ort-cpu",
     functions: str = "keep",
     skip: Collection[str] = (),
 ) -> Path:
@@ -50,13 +53,12 @@ def export_onnx(
         args, kwargs: example inputs. Batch and sequence become dynamic where the model allows it; a batch of 1 is doubled, because
             an export takes the size 1 for a constant.
         path: of the `.onnx` file; above 1 GiB the weights go into `path` + ".data".
-        target: "portable" writes LAuReL as local functions of standard ops, which every ONNX runtime inlines; "ort-cpu" the ops that run
-            fastest in onnxruntime (`laurel_rewrite.lowering`): the graph to deploy after training; "none" the ops that PyTorch executes.
+        target: see `TARGETS`.
+        functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
         skip: passes of "ort-cpu" to leave out.
-        functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
 
     Returns:
-        The path. A site's node is named by the site's id, and its `metadata_props` say site, variant, rank and version.
+        The path. A site's nodes are named by the site's id, and their `metadata_props` say site, variant, rank and version.
 
     Raises:
         ConfigError: an unknown target or pass, or another word for `functions`.
@@ -69,7 +71,7 @@ def export_onnx(
     if any(p.is_meta for p in model.parameters()):
         raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
     proto = _export(model, args, dict(kwargs or {}), markers=target != "none")
-    if target != "none":
+    if target != "none" and sites_of(model):
         _insert(proto, model)
     if target == "ort-cpu":
         lower(proto, skip=skip)

@@ -32,7 +32,7 @@ def run(
     plan: Path | None = None,
     weights: Path | None = None,
     functions: str = "keep",
-    target: str = "portable",
+    target: str = "ort-cpu",
     skip: tuple[str, ...] = (),
     external_data: str | None = None,
     inputs: Path | None = None,
@@ -48,8 +48,7 @@ def run(
         config, plan: what the sites get; a plan in a file instead of the configuration.
         out: folder for the results.
         weights: trained LAuReL parameters (safetensors), instead of the start.
-        functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
-        target: "portable" keeps LAuReL as functions or nodes of standard ops; "ort-cpu" lowers it (`laurel_rewrite.lowering`).
+        target, functions: see `laurel_rewrite.export_onnx`.
         skip: passes of "ort-cpu" to leave out.
         external_data: see `graph_files.write_onnx`.
         inputs: an .npz file for verification and profile; else they are drawn (`draw_feeds`).
@@ -80,7 +79,7 @@ def run(
     with listener("rewrite") as stage:
         chosen = job.make_plan(rewrite.sites, config, plan, str(path))
         rewrite.apply(chosen)
-        if functions == "inline" and target == "portable":  # lowering leaves ordinary nodes anyway
+        if target == "none" or (target == "portable" and functions == "inline"):
             inline_laurel(rewrite.model)
         report = job.Report(
             str(path), chosen, rewrite.sites, job.parameters(weight_count(model), chosen), out=str(out), notes=list(rewrite.notes)
@@ -111,7 +110,7 @@ def run(
                 with listener("lower") as stage, away_from_start(file, config.seed) as random:
                     # With random parameters too, for those of the start hide what is lost; and it is them that the profile measures.
                     lowered = [(file, NAME, "lowered against not"), (random, job.PROBE, "lowered against not, random LAuReL")]
-                    for source, name, check in lowered[: 2 if runs else 1]:
+                    for source, name, check in lowered[: 2 if runs and random != file else 1]:
                         unlowered = ir.load(source)
                         done = lower(unlowered, skip=skip)
                         measured = place_onnx(unlowered, draft / name, external_data=external_data)
@@ -119,7 +118,7 @@ def run(
                             report.checks.append(check_same(check, source, measured, feeds))
                         if name == NAME:
                             file = measured
-                            report.notes += done.notes()
+                    report.notes.append(job.lowered(measured))
                     stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
                 job.stop_if_failed(report)
             (draft / PLAN).write_text(chosen.to_toml())
@@ -135,7 +134,7 @@ def run(
                 with listener("profile") as stage:
                     result = profile([path, measured], inputs=feeds, seconds=seconds, seed=config.seed, progress=stage.progress)
                     report.profile = job.renamed(result, {measured: out / NAME})
-                    stage.done(f"{result.rows[1].ratio:.3f}x the original's latency")
+                    stage.done(f"{result.rows[1].latency.ratio:.3f}x the original's latency")
             for name in (job.PROBE, UNLOWERED):
                 for scratch in draft.glob(f"{name}*"):
                     scratch.unlink()

@@ -149,7 +149,7 @@ def run(
     plan: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     functions: str = "keep",
-    target: str = "portable",
+    target: str = "ort-cpu",
     skip: tuple[str, ...] = (),
     seconds: float = 10.0,
     listener: Listener = silent,
@@ -200,6 +200,8 @@ def run(
             with randomized(rewritten, config.seed):
                 probe = export_onnx(rewritten, args, kwargs, draft / PROBE, **written)
                 checks = check_onnx(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
+            if target == "ort-cpu":
+                report.notes.append(lowered(probe))
             checks += check_onnx(rewritten, laurel, args, kwargs, name="laurel.onnx", seed=config.seed)
             checks += check_onnx(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)
             report.checks += checks
@@ -215,7 +217,7 @@ def run(
                     [baseline, probe], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress
                 )
                 report.profile = renamed(report.profile, {probe: out / "laurel.onnx", draft: out})
-                stage.done(f"{report.profile.rows[1].ratio:.3f}x the baseline's latency")
+                stage.done(f"{report.profile.rows[1].latency.ratio:.3f}x the baseline's latency")
         for file in draft.glob(f"{PROBE}*"):
             file.unlink()
         write_report(report, draft)
@@ -272,6 +274,16 @@ def renamed(result: Profile, places: Mapping[Path, Path]) -> Profile:
         return places.get(path) or (places[path.parent] / path.name if path.parent in places else path)
 
     return replace(result, rows=tuple(replace(row, path=str(place(Path(row.path)))) for row in result.rows))
+
+
+def lowered(path: Path) -> str:
+    """What the lowering says it did to a file."""
+    import onnx_ir as ir
+
+    from laurel_rewrite.lowering import NOTES
+
+    random = " with random LAuReL parameters" if PROBE in path.name else ""
+    return f"Lowered{random}: {ir.load(path).metadata_props.get(NOTES, '')}"
 
 
 def parameters(model: int, plan: Plan) -> dict[str, int]:

@@ -3,7 +3,7 @@
     EvaluateLaurel -> RescaleStream -> FoldBranch -> ExpandLaurel
 
 Each pass is a file in `passes/`, with its algebra, its conditions and its refusals. What comes out has no trainable parameter and no
-function: a graph to deploy.
+function: a graph to deploy. The model's `metadata_props` say what was done.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import ConfigError, nearest
 from passes.evaluate_laurel import EvaluateLaurel, Forms
 from passes.expand_laurel import ExpandLaurel
 from passes.fold_branch import FoldBranch
 from passes.rescale_stream import RescaleStream
 
+NOTES = f"{METADATA}lowering"
+"""Where a lowered model says what was done."""
 SKIPPABLE = ("rescale-stream", "fold-branch", "pad-rank")
 
 
@@ -40,11 +43,11 @@ class Lowering:
     refused: dict[str, str] = field(default_factory=dict)
     rescaled: str = ""
 
-    def notes(self) -> list[str]:
+    def __str__(self) -> str:
         """In sentences for the user."""
-        lines = [f"Streams: {self.rescaled}."] if self.rescaled else []
-        reasons = Counter(self.refused.values())
-        return lines + [f"{count} branches keep their weight as a Mul: {reason}." for reason, count in reasons.most_common(4)]
+        lines = [f"{self.folded} branches have their weight in what computes them."] if self.folded else []
+        lines += [f"{count} branches keep their weight as a Mul: {why}." for why, count in Counter(self.refused.values()).most_common(4)]
+        return " ".join([*lines, f"Streams: {self.rescaled}."] if self.rescaled else lines)
 
 
 def lower(model: ir.Model, *, skip: Collection[str] = ()) -> Lowering:
@@ -72,4 +75,6 @@ def lower(model: ir.Model, *, skip: Collection[str] = ()) -> Lowering:
         result.folded, result.refused = len(fold(model).changed), fold.refused
     ExpandLaurel(forms, pad="pad-rank" not in skip)(model)
     common.RemoveUnusedNodesPass()(model)
+    if result.sites:
+        model.metadata_props[NOTES] = str(result)
     return result

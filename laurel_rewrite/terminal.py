@@ -16,6 +16,7 @@ from rich.text import Text
 
 from laurel_rewrite.explaining import Explanation
 from laurel_rewrite.job import Report, Stage
+from laurel_rewrite.profiling import Profile
 from laurel_rewrite.sites import Sites, short
 
 
@@ -152,17 +153,29 @@ def show_report(console: Console, report: Report) -> None:
             left = heading in ("model", "verdict")
             table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "verdict")
         for row in report.profile.rows:
-            ratio = "1" if row.verdict == "baseline" else f"{row.ratio:.3f}\n[{row.low:.3f}, {row.high:.3f}]"
+            time = row.latency
+            ratio = "1" if time.verdict == "baseline" else f"{time.ratio:.3f}\n[{time.low:.3f}, {time.high:.3f}]"
             table.add_row(
-                Text(row.path.rsplit("/", 1)[-1]), f"{row.median_ms:.2f}\n({row.p10_ms:.2f}-{row.p90_ms:.2f})", Text(ratio), row.verdict,
-                _bytes(row.activation_bytes), _bytes(row.resident_bytes), _bytes(row.file_bytes),
+                Text(row.path.rsplit("/", 1)[-1]), f"{time.median_ms:.2f}\n({time.p10_ms:.2f}-{time.p90_ms:.2f})", Text(ratio), time.verdict,
+                _bytes(row.arena_bytes), _bytes(row.resident_bytes), _bytes(row.file_bytes),
             )  # fmt: skip
         console.print(table)
+        console.print(_ops(report.profile))
     if report.files:
         console.print(Text(f"Written to {report.out}/: {', '.join(report.files)}"))
 
 
 _STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
+
+
+def _ops(profile: Profile) -> Text:
+    """What onnxruntime runs, and which of the baseline's fusions the others keep."""
+    baseline = profile.rows[0].ops
+    lines = []
+    for row in profile.rows:
+        line = f"{row.path.rsplit('/', 1)[-1]}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
+        lines.append(line if row is profile.rows[0] else f"{line}; fusions {row.ops.against(baseline)}")
+    return Text("\n".join(lines))
 
 
 def _parameter_line(report: Report) -> str:

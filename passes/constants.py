@@ -1,4 +1,4 @@
-"""What passes do with the constants of an ONNX graph: read one, add one, put another in one reader's place."""
+"""What passes do with the constants of an ONNX graph: find one, add one, multiply the one that a node reads."""
 
 from __future__ import annotations
 
@@ -6,38 +6,46 @@ import numpy as np
 import onnx_ir as ir
 
 
-def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+def constant(model: ir.Model, name: str, tensor: np.ndarray | ir.TensorProtocol) -> ir.Value:
     """A new initializer, under this name or one like it."""
     taken = model.graph.initializers
     unique, count = name, 0
     while unique in taken:
         count += 1
         unique = f"{name}.{count}"
-    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    if isinstance(tensor, np.ndarray):
+        tensor = ir.tensor(tensor, name=unique)
+    tensor.name = unique
+    value = ir.Value(name=unique, const_value=tensor)
+    value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
     model.graph.register_initializer(value)
     return value
 
 
-def constant_of(value: ir.Value | None) -> np.ndarray | None:
-    """A constant's array: of an initializer in the file itself that no caller can set, or of a Constant node."""
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """A floating-point constant: an initializer that no caller can set, or what a Constant node gives."""
     while value is not None and (node := value.producer()) is not None and node.op_type == "Identity":
         value = node.inputs[0]
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if (
-        tensor is None
-        or value is None
-        or value.is_graph_input()
-        or isinstance(tensor, ir.ExternalTensor)
-        or not tensor.dtype.is_floating_point()
-    ):
+    if tensor is None or value is None or value.is_graph_input() or not tensor.dtype.is_floating_point():
         return None
-    return tensor.numpy()
+    return tensor
 
 
-def replace_constant(model: ir.Model, node: ir.Node, position: int, array: np.ndarray) -> None:
-    """Another constant at one input of one node; other readers keep the old one."""
-    old = node.inputs[position]
-    assert old is not None
-    dtype = (old.dtype or ir.DataType.FLOAT).numpy()
-    node.replace_input_with(position, constant(model, f"{old.name}.scaled", np.asarray(array, np.float64).astype(dtype)))
+def scaled(tensor: ir.TensorProtocol, factor: float) -> ir.TensorProtocol:
+    """A multiple, computed when it is written: weights in other files are read one at a time then, and only if they change."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor((np.asarray(tensor.numpy(), np.float64) * factor).astype(tensor.numpy().dtype), dtype=tensor.dtype)
+
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
+
+
+def scale_constant(model: ir.Model, node: ir.Node, position: int, factor: float) -> None:
+    """Multiply the constant that one input of one node reads; other readers keep the old one."""
+    value = node.inputs[position]
+    tensor = constant_of(value)
+    assert value is not None
+    assert tensor is not None
+    if factor != 1.0:
+        node.replace_input_with(position, constant(model, f"{str(value.name).removesuffix('.scaled')}.scaled", scaled(tensor, factor)))

@@ -5,11 +5,13 @@ U V sum_j g_j s_j is U sum_j (g_j V) s_j: all that is added has r features. Wher
 concatenated, and one U serves them.
 
 Condition: the parameters are initializers. The result is one `Affine` node a LAuReL node, which the passes after this one simplify and
-`ExpandLaurel` writes in standard ops.
+`ExpandLaurel` writes in standard ops. Only where a weighted branch is a constant itself, the weights of a fused convolution for
+instance, is it a constant again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,7 @@ from laurel_rewrite.errors import ExportError
 from laurel_rewrite.operator_onnx import BRANCH, DOMAIN, FORM, FunctionForm, parameter_names
 from laurel_rewrite.variants import SiteConfig
 from passes.base import Pass, PassResult
+from passes.constants import constant, constant_of, scaled
 
 AFFINE_DOMAIN = "laurel_rewrite.lowering"
 AFFINE = "Affine"
@@ -30,7 +33,7 @@ class Affine:
 
     Attributes:
         alphas: weights of the branches.
-        betas: weights of the states; 0 where only the low-rank maps read a state.
+        betas: weights of the states; None where only the low-rank maps read a state.
         downs: (m, V_j): state and map, of shape [r, D].
         up: U, [D, r] where the maps share it (`shared`), else [D, r * number of downs]; None where there is no low-rank map.
         axis: feature axis, -1 or 1.
@@ -38,15 +41,26 @@ class Affine:
     """
 
     alphas: list[float] = field(default_factory=list)
-    betas: list[float] = field(default_factory=list)
+    betas: list[float | None] = field(default_factory=list)
     downs: list[tuple[int, np.ndarray]] = field(default_factory=list)
     up: np.ndarray | None = None
     shared: bool = False
     axis: int = -1
     ndim: int = 3
 
+    def multiply(self, factor: float) -> None:
+        """Multiply the node's output."""
+        self.alphas = [alpha * factor for alpha in self.alphas]
+        self.betas = [beta if beta is None else beta * factor for beta in self.betas]
+        self.up = self.up * factor if self.up is not None else None
+
 
 Forms = dict[ir.Node, Affine]
+
+
+def same(left: float, right: float) -> bool:
+    """Equal but for the rounding of float64: weights that are multiplied and divided come back to 1 no nearer."""
+    return math.isclose(left, right, rel_tol=1e-9)
 
 
 class EvaluateLaurel(Pass[ir.Model]):
@@ -77,6 +91,12 @@ class EvaluateLaurel(Pass[ir.Model]):
         nodes = _laurels(graph)
         for node in nodes:
             form, operands = _evaluated(node, graph)
+            weights = constant_of(operands[0]) if not form.betas else None
+            if weights is not None:
+                product = constant(graph, f"{operands[0].name}.scaled", scaled(weights, form.alphas[0]))
+                ir.convenience.replace_all_uses_with(node.outputs[0], product)
+                graph.graph.remove(node, safe=True)
+                continue
             new = ir.Node(AFFINE_DOMAIN, AFFINE, operands, num_outputs=1, name=node.name)
             new.metadata_props.update(node.metadata_props)
             before, after = node.outputs[0], new.outputs[0]
@@ -117,7 +137,7 @@ def _evaluated(node: ir.Node, model: ir.Model) -> tuple[Affine, list[ir.Value]]:
         result.alphas = [a]
         return result, operands
     skip, branches, past = operands[0], operands[1 : 1 + form.branches], operands[1 + form.branches :]
-    result.alphas, result.betas = [a] * len(branches), [b] + [0.0] * len(past)
+    result.alphas, result.betas = [a] * len(branches), [b] + [None] * len(past)
 
     def matrix(name: str) -> np.ndarray:
         return parameters[name].reshape(parameters[name].shape[:2])

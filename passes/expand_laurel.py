@@ -4,9 +4,12 @@ z = f_1 + (U V x + x): the last op is a plain Add of two full tensors (so SkipLa
 1x1 convolutions where the features are axis 1, whose second takes + x into itself, and two skinny products elsewhere. With NCHW the
 rank is padded with zeros to a multiple of 16, the block of onnxruntime's blocked layout: a smaller rank falls out of it. A weight that is
 still not 1 becomes one Mul, by a [1, C, 1, 1] constant in NCHW, which keeps the convolutions fused, and by a scalar elsewhere.
+A map that is still 0, at its start, stays: the graph has the ops that the trained one will have.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +17,7 @@ import onnx_ir as ir
 from laurel_rewrite.errors import ExportError
 from passes.base import Pass, PassResult
 from passes.constants import constant
-from passes.evaluate_laurel import AFFINE_DOMAIN, Affine, Forms
+from passes.evaluate_laurel import AFFINE_DOMAIN, Affine, Forms, same
 
 BLOCK = 16  # channels
 
@@ -63,9 +66,9 @@ class _Writer:
 
     def write(self) -> ir.Value:
         form = self.form
-        kept = [self.weighted(value, weight) for value, weight in zip(self.states, form.betas, strict=True) if weight]
+        kept = [self.weighted(value, weight) for value, weight in zip(self.states, form.betas, strict=True) if weight is not None]
         total = kept[0] if kept else None
-        if form.up is not None and form.up.any():
+        if form.up is not None:
             low = self.low_rank()
             total = self.op("Add", low, total) if total is not None else low
         for value in kept[1:]:
@@ -78,7 +81,7 @@ class _Writer:
         return total
 
     def weighted(self, value: ir.Value, weight: float) -> ir.Value:
-        if weight == 1.0:
+        if same(weight, 1.0):
             return value
         size = value.shape[1] if self.form.axis == 1 and value.shape is not None else None
         shape = (1, size, *(1 for _ in range(self.form.ndim - 2))) if isinstance(size, int) else ()
@@ -113,9 +116,22 @@ class _Writer:
         new = ir.Node("", kind, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1)
         new.name = f"{self.node.name}/{kind}_{len(self.written)}"
         new.metadata_props.update(self.node.metadata_props)
-        new.outputs[0].type = self.like.type
+        new.outputs[0].type, new.outputs[0].shape = self.like.type, self._shape(kind, inputs)
         graph = self.node.graph
         assert graph is not None
         graph.insert_before(self.node, new)
         self.written.append(new)
         return new.outputs[0]
+
+    def _shape(self, kind: str, inputs: Sequence[ir.Value]) -> ir.Shape | None:
+        """Of what an op gives, which other tools' fusions ask for: that of its first operand, but for the features of a product."""
+        if inputs[0].shape is None:
+            return None
+        shape = list(inputs[0].shape)
+        if kind == "Concat":
+            shape[self.form.axis] = sum(value.shape[self.form.axis] for value in inputs)  # type: ignore[index,misc]  # ranks, which are known
+        elif kind in ("Conv", "MatMul"):
+            weights = inputs[1].shape
+            assert weights is not None
+            shape[self.form.axis] = weights[0 if kind == "Conv" else 1]
+        return ir.Shape(shape)

@@ -4,19 +4,20 @@ Backwards from the branch: through views, pools, ReLU (a > 0) and sums of severa
 normalisations that made it, whose weights and biases are multiplied by a. Exact but for one rounding of each weight.
 
 Refusals, after which the weight stays one Mul: a value on the way that somebody else reads, or that is an output of the graph; a
-producer that is not linear in its weights; quantised weights, and weights in other files.
+producer that is not linear in its weights; quantised weights.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import onnx_ir as ir
 
 from passes.base import Pass, PassResult
-from passes.constants import constant_of, replace_constant
-from passes.evaluate_laurel import AFFINE_DOMAIN, Forms
+from passes.constants import constant_of, scale_constant
+from passes.evaluate_laurel import AFFINE_DOMAIN, Forms, same
 
 _THROUGH = frozenset(
     """
@@ -54,7 +55,7 @@ class FoldBranch(Pass[ir.Model]):
         folded = []
         for node, form in self.forms.items():
             for position, alpha in enumerate(form.alphas):
-                if alpha == 1.0:
+                if same(alpha, 1.0):
                     continue
                 changes: list[_Change] = []
                 seen: Counter[ir.Value] = Counter()
@@ -77,7 +78,7 @@ class FoldBranch(Pass[ir.Model]):
         """
         value = reader.inputs[position]
         if constant_of(value) is not None:
-            changes.append(_scaled(model, reader, position, factor))
+            changes.append(partial(scale_constant, model, reader, position, factor))
             return ""
         node = value.producer() if value is not None else None
         if value is None or node is None:
@@ -88,7 +89,7 @@ class FoldBranch(Pass[ir.Model]):
         if seen[value] < len(value.uses()):
             return ""
         if node.domain == AFFINE_DOMAIN:
-            changes.append(lambda: self._scale(node, factor))
+            changes.append(lambda: self.forms[node].multiply(factor))
             return ""
         if node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} is not known to be linear"
@@ -112,19 +113,5 @@ class FoldBranch(Pass[ir.Model]):
             return f"{node.op_type} is not linear in its weights"
         if any(constant_of(node.inputs[p]) is None for p in positions):
             return f"the weights of {node.op_type} {node.name!r} are no constants of the file"
-        changes += [_scaled(model, node, p, factor) for p in positions]
+        changes += [partial(scale_constant, model, node, p, factor) for p in positions]
         return ""
-
-    def _scale(self, node: ir.Node, factor: float) -> None:
-        form = self.forms[node]
-        form.alphas, form.betas = [alpha * factor for alpha in form.alphas], [beta * factor for beta in form.betas]
-        form.up = form.up * factor if form.up is not None else None
-
-
-def _scaled(model: ir.Model, node: ir.Node, position: int, factor: float) -> _Change:
-    def change() -> None:
-        array = constant_of(node.inputs[position])  # read now: another fold may have changed it
-        assert array is not None
-        replace_constant(model, node, position, array * factor)
-
-    return change

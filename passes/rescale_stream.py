@@ -4,24 +4,25 @@
 
 Whoever reads x must then read c y. One walk through the graph, in order, carries the scale of every value: normalisations take it into
 epsilon (c^2) and are free of it, linear readers take it into their weights, positively homogeneous ops hand it on, products multiply the
-scales of their operands. Anything else reads the value behind one Mul.
+scales of their operands. What is added must have one scale: constants and weighted branches are brought to the stream's, also inside
+SkipLayerNormalization and fused convolutions. Anything else reads the value behind one Mul.
 
-Refusals: where more Muls would come in than go out; where a scale leaves what float16 can bear, 2^-6 to 2^6; weights in other files, and
-quantised ones, are not touched, so that their readers get the Mul.
+Refusals: where more Muls would come in than go out; where a scale leaves what float16 can bear, 2^-6 to 2^6; quantised weights, whose readers get
+the Mul.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from passes.base import Pass, PassResult
-from passes.constants import constant, constant_of, replace_constant
-from passes.evaluate_laurel import AFFINE_DOMAIN, Forms
+from passes.constants import constant, constant_of, scale_constant
+from passes.evaluate_laurel import Affine, Forms, same
 
 _HOMOGENEOUS = frozenset(
     """
@@ -34,10 +35,14 @@ _NORMS = frozenset(
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization GroupNormalization InstanceNormalization GroupNorm".split()
 )
 _EPSILON = 1e-5  # their default
-_WEIGHTED = frozenset("Conv ConvTranspose Gemm FusedConv FusedGemm FusedMatMul".split())
-"""Linear in the first operand, with weights in the second; whatever they do with the result."""
+_SKIP_NORMS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
+"""Normalisations of a sum of their first two operands and of a bias, here with its position; the fourth output is the sum."""
+_SKIP_EPSILON = 1e-12  # their default
+_WEIGHTED = {"Conv": None, "ConvTranspose": None, "Gemm": 2, "FusedConv": 3, "FusedGemm": 2, "FusedMatMul": None}
+"""Linear in the first operand, with weights in the second, whatever they do with the result; and the position of what they add to it."""
+_SUMS = frozenset("Add Sub Concat Sum Max Min".split())
+_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 _NO_VALUES = frozenset("Shape Size".split())
-_SAME = 1e-9  # scales that are multiplied and divided come back to 1 but for float64's rounding
 _HALF_RANGE = (2.0**-6, 2.0**6)
 _Change = Callable[[], None]
 
@@ -98,14 +103,14 @@ def _walked(model: ir.Model, forms: Forms) -> _Walk:
             continue
         found = (
             None
-            if captured or node.domain == AFFINE_DOMAIN
-            else _rule(model, node, [walk.scales.get(v, 1.0) if v is not None else 1.0 for v in node.inputs])
+            if captured or node.domain not in _DOMAINS
+            else _rule(model, node, [walk.scales.get(v, 1.0) if v is not None else 1.0 for v in node.inputs], forms)
         )
         if found is not None:
-            scale, changes = found
+            scales, changes = found
             walk.changes += changes
-            if not math.isclose(scale, 1.0, rel_tol=_SAME):
-                walk.scales.update(dict.fromkeys(node.outputs, scale))
+            outputs = zip(node.outputs, scales if isinstance(scales, tuple) else [scales] * len(node.outputs), strict=False)
+            walk.scales.update({value: scale for value, scale in outputs if not same(scale, 1.0)})
             continue
         for value, scale in scaled.items():
             if value not in behind:
@@ -125,14 +130,15 @@ def _affine(walk: _Walk, node: ir.Node, forms: Forms) -> None:
     scales = [walk.scales.get(value, 1.0) if value is not None else 1.0 for value in node.inputs]
     branches, states = scales[: len(form.alphas)], scales[len(form.alphas) :]
     alphas = [alpha * scale for alpha, scale in zip(form.alphas, branches, strict=True)]
-    betas = [beta * scale for beta, scale in zip(form.betas, states, strict=True)]
-    c = betas[0] if form.alphas and betas and betas[0] > 0 else 1.0
-    walk.saved += bool(form.betas) and form.betas[0] != 1.0 and c == betas[0]
+    betas = [beta if beta is None else beta * scale for beta, scale in zip(form.betas, states, strict=True)]
+    skip = betas[0] if betas else None
+    c = skip if skip is not None and skip > 0 else 1.0
+    walk.saved += skip is not None and c == skip and form.betas[0] != 1.0
 
     def change() -> None:
-        form.alphas, form.betas = [alpha / c for alpha in alphas], [beta / c for beta in betas]
+        form.alphas, form.betas = alphas, betas
         form.downs = [(m, down * states[m]) for m, down in form.downs]
-        form.up = form.up / c if form.up is not None else None
+        form.multiply(1 / c)
 
     walk.changes.append(change)
     if c != 1.0:
@@ -140,20 +146,41 @@ def _affine(walk: _Walk, node: ir.Node, forms: Forms) -> None:
     walk.low, walk.high = min(walk.low, c), max(walk.high, c)
 
 
-def _rule(model: ir.Model, node: ir.Node, scales: list[float]) -> tuple[float, list[_Change]] | None:
-    """The scale of a node's outputs, and the changes that make it so; None where it must read true values."""
+def _rule(model: ir.Model, node: ir.Node, scales: list[float], forms: Forms) -> tuple[float | tuple[float, ...], list[_Change]] | None:
+    """The scale of all of a node's outputs, or of each, and the changes that make it so; None where it must read true values."""
     op, first = node.op_type, scales[0]
     constants = [constant_of(value) if scale == 1.0 else None for value, scale in zip(node.inputs, scales, strict=True)]
     others = scales[1:]
 
     def scaled(position: int, factor: float) -> _Change:
-        array = constants[position]
-        assert array is not None
-        return lambda: replace_constant(model, node, position, array * factor)
+        return partial(scale_constant, model, node, position, factor)
+
+    def agreed(positions: Sequence[int]) -> tuple[float, list[_Change]] | None:
+        """One scale for operands that are added."""
+        data = [p for p in positions if p < len(scales) and node.inputs[p] is not None]
+        branches = {p: form for p in data if (form := _weighted_branch(node.inputs[p], forms)) is not None}
+        fixed = [p for p in data if constants[p] is None and p not in branches] or [*branches]
+        target = scales[fixed[0]] if fixed else 1.0
+        changes: list[_Change] = []
+        for p in data:
+            if constants[p] is not None:
+                changes.append(scaled(p, 1 / target))
+            elif p in branches:
+                changes.append(partial(branches[p].multiply, scales[p] / target))
+            elif not same(scales[p], target):
+                return None
+        return target, changes
 
     if op in _HOMOGENEOUS or (op == "Cast" and node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point()):
         return (first, []) if all(scale == 1.0 for scale in others) else None
-    if op in _NORMS and all(scale == 1.0 for scale in others):
+    if op in _SKIP_NORMS and not any(output.uses() for output in node.outputs[1:3]):
+        found = agreed((0, 1, _SKIP_NORMS[op]))
+        if found is None:
+            return None
+        target, changes = found
+        epsilon = node.attributes.get_float("epsilon", _SKIP_EPSILON) or 0.0
+        return (1.0, 1.0, 1.0, target), [*changes, lambda: node.attributes.add(ir.AttrFloat32("epsilon", epsilon / target**2))]
+    if op in _NORMS and all(scale == 1.0 for scale in others) and not any(output.uses() for output in node.outputs[1:]):
         epsilon = node.attributes.get_float("epsilon", _EPSILON) or 0.0
         return 1.0, [lambda: node.attributes.add(ir.AttrFloat32("epsilon", epsilon / first**2))]
     if (
@@ -163,8 +190,8 @@ def _rule(model: ir.Model, node: ir.Node, scales: list[float]) -> tuple[float, l
         and not node.attributes.get_int("training_mode", 0)
     ):
         return 1.0, [scaled(1, first), scaled(3, 1 / first)]
-    if op in _WEIGHTED and all(scale == 1.0 for scale in others) and constants[1] is not None:
-        return 1.0, [scaled(1, first)]
+    if op in _WEIGHTED and constants[1] is not None:
+        return _product(node, scales, constants, scaled)
     if op == "MatMul":
         for position in (0, 1):
             if constants[position] is not None:
@@ -178,13 +205,36 @@ def _rule(model: ir.Model, node: ir.Node, scales: list[float]) -> tuple[float, l
         return first**0.5, []
     if op == "Reciprocal":
         return 1 / first, []
-    if op == "Pow" and constants[1] is not None and constants[1].size == 1:
-        return first ** float(constants[1].reshape(())), []
-    if op in ("Add", "Sub", "Concat", "Sum", "Max", "Min"):
-        data = [scale for scale, array in zip(scales, constants, strict=True) if array is None]
-        if data and all(math.isclose(scale, data[0], rel_tol=_SAME) for scale in data):
-            return data[0], [scaled(position, 1 / data[0]) for position, array in enumerate(constants) if array is not None]
+    if op == "Pow" and (exponent := constants[1]) is not None and exponent.size == 1:
+        return first ** float(exponent.numpy().reshape(())), []
+    if op in _SUMS:
+        return agreed(range(len(scales)))
     return None
+
+
+def _product(
+    node: ir.Node, scales: list[float], constants: list[ir.TensorProtocol | None], scaled: Callable[[int, float], _Change]
+) -> tuple[float, list[_Change]] | None:
+    """W x is free of the scale of x; act(W x + v + z) has that of z, where the activation hands a scale on."""
+    added = _WEIGHTED[node.op_type]
+    if added is None or added >= len(scales) or node.inputs[added] is None or constants[added] is not None:
+        return (1.0, [scaled(1, scales[0])]) if all(scale == 1.0 for scale in scales[1:]) else None
+    target, between = scales[added], range(2, added)
+    activation = node.attributes.get_string("activation")
+    if (activation and activation not in _HOMOGENEOUS and target != 1.0) or any(
+        node.inputs[p] is not None and constants[p] is None for p in between
+    ):
+        return None
+    return target, [scaled(1, scales[0] / target), *(scaled(p, 1 / target) for p in between if node.inputs[p] is not None)]
+
+
+def _weighted_branch(value: ir.Value | None, forms: Forms) -> Affine | None:
+    """The form behind a value that is a weighted branch and nothing else, for one reader."""
+    producer = value.producer() if value is not None else None
+    form = forms.get(producer) if producer is not None else None
+    if value is None or form is None or form.betas or len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    return form
 
 
 def _restore(model: ir.Model, value: ir.Value, scale: float, result: ir.Value, node: ir.Node) -> _Change:

@@ -32,10 +32,10 @@ def laurel_nodes(path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["loop", "parallel_skip_middle", "tied", "images", "sequence_1d", "transformer_layer"])
-def test_toys(name, variant, tmp_path):
+def test_toys_as_functions(name, variant, tmp_path):
     case = CASES[name]
     model = away_from_start(rewrite(case.make(), (torch.randn(case.shape),), variant=variant, rank=4))
-    path = export_onnx(model, (torch.randn(case.shape),), None, tmp_path / "model.onnx")
+    path = export_onnx(model, (torch.randn(case.shape),), None, tmp_path / "model.onnx", target="portable")
     other = torch.randn(case.shape[0] + 3, *case.shape[1:])
     torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
     residual = [n for n in laurel_nodes(path) if not n.op_type.endswith("_branch")]
@@ -43,20 +43,21 @@ def test_toys(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"normalize": "sigmoid"}, {"normalize": "none"}, {"normalize": "paper"}, {"history_map": "identity"}])
-def test_options(options, tmp_path):
+def test_options_as_functions(options, tmp_path):
     x = torch.randn(2, 5, D)
     model = away_from_start(rewrite(CASES["loop"].make(), (x,), variant="rw+pa", rank=4, **options))
-    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target="portable")
     other = torch.randn(3, 8, D)
     torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
 @pytest.mark.parametrize("variant", ["rw+lr", "rw+lr+pa"])
 @pytest.mark.parametrize("name", ["gpt2", "cohere", "t5", "bert"])
-def test_real_architectures(name, variant, tmp_path):
+def test_real_architectures(name, variant, target, tmp_path):
     example = real(name)
     model = away_from_start(rewrite(example.model, (), example.kwargs, variant=variant, rank=4), spread=0.1)
-    path = export_onnx(model, (), example.kwargs, tmp_path / "model.onnx")
+    path = export_onnx(model, (), example.kwargs, tmp_path / "model.onnx", target=target)
     with torch.no_grad():
         expected = output(model, (), {**example.other_kwargs, "use_cache": False})
     torch.testing.assert_close(run(path, *example.other_kwargs.values()), expected, rtol=RTOL, atol=ATOL)
@@ -76,7 +77,7 @@ def test_the_examples_at_shapes_that_were_not_captured(name, variant, tmp_path):
 def test_names_metadata_functions_and_dimensions(tmp_path):
     example = real("gpt2")
     model = rewrite(example.model, (), example.kwargs, variant="rw+lr", rank=4)
-    path = export_onnx(model, (), example.kwargs, tmp_path / "model.onnx")
+    path = export_onnx(model, (), example.kwargs, tmp_path / "model.onnx", target="portable")
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
     nodes = laurel_nodes(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,19 +10,26 @@ import hypothesis.strategies as st
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from conftest import LIGHT, away_from_start, close, light, onnx_graph, output
 from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper, numpy_helper
+from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
+from onnxscript.rewriter.ort_fusions.skip_normalization import fuse_skip_layer_normalization, fuse_skip_rms_normalization
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, ExportError, detect, export_onnx, rewrite, rewrite_onnx, write_onnx
 from laurel_rewrite.feeds import draw_feeds
-from laurel_rewrite.lowering import lower
+from laurel_rewrite.lowering import SKIPPABLE, lower
+from laurel_rewrite.profiling.fusions import ops_of
+from laurel_rewrite.profiling.sessions import session_of
+from laurel_rewrite.profiling.sessions import settings as settings_of
 from laurel_rewrite.verify import run_onnx
-from passes.evaluate_laurel import EvaluateLaurel
+from passes.evaluate_laurel import Affine, EvaluateLaurel
+from passes.expand_laurel import ExpandLaurel
+from passes.fold_branch import FoldBranch
+from passes.rescale_stream import RescaleStream
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 
@@ -58,14 +65,9 @@ def compared(model: ir.Model, folder: Path, *, skip=(), seed: int = 3, **drawn) 
     return after, done
 
 
-def fused(path: Path) -> Counter[str]:
+def fused(path: Path, folder: Path) -> Counter[str]:
     """What onnxruntime makes of a file, by op."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.optimized_model_filepath = f"{folder}/fused.onnx"
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return Counter(node.op_type for node in ir.load(options.optimized_model_filepath).graph)
+    return ops_of(path, settings_of(), folder).after
 
 
 MODELS = ["resnet50", "vit_small", "gpt2", "bert", "llama", "t5", "falcon"]
@@ -87,15 +89,40 @@ def test_weighted_residuals_cost_nothing(name, exported, tmp_path):
     """RW ends as the baseline's very ops."""
     model = trained_like(rewrite_onnx(exported(name), variant="rw"))
     after, _ = compared(model, tmp_path)
-    assert fused(after) == fused(exported(name))
+    assert fused(after, tmp_path) == fused(exported(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "bert", "gpt2", "vit_small"])
+def test_weighted_residuals_cost_nothing_in_graphs_that_were_fused_before(name, exported, tmp_path):
+    """SkipLayerNormalization and FusedConv hold the sums, and their operands have the scale of the stream."""
+    given = tmp_path / "fused.onnx"
+    session_of(exported(name), settings_of(), optimised=given, level="extended")
+    model = trained_like(rewrite_onnx(given, variant="rw"))
+    after, done = compared(model, tmp_path)
+    assert not done.refused
+    assert "0 Muls at readers" in done.rescaled
+    assert fused(after, tmp_path) == fused(given, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_fusions_of_onnxscript_find_the_same_places(name, exported, tmp_path):
+    """People who fuse skips and normalisations before onnxruntime does can go on doing so."""
+    fuse = (fuse_rms_normalization, fuse_skip_layer_normalization, fuse_skip_rms_normalization)
+    counts = {}
+    for variant in ("", "rw", "rw+lr"):
+        model = ir.load(exported(name)) if not variant else trained_like(rewrite_onnx(exported(name), variant=variant, rank=4))
+        lower(model)
+        counts[variant] = [one(model) for one in fuse]
+    assert counts["rw"] == counts["rw+lr"] == counts[""]
+    assert sum(counts[""][1:]) >= 6
 
 
 def test_the_optimised_resnet_is_the_baselines_and_two_convolutions_a_site(exported, tmp_path):
-    base = fused(exported("resnet50"))
+    base = fused(exported("resnet50"), tmp_path)
     assert sum(base.values()) == 58
     after, _ = compared(trained_like(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4)), tmp_path)
-    assert fused(after) - base == Counter({"Conv": 32})
-    assert not base - fused(after)
+    assert fused(after, tmp_path) - base == Counter({"Conv": 32})
+    assert not base - fused(after, tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -107,7 +134,7 @@ def test_every_option_of_the_operator(variant, normalize, history_map, tmp_path)
     model = away_from_start(
         rewrite(CASES["loop"].make(), (x,), variant=variant, rank=4, normalize=normalize, history_map=history_map)
     ).eval()
-    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target="ort-cpu")
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
     other = torch.randn(3, 7, D)
     close(run_onnx(path, {"x": other.numpy()}, optimised=True), [output(model, (other,)).numpy()])
 
@@ -117,7 +144,7 @@ def test_every_way_to_write_a_sum(name, tmp_path):
     case = CASES[name]
     x = torch.randn(case.shape)
     model = away_from_start(rewrite(case.make(), (x,), variant="rw+lr+pa", rank=4)).eval()
-    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target="ort-cpu")
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
     other = torch.randn(3, *case.shape[1:])
     close(run_onnx(path, {"x": other.numpy()}, optimised=True), [output(model, (other,)).numpy()])
 
@@ -169,6 +196,18 @@ def test_a_branch_that_is_not_linear_in_its_weights_keeps_its_weight(tmp_path):
     nodes = [node("MatMul", ["x", "w"], ["m"]), node("Sigmoid", ["m"], ["f"]), node("Add", ["x", "f"], ["y"])]
     _, done = compared(chain(nodes, tmp_path, weights=W), tmp_path)
     assert done.refused == {"laurel_0": "Sigmoid is not linear in its weights"}
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    quantised = {"q": np.random.default_rng(0).integers(-99, 99, (D, D)).astype(np.int8), "zero": np.zeros(1, np.int8)}
+    nodes = [
+        *(node("Constant", [], [name], value=numpy_helper.from_array(array)) for name, array in quantised.items()),
+        node("DequantizeLinear", ["q", "size", "zero"], ["w"], axis=0), node("Relu", ["x"], ["r"]), node("MatMul", ["r", "w"], ["f"]),
+        node("Add", ["x", "f"], ["y"]),
+    ]  # fmt: skip
+    after, done = compared(chain(nodes, tmp_path, weights={"size": np.array([0.01])}), tmp_path)
+    assert list(done.refused) == ["laurel_0"]
+    assert sum(n.op_type == "DequantizeLinear" for n in ir.load(after).graph) == 1
 
 
 def test_the_halves_of_a_roll_are_one_value(tmp_path):
@@ -233,23 +272,24 @@ def test_a_stream_whose_readers_are_not_linear_is_not_rescaled(tmp_path):
     assert done.rescaled == "not rescaled: 2 readers would need a Mul to save 2"
 
 
-def test_weights_in_other_files_are_left_there(tmp_path):
+def test_weights_in_other_files_are_read_only_where_they_change(tmp_path):
     nodes = [
-        node("Relu", ["x"], ["r"]),
-        node("MatMul", ["r", "w"], ["f"]),
-        node("Add", ["x", "f"], ["s"]),
+        node("MatMul", ["x", "v"], ["m"]), node("Relu", ["m"], ["r"]), node("MatMul", ["r", "w"], ["f"]), node("Add", ["x", "f"], ["s"]),
         node("MatMul", ["s", "w"], ["y"]),
-    ]
-    model = chain(nodes, tmp_path, weights=W)
-    folder = tmp_path / "external"
-    folder.mkdir()
-    ir.save(model, folder / "model.onnx", external_data="weights.bin", size_threshold_bytes=512)
-    done = lower(external := ir.load(folder / "model.onnx"))
-    assert "is a constant of the file" in done.refused["laurel_0"]
-    assert isinstance(external.graph.initializers["w"].const_value, ir.ExternalTensor)
+    ]  # fmt: skip
+    model = chain(nodes, tmp_path, weights=W | {"v": W["w"] / 2})
+    ir.save(model, tmp_path / "model.onnx", external_data="weights.bin", size_threshold_bytes=512)
+    given = ir.load(tmp_path / "model.onnx")
+    done = lower(given)
+    assert (done.folded, done.refused) == (1, {})
+    kinds = {name: isinstance(value.const_value, ir.ExternalTensor) for name, value in given.graph.initializers.items()}
+    assert kinds["v"]
+    assert not kinds["w.scaled"]
     x = np.random.default_rng(1).standard_normal((2, D)).astype(np.float32)
     before = run_onnx(write_onnx(model, tmp_path / "before.onnx"), {"x": x}, optimised=False)
-    close(run_onnx(write_onnx(external, folder / "lowered.onnx"), {"x": x}, optimised=True), before)
+    close(run_onnx(write_onnx(given, tmp_path / "lowered.onnx"), {"x": x}, optimised=True), before)
+    sizes = {file.name: file.stat().st_size for file in tmp_path.glob("lowered*")}
+    assert set(sizes) == {"lowered.onnx", "lowered.onnx.data"}
 
 
 def test_a_scale_that_float16_cannot_bear(tmp_path):
@@ -270,7 +310,7 @@ def test_a_scale_that_float16_cannot_bear(tmp_path):
     for name, parameter in model.named_parameters():
         if name.endswith(".mix"):
             parameter.data = torch.tensor([np.log(3.0), 0.0], dtype=torch.float16)
-    path = export_onnx(model, (x,), None, tmp_path / "model.onnx")
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target="portable")
     lowered = ir.load(path)
     done = lower(lowered)
     assert done.rescaled.startswith("not rescaled: c would range from 9.")
@@ -305,28 +345,31 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_graphs(name, tmp_path, golden):
+    """The graph before the first pass and after each."""
     variant, branch = GOLDEN[name]
     nodes = [
         node("LayerNormalization", ["x", "gamma"], ["n"], axis=-1), *branch, node("Add", ["x", "f"], ["s"]),
         node("LayerNormalization", ["s", "gamma"], ["t"], axis=-1), node("MatMul", ["t", "w"], ["y"]),
     ]  # fmt: skip
-    model = chain(nodes, tmp_path, weights=W | {"gamma": np.ones(D)})
-    plain = rewrite_onnx(tmp_path / "given.onnx", variant=variant, rank=4)
-    compared(trained_like(plain), tmp_path)
-    lowered = plain.clone()
-    lower(lowered)
-    golden(f"lowered_{name.replace('+', '_')}.txt", f"before\n{shown(plain)}\nafter\n{shown(lowered)}")
-    assert model.graph
+    chain(nodes, tmp_path, weights=W | {"gamma": np.ones(D)})
+    model = trained_like(rewrite_onnx(tmp_path / "given.onnx", variant=variant, rank=4))
+    compared(model, tmp_path)
+    forms = {}
+    stages = [f"as it is\n{shown(model, forms)}"]
+    for one in (EvaluateLaurel(forms), RescaleStream(forms), FoldBranch(forms), ExpandLaurel(forms)):
+        one(model)
+        stages.append(f"{type(one).__name__}\n{shown(model, forms)}")
+    golden(f"lowered_{name.replace('+', '_')}.txt", "\n".join(stages))
 
 
-def shown(model: ir.Model) -> str:
+def shown(model: ir.Model, forms: dict[ir.Node, Affine]) -> str:
     lines = []
     for n in model.graph:
         epsilon = f"  epsilon {n.attributes['epsilon'].as_float():.3g}" if "epsilon" in n.attributes else ""
-        lines.append(f"  {n.outputs[0].name} = {n.op_type}({', '.join(str(v.name) for v in n.inputs if v is not None)}){epsilon}")
-    named: dict[str, str] = {}
-    for n in model.graph:  # values that the passes made have no names that last
-        named.setdefault(str(n.outputs[0].name), n.op_type)
+        form = forms.get(n)
+        numbers = f"  alphas {form.alphas}, betas {form.betas}, rank {len(form.downs[0][1]) if form.downs else 0}" if form else ""
+        numbers = re.sub(r"\d\.\d+", lambda m: f"{float(m[0]):.4f}", numbers)
+        lines.append(f"  {n.outputs[0].name} = {n.op_type}({', '.join(str(v.name) for v in n.inputs if v is not None)}){epsilon}{numbers}")
     return "\n".join(lines) + "\n"
 
 
@@ -339,10 +382,10 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(plan=steps, seed=st.integers(0, 3), variant=st.sampled_from(["rw", "rw+lr", "rw+lr+pa"]))
-def test_random_graphs(plan, seed, variant, tmp_path):
-    """Values stay, whatever reads the streams."""
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=steps, seed=st.integers(0, 3), variant=st.sampled_from(["rw", "rw+lr", "rw+lr+pa"]), skip=st.sets(st.sampled_from(SKIPPABLE)))
+def test_random_graphs(plan, seed, variant, skip, tmp_path):
+    """Values stay, whatever reads the streams, and whichever passes there are."""
     generator = np.random.default_rng(seed)
     nodes, values, weights = [], ["x"], {}
 
@@ -392,24 +435,48 @@ def test_random_graphs(plan, seed, variant, tmp_path):
     model = trained_like(rewrite_onnx(path, variant=variant, rank=4), seed)
     before = write_onnx(model, tmp_path / "before.onnx")
     lowered = model.clone()
-    lower(lowered)
+    lower(lowered, skip=skip)
     after = write_onnx(lowered, tmp_path / "after.onnx")
     feeds = {"x": generator.standard_normal((2, D)).astype(np.float32)}
     close(run_onnx(after, feeds, optimised=False), run_onnx(before, feeds, optimised=False), rtol=1e-3, atol=1e-4)  # chains of any depth
 
 
 def test_onnx_graphs_by_the_command(exported, tmp_path, here):
-    words = ["--rank", "4", "--target", "ort-cpu", "--onnx-functions", "inline", "--profile-seconds", "0.2"]
-    result = here(str(exported("gpt2")), *words)
+    result = here(str(exported("gpt2")), "--rank", "4", "--profile-seconds", "0.2")
     assert result.returncode == 0, result.stderr
     assert "lowered against not, random LAuReL" in result.stdout
     assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {"laurel.onnx", "plan.toml", "report.json"}
     lowered = ir.load(tmp_path / "laurel_out" / "laurel.onnx")
     assert not lowered.functions
     assert "Softmax" not in {n.op_type for n in lowered.graph if "laurel" in str(n.name)}  # no weight is left to compute
-    result = here(str(exported("gpt2")), "--rank", "4", "--skip-pass", "fold-branch")
+    assert "6 branches have their weight in what computes them. Streams: 6 skip weights became 1, c from" in result.stdout
+    assert "0 lost" in result.stdout
+    result = here("laurel_out/laurel.onnx", "--out", "again")
     assert result.returncode == 2
-    assert "--skip-pass is for --target ort-cpu" in result.stderr
+    assert "rewritten already" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "portable", "--skip-pass", "fold-branch"], "--skip-pass is for --target ort-cpu"),
+        (["--onnx-functions", "inline"], "--onnx-functions is for --target portable"),
+        (["--skip-pass", "fold"], "There is no pass 'fold' to skip. Nearest: fold-branch"),
+    ],
+)
+def test_options_that_do_not_fit(words, message, exported, here):
+    result = here(str(exported("gpt2")), *words)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(("target", "functions"), [("portable", True), ("none", False)])
+def test_other_targets_keep_the_parameters(target, functions, exported, tmp_path, here):
+    result = here(str(exported("gpt2")), "--rank", "4", "--target", target, "--profile-seconds", "0")
+    assert result.returncode == 0, result.stderr
+    model = ir.load(tmp_path / "laurel_out" / "laurel.onnx")
+    assert bool(model.functions) == functions
+    assert sum(name.endswith(".mix") for name in model.graph.initializers) == 6
 
 
 def test_what_onnx_graph_helpers_make_is_lowered_too(tmp_path):

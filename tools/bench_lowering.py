@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import platform
 import tempfile
-from collections import Counter
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import click
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 HERE = Path(__file__).parent
 THREADS = 2
@@ -57,15 +55,6 @@ def trained_like(model: ir.Model) -> None:
         elif array.ndim > 1:
             array = generator.standard_normal(array.shape) * 0.5 / math.sqrt(max(array.shape[:2]))
         value.const_value = ir.tensor(array.astype(tensor.dtype.numpy()), name=name)
-
-
-def ops(path: Path, folder: Path) -> Counter[str]:
-    """What onnxruntime makes of a file, by op."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in ir.load(folder / "optimised.onnx").graph)
 
 
 def flops(spec: str) -> tuple[int, Any]:
@@ -109,14 +98,14 @@ def measure(spec: str, seconds: float) -> list[str]:
             )
             bounds.append(1 + added / count)
         result = profile(files, seconds=seconds, threads=THREADS)
-        base = ops(files[0], folder)
+        base = result.rows[0].ops.after
         rows = []
-        for row, file, bound, (variant, kind) in zip(result.rows, files, bounds, [("-", "baseline"), *GRAPHS], strict=True):
-            found = ops(file, folder)
+        for row, bound, (variant, kind) in zip(result.rows, bounds, [("-", "baseline"), *GRAPHS], strict=True):
+            found, time = row.ops.after, row.latency
             more = ", ".join(f"{op} {found[op] - base[op]:+d}" for op in sorted(found | base) if found[op] != base[op]) or "the same"
-            interval = f"{row.ratio:.3f} [{row.low:.3f}, {row.high:.3f}]"
+            interval = f"{time.ratio:.3f} [{time.low:.3f}, {time.high:.3f}]"
             rows.append(
-                f"| {spec} | {variant} | {kind} | {row.median_ms:.2f} | {interval} | {row.verdict} | {bound:.3f} | {sum(found.values())} | {more} |"
+                f"| {spec} | {variant} | {kind} | {time.median_ms:.2f} | {interval} | {time.verdict} | {bound:.3f} | {sum(found.values())} | {more} |"
             )
         return rows
 
