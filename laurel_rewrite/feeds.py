@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +22,61 @@ _PAST = 4
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
-def draw_feeds(model: ir.Model, *, seed: int = 0, batch: int = 2, length: int = 16) -> dict[str, np.ndarray]:
+def draw_feeds(
+    model: ir.Model, *, seed: int = 0, batch: int = 2, length: int = 16, sizes: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray]:
     """Random values for every input of a graph that has no default.
 
     Floating-point inputs are normal; ids lie below the size of the table that they are looked up in; masks are ones; bytes are a
     picture's; other integers are 0 or 1. Sizes that the graph leaves open: `batch` for the first dimension, 64 for the sides of
-    pictures, 4 for a cache, and else `length`; a size given as a sum of others is that sum.
+    pictures, 4 for a cache, and else `length`; a size given as a sum of others is that sum. `sizes` says other ones, by the names of
+    `open_sizes`.
 
     Raises:
         ConfigError: an input of a type for which there is nothing to draw.
     """
     generator = np.random.default_rng(seed)
-    inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
-    sizes: dict[str, int] = {}
-    for value in inputs:
+    known = dict(sizes or {})
+    for name, (position, value) in open_sizes(model).items():
+        known.setdefault(name, _size(name, position, value.shape, batch, length))
+    return {str(value.name): _draw(value, _shape(value, known, batch, length), generator) for value in _inputs(model)}
+
+
+def open_sizes(model: ir.Model) -> dict[str, tuple[int, ir.Value]]:
+    """The sizes that a graph leaves open, by name, with the axis and the input that has it first."""
+    found: dict[str, tuple[int, ir.Value]] = {}
+    for value in _inputs(model):
         for position, dim in enumerate(value.shape or ()):
             name = dim.value if isinstance(dim, ir.SymbolicDim) else None
-            if name is not None and name.isidentifier():
-                sizes.setdefault(name, _size(name, position, value.shape, batch, length))
-    return {str(value.name): _draw(value, _shape(value, sizes, batch, length), generator) for value in inputs}
+            if name is not None and re.fullmatch(r"[\w.]+", name):
+                found.setdefault(name, (position, value))
+    return found
+
+
+def shape_grid(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Every combination of sizes, by the full names of the graph's open sizes.
+
+    Args:
+        model: an ONNX graph.
+        shapes: sizes by name, or by how the name begins: {"batch": [1, 8], "seq": [128, 512]}.
+
+    Raises:
+        ConfigError: the graph has no such open size, or a size is not positive.
+    """
+    names = list(open_sizes(model))
+    full: dict[str, Sequence[int]] = {}
+    for name, sizes in shapes.items():
+        matches = [known for known in names if known == name] or [known for known in names if known.startswith(name)]
+        if not matches:
+            raise ConfigError(f"The graph has no open size {name!r}. " + (f"It has: {', '.join(names)}." if names else "All are fixed."))
+        if not sizes or any(size < 1 for size in sizes):
+            raise ConfigError(f"The sizes of {name!r} must be 1 or more, not {list(sizes)}.")
+        full |= dict.fromkeys(matches[:1], sizes)
+    return [dict(zip(full, sizes, strict=True)) for sizes in itertools.product(*full.values())]
+
+
+def _inputs(model: ir.Model) -> list[ir.Value]:
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
 def read_feeds(file: Path) -> dict[str, np.ndarray]:
@@ -52,7 +90,7 @@ def read_feeds(file: Path) -> dict[str, np.ndarray]:
 
 def check_feeds(model: ir.Model, feeds: Mapping[str, np.ndarray], origin: object) -> None:
     """Raise ConfigError unless these are the inputs of the graph, of its types and ranks."""
-    inputs = {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
+    inputs = {str(value.name): value for value in _inputs(model)}
     if set(inputs) != set(feeds):
         raise ConfigError(f"{origin} takes the inputs {sorted(inputs)}, not {sorted(feeds)}.")
     for name, value in inputs.items():
@@ -83,7 +121,7 @@ def _shape(value: ir.Value, sizes: Mapping[str, int], batch: int, length: int) -
         if isinstance(dim, int):
             shape.append(dim)
             continue
-        size = _evaluate(dim.value, sizes) if dim.value is not None else None
+        size = sizes.get(dim.value) or _evaluate(dim.value, sizes) if dim.value is not None else None
         shape.append(size if size is not None else _size("", position, value.shape, batch, length))
     return shape
 

@@ -209,8 +209,8 @@ def inline_laurel(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def away_from_start(path: Path, seed: int = 0) -> Iterator[Path]:
-    """A copy of a file whose LAuReL parameters are random where they are at their start; the file itself where it has none such.
+def away_from_start(path: Path, seed: int = 0, *, inline: bool = False) -> Iterator[Path]:
+    """A copy of a file whose LAuReL parameters are random where they are at their start; the file itself where there is nothing to do.
 
     What is 0 or 1 at the start could be lost or swapped unseen, and a runtime deletes it. Where the model has external weights, the copy
     lies beside it for a while, for it refers to them.
@@ -218,6 +218,7 @@ def away_from_start(path: Path, seed: int = 0) -> Iterator[Path]:
     Args:
         path: of the file.
         seed: of the numbers.
+        inline: write LAuReL's functions out as ordinary nodes, as every runtime does.
     """
     model = ir.load(path)
     generator = np.random.default_rng(seed)
@@ -228,11 +229,14 @@ def away_from_start(path: Path, seed: int = 0) -> Iterator[Path]:
         if parameter.startswith(("mix", "up")) and not array.any():
             noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
             drawn[name] = ir.tensor(noise.astype(array.dtype), name=name)
-    if not drawn:
+    inline = inline and any(node.domain == DOMAIN for node in model.graph)
+    if not drawn and not inline:
         yield path
         return
     for name, tensor in drawn.items():
         model.graph.initializers[name].const_value = tensor
+    if inline:
+        inline_laurel(model)
     with tempfile.TemporaryDirectory(prefix="laurel-") as scratch:
         handle, file = tempfile.mkstemp(prefix=".laurel-", suffix=".onnx", dir=path.parent if external(model) else scratch)
         os.close(handle)

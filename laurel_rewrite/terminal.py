@@ -149,7 +149,7 @@ def show_report(console: Console, report: Report) -> None:
             caption=f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {inputs}\n{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}",
             **_STYLE,
         )
-        for heading in ("model", "median ms\n(p10-p90)", "ratio\n[95 %]", "verdict", "peak\narena", "peak\nresident", "file"):
+        for heading in ("model", "median ms\n(p10-p90)", "ratio\n[95 %]", "verdict", "peak\nactivations", "peak\nresident", "file"):
             left = heading in ("model", "verdict")
             table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "verdict")
         for row in report.profile.rows:
@@ -157,7 +157,7 @@ def show_report(console: Console, report: Report) -> None:
             ratio = "1" if time.verdict == "baseline" else f"{time.ratio:.3f}\n[{time.low:.3f}, {time.high:.3f}]"
             table.add_row(
                 Text(row.path.rsplit("/", 1)[-1]), f"{time.median_ms:.2f}\n({time.p10_ms:.2f}-{time.p90_ms:.2f})", Text(ratio), time.verdict,
-                _bytes(row.arena_bytes), _bytes(row.resident_bytes), _bytes(row.file_bytes),
+                _bytes(row.memory.activation_bytes), _bytes(row.resident_bytes), _bytes(row.file_bytes),
             )  # fmt: skip
         console.print(table)
         console.print(_ops(report.profile))

@@ -234,6 +234,11 @@ def _floating(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point()
 
 
+def module_of(node: ir.Node) -> str:
+    """Path of the module that ran a node, where the exporter says so; else ""."""
+    return _owner(node)[0]
+
+
 def _owner(node: ir.Node) -> tuple[str, bool]:
     """Path of the module that ran the node, and whether one around it is a LAuReL block of the model's own."""
     scopes, classes = _list(node.metadata_props, _SCOPES), _list(node.metadata_props, _CLASSES)

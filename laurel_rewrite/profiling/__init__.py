@@ -1,85 +1,132 @@
-"""Latency, memory and fusions of ONNX graphs in onnxruntime, side by side."""
+"""What ONNX graphs cost in onnxruntime, side by side: latency, memory, where the time goes, FLOPs and fusions."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from laurel_rewrite.errors import ConfigError
-from laurel_rewrite.feeds import check_feeds, draw_feeds
+from laurel_rewrite.feeds import check_feeds, draw_feeds, shape_grid
 from laurel_rewrite.graph_files import external
+from laurel_rewrite.one_more_layer import one_more_layer
 from laurel_rewrite.onnx_surgery import away_from_start
 from laurel_rewrite.profiling import latency
-from laurel_rewrite.profiling.fusions import Ops, ops_of
+from laurel_rewrite.profiling.attribution import Attribution, against, attribute
+from laurel_rewrite.profiling.costs import Costs, costs_of
+from laurel_rewrite.profiling.fusions import Ops, count_ops
 from laurel_rewrite.profiling.latency import Latency
-from laurel_rewrite.profiling.memory import arena_bytes, resident_bytes
-from laurel_rewrite.profiling.sessions import CPU, check_runs, conditions, processor, session_of, settings
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from laurel_rewrite.profiling.memory import Memory, memory_of, resident_bytes
+from laurel_rewrite.profiling.sessions import CPU, Settings, check_runs, conditions, processor, session_of, settings
+from laurel_rewrite.profiling.traces import record
 
 __all__ = ["Profile", "Row", "processor", "profile"]
+
+ONE_MORE = "one more layer"
+ITSELF = "the same again"
+_TRACED = 0.2  # of the time, for profiled runs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model's figures.
+    """One model's figures. Where several shapes of inputs were asked for, all but `latencies` are those of the first.
 
     Attributes:
+        name: of the file, or what it is.
         path: of the file.
-        latency: see `Latency`.
-        arena_bytes: peak of the bytes that ops had requested from the arena at the end of a node (arena on, memory pattern off), from a
-            run of its own: activations and what ops need to work.
+        latencies: for each shape.
+        memory: see `Memory`.
         resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it; 0 where the system has
             no such figure.
         file_bytes: the file and its external data.
         ops: before and after onnxruntime's optimisation, and what it fused.
+        costs: FLOPs and the like.
+        attribution: where the time goes.
+        providers: number of nodes by the execution provider that ran them.
     """
 
+    name: str
     path: str
-    latency: Latency
-    arena_bytes: int
+    latencies: tuple[Latency, ...]
+    memory: Memory
     resident_bytes: int
     file_bytes: int
     ops: Ops
+    costs: Costs
+    attribution: Attribution
+    providers: dict[str, int]
+
+    @property
+    def latency(self) -> Latency:
+        """For the first shape of inputs."""
+        return self.latencies[0]
 
     def to_dict(self, baseline: Row) -> dict[str, Any]:
+        nodes = [vars(node) for node in self.attribution.nodes]
         return {
+            "name": self.name,
             "path": self.path,
-            "latency": asdict(self.latency),
-            "arena_bytes": self.arena_bytes,
-            "resident_bytes": self.resident_bytes,
+            "latencies": [asdict(one) for one in self.latencies],
+            "memory": asdict(self.memory) | {"resident_bytes": self.resident_bytes},
             "file_bytes": self.file_bytes,
             "ops": vars(self.ops),
             "fusions": vars(self.ops.against(baseline.ops)),
+            "costs": vars(self.costs),
+            "time": {
+                "overhead": self.attribution.overhead,
+                "by_op": self.attribution.by("op"),
+                "by_module": self.attribution.by("module"),
+                "sites": [vars(site) for site in self.attribution.sites],
+                "left_over_ms": self.attribution.left_over_ms,
+                "nodes": nodes,
+            },
+            "providers": self.providers,
         }
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Rows in the order of the paths, and the conditions they were measured under."""
+    """Rows in the order of the paths.
+
+    Attributes:
+        rows: the first is the baseline.
+        shapes: of the inputs by name, for each latency of a row.
+        conditions: what was measured with.
+        warnings: what makes the figures doubtful, in sentences.
+    """
 
     rows: tuple[Row, ...]
+    shapes: tuple[dict[str, str], ...]
     conditions: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": [row.to_dict(self.rows[0]) for row in self.rows], "conditions": self.conditions}
+        return {
+            "rows": [row.to_dict(self.rows[0]) for row in self.rows],
+            "shapes": list(self.shapes),
+            "conditions": self.conditions,
+            "warnings": list(self.warnings),
+        }
 
 
 def profile(
     paths: Sequence[Path | str],
     *,
     inputs: Mapping[str, np.ndarray] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     seconds: float = 10.0,
     min_rounds: int = 20,
     threads: int | None = None,
     provider: str = CPU,
+    control: bool = False,
+    self_check: bool = False,
+    traces: Path | None = None,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Profile:
@@ -91,14 +138,18 @@ def profile(
     Args:
         paths: two or more files with the same inputs; the first is the baseline. One alone gives absolute figures.
         inputs: by name. None draws them (`draw_feeds`): dynamic dimensions are 1 for the batch and 128 for a sequence.
-        seconds: time for the rounds, after warm-up. There are at least `min_rounds`.
+        shapes: sizes to measure at, all combinations, by the names of open sizes: {"batch": [1, 8]}.
+        seconds: time for the rounds at each shape, after warm-up. There are at least `min_rounds`.
         threads: of one run. None: as many as the process may use, at most 4.
         provider: execution provider.
+        control: add the first model with one more layer.
+        self_check: add the first model once more, which must be within noise.
+        traces: folder for raw traces, in Chrome's trace format, which Perfetto opens.
         seed: of inputs, order and bootstrap.
         progress: is called with the fraction done.
 
     Raises:
-        ConfigError: a file is missing or cannot be loaded, or the inputs do not fit; there is no such provider.
+        ConfigError: a file is missing or cannot be loaded, or the inputs do not fit; there is no such provider or open size.
     """
     files = [Path(path) for path in paths]
     for file in files:
@@ -106,42 +157,129 @@ def profile(
             raise ConfigError(f"There is no file {file} to profile.")
     if not files:
         raise ConfigError("profile takes at least one ONNX file.")
+    if inputs is not None and shapes:
+        raise ConfigError("Sizes to measure at are for inputs that are drawn, and these were given.")
     options = settings(threads, provider)
     models = [_load(file) for file in files]
-    feeds = dict(inputs) if inputs is not None else draw_feeds(models[0], seed=seed, batch=1, length=128)
+    points = shape_grid(models[0], shapes or {})
+    feeds = [dict(inputs) if inputs is not None else draw_feeds(models[0], seed=seed, batch=1, length=128, sizes=sizes) for sizes in points]
     for file, model in zip(files, models, strict=True):
-        check_feeds(model, feeds, file)
+        for one in feeds:
+            check_feeds(model, one, file)
+    names, warnings = _names(files), []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laurel-profile-")))
-        measured = [stack.enter_context(away_from_start(file, seed)) for file in files]
+        measured = [stack.enter_context(away_from_start(file, seed, inline=True)) for file in files]
+        if control:
+            made = stack.enter_context(_control(models[0], files[0], folder))
+            if made is None:
+                warnings.append(f"{names[0]} has no block that could be copied, so there is no model with one more layer.")
+            else:
+                names.append(ONE_MORE)
+                files.append(made)
+                measured.append(made)
+        if self_check:
+            names.append(ITSELF)
+            files.append(files[0])
+            measured.append(measured[0])
         for file, copy in zip(files, measured, strict=True):
-            check_runs(file, session_of(copy, options), feeds)
-        latencies, runs = latency.measure(
-            measured, options, feeds, seconds=seconds, min_rounds=min_rounds, seed=seed, progress=progress
-        )  # fmt: skip
-        rows = tuple(
+            for one in feeds:
+                check_runs(file, session_of(copy, options), one)
+        latencies = []
+        for number, one in enumerate(feeds):
+            step = None if progress is None else lambda done, number=number: progress((number + done) / len(feeds))
+            latencies.append(latency.measure(measured, options, one, seconds=seconds, min_rounds=min_rounds, seed=seed, progress=step))
+        rows = _rows(names, files, measured, list(zip(*latencies, strict=True)), options, feeds[0], folder, seconds, seed)
+        if traces is not None:
+            for number, name in enumerate(names):
+                (folder / f"trace{number}.json").replace(traces / f"trace-{name.removesuffix('.onnx').replace(' ', '-')}.json")
+    described = tuple({name: f"{value.dtype}{list(value.shape)}" for name, value in one.items()} for one in feeds)
+    warnings += _doubts(rows, options)
+    made_with = conditions(options) | {"rounds": len(rows[0].latency.runs_ms), "inputs": described[0], "seed": seed}
+    return Profile(rows, described, made_with, tuple(warnings))
+
+
+def _rows(
+    names: Sequence[str],
+    files: Sequence[Path],
+    measured: Sequence[Path],
+    latencies: Sequence[tuple[Latency, ...]],
+    options: Settings,
+    feeds: Mapping[str, np.ndarray],
+    folder: Path,
+    seconds: float,
+    seed: int,
+) -> tuple[Row, ...]:
+    plain = record(measured, options, feeds, folder, seconds=0, seed=seed, level="none")
+    traces = record(measured, options, feeds, folder, seconds=seconds * _TRACED, seed=seed)
+    rows: list[Row] = []
+    for number, (name, file, copy) in enumerate(zip(names, files, measured, strict=True)):
+        model, optimised = ir.load(copy), ir.load(folder / f"optimised{number}.onnx")
+        attribution = attribute(model, optimised, traces[number], latencies[number][0].median_ms)
+        rows.append(
             Row(
-                str(file),
-                figures,
-                arena_bytes(copy, options, feeds, folder),
-                resident_bytes(copy, options, feeds, folder),
-                _file_bytes(file, model),
-                ops_of(copy, options, folder),
+                name=name,
+                path=str(file),
+                latencies=latencies[number],
+                memory=memory_of(optimised, traces[number]),
+                resident_bytes=resident_bytes(copy, options, feeds, folder),
+                file_bytes=_file_bytes(file),
+                ops=count_ops(model, optimised),
+                costs=costs_of(model, plain[number], traces[number]),
+                attribution=against(attribution, rows[0].attribution) if rows else attribution,
+                providers=traces[number].providers,
             )
-            for file, copy, model, figures in zip(files, measured, models, latencies, strict=True)
         )
-    shapes = {name: f"{value.dtype}{list(value.shape)}" for name, value in feeds.items()}
-    return Profile(rows, conditions(options) | {"rounds": len(runs[0]), "inputs": shapes, "seed": seed})
+    return tuple(rows)
 
 
-def _file_bytes(path: Path, model: ir.Model) -> int:
+@contextlib.contextmanager
+def _control(model: ir.Model, path: Path, folder: Path) -> Iterator[Path | None]:
+    """The model with one more layer in a file; beside the first for a while where that has weights in other files."""
+    made = one_more_layer(model)
+    if made is None:
+        yield None
+        return
+    file = path.with_name(f".laurel-control-{path.name}") if external(model) else folder / "control.onnx"
+    try:
+        ir.save(made[0], file)
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The files' names, with so many folders that they differ."""
+    for parts in range(1, 9):
+        names = ["/".join(file.resolve().parts[-parts:]) for file in files]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{file} ({number})" for number, file in enumerate(files, start=1)]
+
+
+def _doubts(rows: Sequence[Row], options: Settings) -> list[str]:
+    """What makes the figures doubtful."""
+    found = []
+    for row in rows:
+        if row.name == ITSELF and row.latency.verdict != "within noise":
+            found.append(
+                f"A model against itself is {row.latency.ratio:.3f} [{row.latency.low:.3f}, {row.latency.high:.3f}]: the machine is too noisy "
+                "to say more. Measure longer, or on a quiet machine."
+            )
+        elsewhere = sum(count for provider, count in row.providers.items() if provider != options.provider)
+        if elsewhere:
+            found.append(f"{row.name}: {elsewhere} of {sum(row.providers.values())} nodes ran on {CPU}, not on {options.provider}.")
+        if row.costs.uncounted:
+            found.append(f"{row.name}: the FLOPs of {', '.join(row.costs.uncounted)} are not counted.")
+    return found
+
+
+def _file_bytes(path: Path) -> int:
     """The file and the files with its external weights."""
-    return path.stat().st_size + sum(file.stat().st_size for file in {Path(tensor.path) for tensor in external(model)})
+    return path.stat().st_size + sum(file.stat().st_size for file in {Path(tensor.path) for tensor in external(ir.load(path))})
 
 
 def _load(path: Path) -> ir.Model:
-    import onnx_ir as ir
-
     try:
         return ir.load(path)
     except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class

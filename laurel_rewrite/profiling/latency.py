@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class Latency:
         ratio, low, high: over the first model's: median of the rounds' ratios, and its 95 % bootstrap interval.
         verdict: "baseline", "faster", "slower" or "within noise" (the interval holds 1).
         load_ms: median time to make a session, its optimisation included, milliseconds.
+        runs_ms: every run, in order.
     """
 
     median_ms: float
@@ -40,6 +41,7 @@ class Latency:
     high: float
     verdict: str
     load_ms: float
+    runs_ms: tuple[float, ...] = field(repr=False)
 
 
 def measure(
@@ -51,8 +53,8 @@ def measure(
     min_rounds: int,
     seed: int,
     progress: Callable[[float], None] | None = None,
-) -> tuple[list[Latency], list[np.ndarray]]:
-    """Latencies in the order of the files, and the seconds of every run of each.
+) -> list[Latency]:
+    """Latencies in the order of the files.
 
     Args:
         files: the first is the baseline.
@@ -70,16 +72,15 @@ def measure(
         times, load = _interleaved(files, settings, feeds, seconds / BLOCKS, -(-min_rounds // BLOCKS), order, step)
         blocks.append(times)
         loads.append(load)
-    result, runs = [], []
+    result = []
     for n in range(len(files)):
-        times = np.concatenate([block[n] for block in blocks])
+        times = np.concatenate([block[n] for block in blocks]) * 1e3
         center, low, high = ratio([block[n] / block[0] for block in blocks], seed)
         verdict = "baseline" if n == 0 else "within noise" if low <= 1 <= high else "slower" if center > 1 else "faster"
-        p10, median, p90 = (float(value) for value in np.percentile(times, [10, 50, 90]) * 1e3)
+        p10, median, p90 = (float(value) for value in np.percentile(times, [10, 50, 90]))
         load_ms = 1e3 * float(np.median([load[n] for load in loads]))
-        result.append(Latency(median, p10, p90, center, low, high, verdict, load_ms))
-        runs.append(times)
-    return result, runs
+        result.append(Latency(median, p10, p90, center, low, high, verdict, load_ms, tuple(times.tolist())))
+    return result
 
 
 def _interleaved(

@@ -66,7 +66,7 @@ def session_of(
         settings: see `Settings`.
         trace: profile every node, into files that begin so; the memory pattern is off then, so that each tensor is asked for singly.
         optimised: write the graph that onnxruntime runs to this file, its weights beside it.
-        level: of optimisation: "all", or "extended" without the layouts of one kind of machine.
+        level: of optimisation: "all", "extended" without the layouts of one kind of machine, or "none".
 
     Raises:
         ConfigError: onnxruntime cannot load the file.
@@ -78,8 +78,10 @@ def session_of(
     options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if level == "extended":
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = {
+        "all": levels.ORT_ENABLE_ALL, "extended": levels.ORT_ENABLE_EXTENDED, "none": levels.ORT_DISABLE_ALL,
+    }[level]  # fmt: skip
     if trace is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(trace)

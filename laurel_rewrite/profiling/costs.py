@@ -1,0 +1,105 @@
+"""Costs that do not depend on the machine: parameters, FLOPs, bytes moved, bytes alive.
+
+FLOPs are those of products (two a multiply-add), as torch's FlopCounterMode counts them; they are read from the shapes of a run without
+optimisation. Bytes moved are what the optimised graph's ops read and write, caches aside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from laurel_rewrite.dialects.onnx import METADATA
+from laurel_rewrite.profiling.traces import Trace
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Static costs of a model for one shape of inputs.
+
+    Attributes:
+        parameters: floating-point numbers in initializers.
+        flops: of one run.
+        moved_bytes: that the ops onnxruntime runs read and write.
+        uncounted: ops with products whose FLOPs are not known here, by type.
+        sites: parameters and FLOPs of each LAuReL site.
+    """
+
+    parameters: int
+    flops: int
+    moved_bytes: int
+    uncounted: Counter[str] = field(default_factory=Counter)
+    sites: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def costs_of(model: ir.Model, plain: Trace, optimised: Trace) -> Costs:
+    """Static costs of a file.
+
+    Args:
+        model: the file.
+        plain: a trace without optimisation, for the shapes.
+        optimised: a trace with it, for the bytes.
+    """
+    sites = {str(node.name): node.metadata_props.get(f"{METADATA}site", "") for node in model.graph}
+    parameters: dict[str, int] = defaultdict(int)
+    flops: dict[str, int] = defaultdict(int)
+    uncounted: Counter[str] = Counter()
+    total = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or not tensor.dtype.is_floating_point():
+            continue
+        readers = {node.metadata_props.get(f"{METADATA}site", "") for node in value.consumers()}
+        total += int(tensor.size)
+        if len(readers) == 1:
+            parameters[readers.pop()] += int(tensor.size)
+    for name, node in plain.nodes.items():
+        if node.op in _PRODUCTS:
+            flops[sites.get(name, "")] += _PRODUCTS[node.op](node.inputs, node.outputs)
+        elif node.op in _UNKNOWN:
+            uncounted[node.op] += 1
+    ids = {site for site in sites.values() if site}
+    return Costs(
+        total, sum(flops.values()), sum(n.moved_bytes for n in optimised.nodes.values()), uncounted,
+        {site: (parameters[site], flops[site]) for site in sorted(ids)},
+    )  # fmt: skip
+
+
+def _matmul(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    return 2 * math.prod(outputs[0]) * inputs[0][-1]
+
+
+def _gemm(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    return 2 * math.prod(inputs[0]) * outputs[0][1]  # whichever way the first is stored
+
+
+def _conv(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    return 2 * math.prod(outputs[0]) * math.prod(inputs[1][1:])
+
+
+def _conv_transpose(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    return 2 * math.prod(inputs[0]) * math.prod(inputs[1][1:])
+
+
+def _attention(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
+    """Two products of queries and keys, [..., S, features]; in onnxruntime's own, of [batch, S, D] and [D, 3 D], the projection too."""
+    first, second = inputs[0], inputs[1]
+    if len(second) == 2:
+        return 2 * math.prod(first) * second[1] + 4 * math.prod(outputs[0]) * first[1]
+    return 4 * math.prod(first) * second[-2]
+
+
+_PRODUCTS: Mapping[str, Callable[[Sequence[Shape], Sequence[Shape]], int]] = {
+    "MatMul": _matmul, "FusedMatMul": _matmul, "MatMulInteger": _matmul, "QLinearMatMul": _matmul, "MatMulNBits": _matmul,
+    "Gemm": _gemm, "FusedGemm": _gemm,
+    "Conv": _conv, "FusedConv": _conv, "ConvInteger": _conv, "ConvTranspose": _conv_transpose,
+    "QLinearConv": lambda inputs, outputs: _conv((inputs[0], inputs[3]), outputs),
+    "MultiHeadAttention": _attention, "Attention": _attention,
+}  # fmt: skip
+_UNKNOWN = frozenset("LSTM GRU RNN Einsum QAttention GroupQueryAttention QGemm".split())
