@@ -100,9 +100,7 @@ def _copy(model: ir.Model, layer: list[_Block]) -> None:
     new: list[ir.Node] = []
     for node in dict.fromkeys(node for block in layer for node in block.nodes):
         inputs = [None if value is None else copies.get(value) or _weights(model, value, copies) for value in node.inputs]
-        copy = ir.Node(
-            node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs), name=f"{node.name}/copy"
-        )
+        copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs), name=f"{node.name}/copy")
         copy.metadata_props.update(node.metadata_props)
         for old, output in zip(node.outputs, copy.outputs, strict=True):
             output.name, output.type, output.shape = f"{old.name}/copy", old.type, old.shape

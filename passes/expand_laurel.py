@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from laurel_rewrite.errors import ExportError
+from passes.algebra import constant
 from passes.base import Pass, PassResult
-from passes.constants import constant
 from passes.evaluate_laurel import AFFINE_DOMAIN, Affine, Forms, same
 
 BLOCK = 16  # channels

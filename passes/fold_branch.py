@@ -15,18 +15,10 @@ from functools import partial
 
 import onnx_ir as ir
 
+from passes.algebra import constant_of, is_homogeneous, scale_constant
 from passes.base import Pass, PassResult
-from passes.constants import constant_of, scale_constant
 from passes.evaluate_laurel import AFFINE_DOMAIN, Forms, same
 
-_THROUGH = frozenset(
-    """
-    Identity Relu LeakyRelu Neg Reshape Transpose Squeeze Unsqueeze Flatten Slice Expand Tile Dropout MaxPool AveragePool GlobalAveragePool
-    GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth Abs
-    """.split()
-)
-_POSITIVE = frozenset("Relu LeakyRelu MaxPool GlobalMaxPool ReduceMax ReduceMin Abs".split())
-"""Those of them that only a positive factor passes."""
 _LINEAR = {
     "Conv": (1, 2), "Gemm": (1, 2), "ConvTranspose": (1, 2), "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "RMSNormalization": (1,),
     "SimplifiedLayerNormalization": (1,), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
@@ -93,9 +85,10 @@ class FoldBranch(Pass[ir.Model]):
             return ""
         if node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} is not known to be linear"
-        if node.op_type in _POSITIVE and factor < 0:
+        alone = all(output is value or not output.uses() for output in node.outputs)
+        if alone and is_homogeneous(node) and not is_homogeneous(node, factor):
             return f"the weight is negative, and {node.op_type} is on the way"
-        if node.op_type in _THROUGH:
+        if alone and is_homogeneous(node, factor):
             return self._fold(model, node, 0, factor, changes, seen)
         if node.op_type in _TERMS:
             reasons = (self._fold(model, node, p, factor, changes, seen) for p, operand in enumerate(node.inputs) if operand is not None)

@@ -20,17 +20,10 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from passes.algebra import constant, constant_of, is_homogeneous, is_homogeneous_activation, scale_constant
 from passes.base import Pass, PassResult
-from passes.constants import constant, constant_of, scale_constant
 from passes.evaluate_laurel import Affine, Forms, same
 
-_HOMOGENEOUS = frozenset(
-    """
-    Identity Relu LeakyRelu PRelu Abs Neg Reshape Transpose Squeeze Unsqueeze Flatten Slice Expand Tile Gather GatherElements GatherND Dropout
-    MaxPool AveragePool GlobalAveragePool GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth Split Trilu
-    """.split()
-)
-"""f(c x) = c f(x) for c > 0, in the first operand."""
 _NORMS = frozenset(
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization GroupNormalization InstanceNormalization GroupNorm".split()
 )
@@ -110,7 +103,7 @@ def _walked(model: ir.Model, forms: Forms) -> _Walk:
             scales, changes = found
             walk.changes += changes
             outputs = zip(node.outputs, scales if isinstance(scales, tuple) else [scales] * len(node.outputs), strict=False)
-            walk.scales.update({value: scale for value, scale in outputs if not same(scale, 1.0)})
+            walk.scales.update({value: scale for value, scale in outputs if not same(scale, 1.0) and _floating(value)})
             continue
         for value, scale in scaled.items():
             if value not in behind:
@@ -123,6 +116,11 @@ def _walked(model: ir.Model, forms: Forms) -> _Walk:
             walk.muls += 1
             walk.changes.append(_output(model, position, value, walk.scales[value]))
     return walk
+
+
+def _floating(value: ir.Value) -> bool:
+    """Not the indices of a maximum, nor the mask of a dropout."""
+    return value.dtype is None or value.dtype.is_floating_point()
 
 
 def _affine(walk: _Walk, node: ir.Node, forms: Forms) -> None:
@@ -171,7 +169,7 @@ def _rule(model: ir.Model, node: ir.Node, scales: list[float], forms: Forms) -> 
                 return None
         return target, changes
 
-    if op in _HOMOGENEOUS or (op == "Cast" and node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point()):
+    if is_homogeneous(node) or (op == "Cast" and node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point()):
         return (first, []) if all(scale == 1.0 for scale in others) else None
     if op in _SKIP_NORMS and not any(output.uses() for output in node.outputs[1:3]):
         found = agreed((0, 1, _SKIP_NORMS[op]))
@@ -220,10 +218,8 @@ def _product(
     if added is None or added >= len(scales) or node.inputs[added] is None or constants[added] is not None:
         return (1.0, [scaled(1, scales[0])]) if all(scale == 1.0 for scale in scales[1:]) else None
     target, between = scales[added], range(2, added)
-    activation = node.attributes.get_string("activation")
-    if (activation and activation not in _HOMOGENEOUS and target != 1.0) or any(
-        node.inputs[p] is not None and constants[p] is None for p in between
-    ):
+    free = is_homogeneous_activation(node.attributes.get_string("activation") or "")
+    if (not free and target != 1.0) or any(node.inputs[p] is not None and constants[p] is None for p in between):
         return None
     return target, [scaled(1, scales[0] / target), *(scaled(p, 1 / target) for p in between if node.inputs[p] is not None)]
 

@@ -31,7 +31,7 @@ def test_rows_and_conditions(graphs):
     assert laurel.low <= laurel.ratio <= laurel.high
     assert laurel.verdict in ("faster", "slower", "within noise")
     assert all(r.p10_ms <= r.median_ms <= r.p90_ms and r.load_ms > 0 for r in (baseline, laurel))
-    assert all(r.resident_bytes > 1 << 20 and r.file_bytes > 1000 and r.arena_bytes > 0 for r in result.rows)
+    assert all(r.resident_bytes > 1 << 20 and r.file_bytes > 1000 and r.memory.activation_bytes > 0 for r in result.rows)
     assert result.conditions["rounds"] >= 15
     assert result.conditions["inputs"] == {"x": f"float32[1, 128, {D}]"}
     assert seen[-1] == 1.0
@@ -39,7 +39,7 @@ def test_rows_and_conditions(graphs):
 
 def test_activation_memory_grows_with_the_input(graphs):
     small, large = (
-        profile(graphs[:1], seconds=0, min_rounds=1, inputs={"x": np.zeros((batch, 64, D), np.float32)}).rows[0].arena_bytes
+        profile(graphs[:1], seconds=0, min_rounds=1, inputs={"x": np.zeros((batch, 64, D), np.float32)}).rows[0].memory.activation_bytes
         for batch in (2, 64)
     )
     tensor = 64 * D * 4

@@ -22,7 +22,8 @@ _IN_PLACE: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(_VIEWS, (0,)),
     **dict.fromkeys("Add Sub Mul Div".split(), (0, 1)),
     **dict.fromkeys(
-        "Relu Sigmoid Tanh Neg Abs Sqrt Exp Erf Clip HardSwish HardSigmoid LeakyRelu Elu QuickGelu Cast Softmax BatchNormalization".split(), (0,)
+        "Relu Sigmoid Tanh Neg Abs Sqrt Exp Erf Clip HardSwish HardSigmoid LeakyRelu Elu QuickGelu Cast Softmax BatchNormalization".split(),
+        (0,),
     ),
     "Conv": (3,),
     "FusedConv": (3,),

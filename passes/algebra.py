@@ -1,9 +1,32 @@
-"""What passes do with the constants of an ONNX graph: find one, add one, multiply the one that a node reads."""
+"""What passes know of ops that multiples pass through, and do with constants: find one, add one, multiply the one that a node reads."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
+_HOMOGENEOUS = frozenset(
+    """
+    Identity Relu LeakyRelu PRelu Abs Neg Reshape Transpose Squeeze Unsqueeze Flatten Slice Expand Tile Gather GatherElements GatherND Dropout
+    MaxPool AveragePool GlobalAveragePool GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth Split Trilu
+    """.split()
+)
+_ONLY_POSITIVE = frozenset("Relu LeakyRelu PRelu Abs MaxPool GlobalMaxPool ReduceMax ReduceMin".split())
+
+
+def is_homogeneous(node: ir.Node, factor: float = 1.0) -> bool:
+    """Whether f(c x) = c f(x) in the first operand, for a factor c of this sign."""
+    if node.op_type == "Pad":
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        filling = constant_of(value)
+        zeros = value is None or (filling is not None and not filling.numpy().any())
+        return zeros or node.attributes.get_string("mode", "constant") != "constant"
+    return node.op_type in _HOMOGENEOUS and (factor > 0 or node.op_type not in _ONLY_POSITIVE)
+
+
+def is_homogeneous_activation(name: str) -> bool:
+    """The same of an activation inside a fused node, for positive factors; no activation is one."""
+    return not name or name in _HOMOGENEOUS
 
 
 def constant(model: ir.Model, name: str, tensor: np.ndarray | ir.TensorProtocol) -> ir.Value:
