@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from laurel_rewrite import __version__
-from laurel_rewrite.errors import ConfigError, LaurelError, NoSiteError, VerificationError
+from laurel_rewrite.errors import ConfigError, LaurelError, LimitError, NoSiteError, VerificationError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from laurel_rewrite.profiling import Profile
 
 _SITE_OPTIONS = ("variant", "rank", "history", "normalize", "init_down", "history_map", "include", "exclude")
 _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
 _VARIANTS = "rw, lr, pa, rw+lr, rw+pa, lr+pa, rw+lr+pa"
 
 _EPILOG = """\b
-Another command:
+Other commands:
   laurel-rewrite sites MODEL      list the residual connections, and why other additions are none
+  laurel-rewrite profile A B ...  latency, memory and more of ONNX files in onnxruntime, side by side
 
 \b
 MODEL:
@@ -35,24 +38,30 @@ MODEL:
   model.onnx                      a graph; the result is a graph too
 
 \b
-Exit status: 0 done, 1 a verification failed, 2 usage or configuration, 3 no residual
-connection, 4 capture or export failed, 5 an optional package is missing.
+Exit status: 0 done, 1 a verification failed or --fail-if held, 2 usage or configuration, 3 no
+residual connection, 4 capture or export failed, 5 an optional package is missing.
 """
 
 
+_SET = click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the factory, or field of the architecture's configuration."
+)
+_FAIL_IF = click.option(
+    "--fail-if",
+    "limits",
+    multiple=True,
+    metavar="LIMIT",
+    help="Exit with 1 where this holds for a profiled graph: 'latency_ratio > 1.05'. Also latency_low, latency_high, activation_ratio, "
+    "resident_ratio, file_ratio, flops_ratio, fusions_lost, ...",
+)
+
+
 def _common(function: Any) -> Any:
-    """Options that both commands take."""
+    """Options that all commands take."""
     for option in (
         click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr."),
         click.option("-q", "--quiet", is_flag=True, help="Show no stages."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Argument of the factory, or field of the architecture's configuration.",
-        ),
     ):
         function = option(function)
     return function
@@ -74,6 +83,8 @@ def _common(function: Any) -> Any:
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
 @click.option("--profile-seconds", default=10.0, show_default=True, help="Time to measure latency; 0 for no profile.")
+@click.option("--train", is_flag=True, help="Measure training steps too, eager and compiled.")
+@_FAIL_IF
 @click.option(
     "--onnx-functions",
     "functions",
@@ -107,6 +118,7 @@ def _common(function: Any) -> Any:
 )
 @click.option("--emit-torch", is_flag=True, help="model.onnx: write a trainable PyTorch module, too.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="model.onnx: compare the graphs in onnxruntime.")
+@_SET
 @_common
 @click.version_option(__version__, prog_name="laurel-rewrite")
 @click.pass_context
@@ -120,6 +132,8 @@ def rewrite(
     seed: int,
     out: Path,
     profile_seconds: float,
+    train: bool,
+    limits: tuple[str, ...],
     functions: str,
     target: str,
     skip: tuple[str, ...],
@@ -146,6 +160,11 @@ def rewrite(
     given = [name for name in _GRAPH_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if given and not model.endswith(".onnx"):
         raise ConfigError(f"--{given[0].replace('_', '-')} is for ONNX files, and {model} is none.")
+    if train and model.endswith(".onnx"):
+        raise ConfigError("--train is for models in PyTorch, and an ONNX file is none.")
+    if limits and profile_seconds <= 0:
+        raise ConfigError("--fail-if needs a profile, and --profile-seconds 0 leaves it out.")
+    _check_limits(limits)
     from laurel_rewrite.plan import LaurelConfig
 
     config = LaurelConfig(**options, seed=seed)
@@ -176,8 +195,7 @@ def rewrite(
         else:
             report = job.run(
                 model, config, out, plan=plan, settings=parse_settings(settings), functions=functions, target=target, skip=skip,
-                seconds=profile_seconds,
-                listener=listener,
+                seconds=profile_seconds, train=train, listener=listener,
             )  # fmt: skip
     except VerificationError as error:
         if len(error.args) > 1:
@@ -188,12 +206,14 @@ def rewrite(
         _print_json(report.to_dict())
     else:
         terminal.show_report(_console(), report)
+    _stop_if_exceeded(limits, report.profile)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option("--explain", "selector", metavar="SITE|LINE", help="Why an addition is, or is not, a site: an id, a module, or [FILE:]LINE.")
 @click.option("--graph", "drawing", type=click.Path(path_type=Path), metavar="FILE", help="Draw streams, sites and branches: .svg, .dot.")
+@_SET
 @_common
 def sites(
     model: str,
@@ -232,11 +252,56 @@ def sites(
         click.echo(f"Drawn to {drawing}.", err=True)
 
 
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
+@click.option("--min-time", "seconds", default=10.0, show_default=True, help="Seconds of interleaved rounds at each shape.")
+@click.option(
+    "--shape", "shapes", multiple=True, metavar="NAME=SIZE[,SIZE...]", help="Sizes of an open dimension: batch=1,8. All combinations."
+)
+@click.option("--inputs", type=click.Path(path_type=Path), help="Inputs (.npz), instead of random ones.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of a run.  [default: as many as there are cores, at most 4]")
+@click.option("--provider", default="CPU", show_default=True, help="Execution provider of onnxruntime.")
+@click.option(
+    "--one-more-layer/--no-one-more-layer", "control", default=True, show_default=True, help="The first model with one more layer, too."
+)
+@click.option("--self-check", is_flag=True, help="The first model against itself, too: it must be within noise.")
+@click.option("--seed", default=0, show_default=True, help="Seed of inputs, order and intervals.")
+@_FAIL_IF
+@_common
+def profile(
+    models: tuple[Path, ...],
+    out: Path,
+    shapes: tuple[str, ...],
+    inputs: Path | None,
+    limits: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Measure ONNX files against the first: latency with intervals, memory, where the time goes, FLOPs, fusions. Writes report.html and
+    report.json."""
+    _start(verbose)
+    _check_limits(limits)
+    from laurel_rewrite import profile_job, terminal
+
+    listener = terminal.Stages(_console(stderr=True), quiet=quiet)
+    data, result = profile_job.run(models, out, shapes=profile_job.parse_shapes(shapes), inputs=inputs, listener=listener, **options)
+    if as_json:
+        _print_json(data)
+    else:
+        terminal.show_profile(_console(), result)
+        click.echo(f"Written to {out}/: {', '.join(data['files'])}")
+    _stop_if_exceeded(limits, result)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `laurel-rewrite`: the default action is `rewrite`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command, rest = (sites, given[1:]) if given[:1] == ["sites"] else (rewrite, given)
-    name = "laurel-rewrite sites" if command is sites else "laurel-rewrite"
+    word = given[0] if given and given[0] in _COMMANDS else ""
+    command, rest = (_COMMANDS[word], given[1:]) if word else (rewrite, given)
+    name = f"laurel-rewrite {word}".strip()
     try:
         command.main(rest or ["--help"], prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
@@ -249,6 +314,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         label = "Nothing to do" if isinstance(error, NoSiteError) else "Error"
         click.echo(f"{label}: {error.args[0]}", err=True)
         sys.exit(error.exit_code)
+
+
+_COMMANDS = {"sites": sites, "profile": profile}
+
+
+def _check_limits(limits: Sequence[str]) -> None:
+    if limits:
+        from laurel_rewrite.limits import check_limit
+
+        for limit in limits:
+            check_limit(limit)
+
+
+def _stop_if_exceeded(limits: Sequence[str], result: Profile | None) -> None:
+    from laurel_rewrite.limits import exceeded
+
+    found = [line for limit in limits if result is not None for line in exceeded(limit, result)]
+    if found:
+        raise LimitError("; ".join(found))
 
 
 def _start(verbose: bool) -> None:

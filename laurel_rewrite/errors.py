@@ -18,6 +18,12 @@ class VerificationError(LaurelError):
     exit_code = 1
 
 
+class LimitError(LaurelError):
+    """A limit that the user set on the profile was exceeded; everything was written."""
+
+    exit_code = 1
+
+
 class ConfigError(LaurelError, ValueError):
     """A request that cannot be meant: an unknown variant, a rank out of range, a selector that matches nothing."""
 

@@ -132,13 +132,16 @@ def run(
                 job.stop_if_failed(report)
             if seconds > 0:
                 with listener("profile") as stage:
-                    result = profile([path, measured], inputs=feeds, seconds=seconds, seed=config.seed, progress=stage.progress)
+                    result = profile(
+                        [path, measured], names=[path.name, NAME], inputs=feeds, seconds=seconds, control=True, traces=draft, seed=config.seed,
+                        progress=stage.progress,
+                    )  # fmt: skip
                     report.profile = job.renamed(result, {measured: out / NAME})
                     stage.done(f"{result.rows[1].latency.ratio:.3f}x the original's latency")
             for name in (job.PROBE, UNLOWERED):
                 for scratch in draft.glob(f"{name}*"):
                     scratch.unlink()
-            job.write_report(report, draft)
+            job.add_report(report, draft)
         finally:
             for twin in out.glob(f"{draft.name}-*"):
                 twin.unlink()

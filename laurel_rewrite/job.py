@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from laurel_rewrite import variants
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.models import Built, build, require_file
 from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.profiling import Profile, profile
+from laurel_rewrite.profiling import ONE_MORE, Profile, profile
+from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
+from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.sites import Sites, detect
 from laurel_rewrite.verify import Check, check_gradients, check_onnx, check_start, randomized
 
-REPORT = "report.json"
+if TYPE_CHECKING:
+    from torch import nn
+
 PROBE = "probe.onnx"
 
 
@@ -56,6 +59,7 @@ class Report:
     parameters: dict[str, int]
     checks: list[Check] = field(default_factory=list)
     profile: Profile | None = None
+    training: Training | None = None
     out: str = ""
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -66,6 +70,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "title": self.model,
             "model": self.model,
             **self.sites.to_dict(),
             "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites], "left_out": self.plan.left_out},
@@ -73,6 +78,7 @@ class Report:
             "notes": self.notes,
             "verification": [check.to_dict() for check in self.checks],
             "profile": self.profile.to_dict() if self.profile is not None else None,
+            "training": self.training.to_dict() if self.training is not None else None,
             "out": self.out,
             "files": self.files,
         }
@@ -152,6 +158,7 @@ def run(
     target: str = "ort-cpu",
     skip: tuple[str, ...] = (),
     seconds: float = 10.0,
+    train: bool = False,
     listener: Listener = silent,
 ) -> Report:
     """Do the main job for a model in Python; `graph_job.run` does it for an ONNX file.
@@ -214,20 +221,29 @@ def run(
             with listener("profile") as stage:
                 # With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph.
                 report.profile = profile(
-                    [baseline, probe], inputs=_feeds(baseline, built), seconds=seconds, seed=config.seed, progress=stage.progress
-                )
+                    [baseline, probe], names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(baseline, built), seconds=seconds, control=True,
+                    traces=draft, seed=config.seed, progress=stage.progress,
+                )  # fmt: skip
                 report.profile = renamed(report.profile, {probe: out / "laurel.onnx", draft: out})
                 stage.done(f"{report.profile.rows[1].latency.ratio:.3f}x the baseline's latency")
+        if train:
+            with listener("training") as stage:
+                report.training = _train(model, rewritten, sites, built, seconds or 10.0, config.seed)
+                stage.done(
+                    "; ".join(
+                        f"{row.mode}, {row.name}: {row.step.ratio:.3f}x" for row in report.training.rows if row.step.verdict != "baseline"
+                    )
+                )
         for file in draft.glob(f"{PROBE}*"):
             file.unlink()
-        write_report(report, draft)
+        add_report(report, draft)
     return report
 
 
-def write_report(report: Report, draft: Path) -> None:
+def add_report(report: Report, draft: Path) -> None:
     """List the files of a draft folder, and add the report to them."""
-    report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), REPORT])
-    (draft / REPORT).write_text(json.dumps(report.to_dict(), indent=1, default=str) + "\n")
+    report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML])
+    write_report(report.to_dict(), draft)
 
 
 def writable(out: Path) -> None:
@@ -265,6 +281,15 @@ def _feeds(path: Path, built: Built) -> dict[str, Any]:
     leaves = [leaf for leaf in pytree.tree_leaves((built.args, built.kwargs)) if isinstance(leaf, torch.Tensor)]
     inputs = session_of(path).get_inputs()
     return {info.name: built.kwargs.get(info.name, leaves[n]).cpu().numpy() for n, info in enumerate(inputs)}
+
+
+def _train(model: nn.Module, rewritten: nn.Module, sites: Sites, built: Built, seconds: float, seed: int) -> Training:
+    """Training steps of the model, the rewritten one, and the model with one more layer."""
+    models = {"baseline": model, "laurel": rewritten}
+    taller = one_more_block(model, [site.owner for site in sites if site.kind == "identity"], built.args, built.kwargs)
+    if taller is not None:
+        models[ONE_MORE] = taller
+    return profile_training(models, built.args, built.kwargs, seconds=seconds, seed=seed)
 
 
 def renamed(result: Profile, places: Mapping[Path, Path]) -> Profile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from rich.text import Text
 from laurel_rewrite.explaining import Explanation
 from laurel_rewrite.job import Report, Stage
 from laurel_rewrite.profiling import Profile
+from laurel_rewrite.profiling.training import Training
+from laurel_rewrite.report import count, part, shortened, size
 from laurel_rewrite.sites import Sites, short
 
 
@@ -82,8 +84,8 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
         for heading in ("reason", "where", "detail"):
             table.add_column(heading, overflow="fold")
         table.add_column("times", justify="right")
-        for (reason, where, detail), count in sorted(counts.items()):
-            table.add_row(reason, Text(where), Text(detail), str(count))
+        for (reason, where, detail), times in sorted(counts.items()):
+            table.add_row(reason, Text(where), Text(detail), str(times))
         console.print(table)
     if not sites.sites:
         console.print("No residual connection was found.")
@@ -142,50 +144,86 @@ def show_report(console: Console, report: Report) -> None:
         table.add_row(check.name, mark, f"{check.difference:.2g}", check.tolerance, Text(check.detail))
     console.print(table)
     if report.profile is not None:
-        conditions = report.profile.conditions
-        inputs = ", ".join(f"{name} {value}" for name, value in conditions["inputs"].items())
-        table = Table(
-            title="Profile in onnxruntime",
-            caption=f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {inputs}\n{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}",
-            **_STYLE,
-        )
-        for heading in ("model", "median ms\n(p10-p90)", "ratio\n[95 %]", "verdict", "peak\nactivations", "peak\nresident", "file"):
-            left = heading in ("model", "verdict")
-            table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "verdict")
-        for row in report.profile.rows:
-            time = row.latency
-            ratio = "1" if time.verdict == "baseline" else f"{time.ratio:.3f}\n[{time.low:.3f}, {time.high:.3f}]"
-            table.add_row(
-                Text(row.path.rsplit("/", 1)[-1]), f"{time.median_ms:.2f}\n({time.p10_ms:.2f}-{time.p90_ms:.2f})", Text(ratio), time.verdict,
-                _bytes(row.memory.activation_bytes), _bytes(row.resident_bytes), _bytes(row.file_bytes),
-            )  # fmt: skip
-        console.print(table)
-        console.print(_ops(report.profile))
+        show_profile(console, report.profile)
+    if report.training is not None:
+        show_training(console, report.training)
     if report.files:
         console.print(Text(f"Written to {report.out}/: {', '.join(report.files)}"))
 
 
-_STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
-
-
-def _ops(profile: Profile) -> Text:
-    """What onnxruntime runs, and which of the baseline's fusions the others keep."""
-    baseline = profile.rows[0].ops
-    lines = []
+def show_profile(console: Console, profile: Profile) -> None:
+    """The figures of each model, and of the shapes it was measured at."""
+    conditions, baseline = profile.conditions, profile.rows[0]
+    table = Table(
+        title="Profile in onnxruntime",
+        caption=f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {_sizes(profile.shapes[0])}\n"
+        f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}",
+        **_STYLE,
+    )
+    for heading in (
+        "model",
+        "median ms\n(p10-p90)",
+        "ratio\n[95 %]",
+        "verdict",
+        "FLOPs",
+        "parameters",
+        "peak\nactivations",
+        "peak\nresident",
+        "file",
+    ):
+        left = heading in ("model", "verdict")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading not in ("model", "verdict"), overflow="fold")
     for row in profile.rows:
-        line = f"{row.path.rsplit('/', 1)[-1]}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
-        lines.append(line if row is profile.rows[0] else f"{line}; fusions {row.ops.against(baseline)}")
-    return Text("\n".join(lines))
+        for number, (one, shape) in enumerate(zip(row.latencies, profile.shapes, strict=True)):
+            ratio = "1" if one.verdict == "baseline" else f"{one.ratio:.3f}\n[{one.low:.3f}, {one.high:.3f}]"
+            name = Text(shortened(row.name, 60)) if len(profile.shapes) == 1 else Text(f"{shortened(row.name, 60)}\n{_sizes(shape)}")
+            rest = (
+                f"{count(row.costs.flops)}\n{part(row.costs.flops, baseline.costs.flops)}",
+                f"{count(row.costs.parameters)}\n{part(row.costs.parameters, baseline.costs.parameters)}",
+                size(row.memory.activation_bytes), size(row.resident_bytes), size(row.file_bytes),
+            )  # fmt: skip
+            figures = (f"{one.median_ms:.2f}\n({one.p10_ms:.2f}-{one.p90_ms:.2f})", Text(ratio), one.verdict)
+            table.add_row(name, *figures, *(rest if number == 0 else ()))
+    console.print(table)
+    for row in profile.rows:
+        line = f"{shortened(row.name, 60)}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
+        console.print(Text(line if row is baseline else f"{line}; fusions {row.ops.against(baseline.ops)}"))
+        sites = row.attribution.sites
+        if sites:
+            dearest = max(sites, key=lambda site: site.ms)
+            console.print(
+                Text(
+                    f"  {len(sites)} sites take {sum(site.ms for site in sites):+.3f} ms, most {shortened(dearest.site, 60)} ({dearest.ms:+.4f} ms); "
+                    f"{row.attribution.left_over_ms:+.3f} ms of the difference belong to none"
+                )
+            )
+    for warning in profile.warnings:
+        console.print(Text(warning, style="yellow"))
+
+
+def show_training(console: Console, training: Training) -> None:
+    """Time and memory of training steps."""
+    table = Table(title="Training steps in PyTorch", caption=f"forward, backward and AdamW, interleaved; {training.device}", **_STYLE)
+    for heading in ("model", "mode", "median ms\n(p10-p90)", "ratio\n[95 %]", "verdict", "kept for\nbackward", "device\npeak"):
+        table.add_column(heading, justify="left" if heading in ("model", "mode", "verdict") else "right")
+    for row in training.rows:
+        step = row.step
+        ratio = "1" if step.verdict == "baseline" else f"{step.ratio:.3f}\n[{step.low:.3f}, {step.high:.3f}]"
+        times = f"{step.median_ms:.2f}\n({step.p10_ms:.2f}-{step.p90_ms:.2f})"
+        table.add_row(Text(row.name), row.mode, times, Text(ratio), step.verdict, size(row.saved_bytes), size(row.peak_bytes))
+    console.print(table)
+    for note in training.notes:
+        console.print(Text(note, style="yellow"))
+
+
+def _sizes(shape: Mapping[str, str]) -> str:
+    return ", ".join(f"{shortened(name, 40)} {value}" for name, value in shape.items())
+
+
+_STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
 
 
 def _parameter_line(report: Report) -> str:
     counts = report.parameters
     share = 100 * counts["added"] / max(counts["model"], 1)
     return f"{counts['model']:,} parameters + {counts['added']:,} of LAuReL (+{share:.2f} %)"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B" if count else "-"

@@ -135,6 +135,22 @@ def yolo() -> Path:
     return Path(spec.submodule_search_locations[0]) / "320n.onnx"
 
 
+def trained(model: ir.Model, seed: int = 0) -> ir.Model:
+    """a and b in [0.5, 1.5], U and V of trained size, all g away from their start."""
+    generator = np.random.default_rng(seed)
+    for name, value in model.graph.initializers.items():
+        if "laurel_" not in name:
+            continue
+        array = value.const_value.numpy()
+        if name.endswith(".mix") and array.size == 2:  # 2 softmax(w, 0) = (a, 2 - a)
+            a = generator.uniform(0.5, 1.5)
+            array = np.array([np.log(a / (2 - a)), 0.0])
+        else:
+            array = array + generator.standard_normal(array.shape) * (0.3 if array.ndim == 1 else 0.5 / np.sqrt(max(array.shape[:2])))
+        value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=name)
+    return model
+
+
 def onnx_graph(nodes: list[object], shapes: dict[str, tuple[object, ...]], inner: str = "", **weights: tuple[int, ...]) -> ir.Model:
     """A model with these nodes and inputs, and the output y; weights are zeros. The values named in `inner` have x's shape."""
     graph = helper.make_graph(

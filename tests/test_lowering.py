@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import LIGHT, away_from_start, close, light, onnx_graph, output
+from conftest import LIGHT, away_from_start, close, light, onnx_graph, output, trained
 from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper, numpy_helper
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
@@ -32,22 +32,6 @@ from passes.fold_branch import FoldBranch
 from passes.rescale_stream import RescaleStream
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
-
-
-def trained_like(model: ir.Model, seed: int = 0) -> ir.Model:
-    """a and b in [0.5, 1.5], U and V of trained size, all g away from their start."""
-    generator = np.random.default_rng(seed)
-    for name, value in model.graph.initializers.items():
-        if "laurel_" not in name:
-            continue
-        array = value.const_value.numpy()
-        if name.endswith(".mix") and array.size == 2:  # 2 softmax(w, 0) = (a, 2 - a)
-            a = generator.uniform(0.5, 1.5)
-            array = np.array([np.log(a / (2 - a)), 0.0])
-        else:
-            array = array + generator.standard_normal(array.shape) * (0.3 if array.ndim == 1 else 0.5 / np.sqrt(max(array.shape[:2])))
-        value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=name)
-    return model
 
 
 def compared(model: ir.Model, folder: Path, *, skip=(), seed: int = 3, **drawn) -> tuple[Path, object]:
@@ -77,7 +61,7 @@ MODELS = ["resnet50", "vit_small", "gpt2", "bert", "llama", "t5", "falcon"]
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_values(name, variant, exported, tmp_path):
-    model = trained_like(rewrite_onnx(exported(name), variant=variant, rank=4))
+    model = trained(rewrite_onnx(exported(name), variant=variant, rank=4))
     _, done = compared(model, tmp_path)
     if "rw" in variant:
         assert done.sites == done.folded
@@ -88,7 +72,7 @@ def test_the_same_values(name, variant, exported, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_weighted_residuals_cost_nothing(name, exported, tmp_path):
     """RW ends as the baseline's very ops."""
-    model = trained_like(rewrite_onnx(exported(name), variant="rw"))
+    model = trained(rewrite_onnx(exported(name), variant="rw"))
     after, _ = compared(model, tmp_path)
     assert fused(after, tmp_path) == fused(exported(name), tmp_path)
 
@@ -98,7 +82,7 @@ def test_weighted_residuals_cost_nothing_in_graphs_that_were_fused_before(name, 
     """SkipLayerNormalization and FusedConv hold the sums, and their operands have the scale of the stream."""
     given = tmp_path / "fused.onnx"
     session_of(exported(name), settings_of(), optimised=given, level="extended")
-    model = trained_like(rewrite_onnx(given, variant="rw"))
+    model = trained(rewrite_onnx(given, variant="rw"))
     after, done = compared(model, tmp_path)
     assert not done.refused
     assert "0 Muls at readers" in done.rescaled
@@ -111,7 +95,7 @@ def test_fusions_of_onnxscript_find_the_same_places(name, exported, tmp_path):
     fuse = (fuse_rms_normalization, fuse_skip_layer_normalization, fuse_skip_rms_normalization)
     counts = {}
     for variant in ("", "rw", "rw+lr"):
-        model = ir.load(exported(name)) if not variant else trained_like(rewrite_onnx(exported(name), variant=variant, rank=4))
+        model = ir.load(exported(name)) if not variant else trained(rewrite_onnx(exported(name), variant=variant, rank=4))
         lower(model)
         counts[variant] = [one(model) for one in fuse]
     assert counts["rw"] == counts["rw+lr"] == counts[""]
@@ -121,7 +105,7 @@ def test_fusions_of_onnxscript_find_the_same_places(name, exported, tmp_path):
 def test_the_optimised_resnet_is_the_baselines_and_two_convolutions_a_site(exported, tmp_path):
     base = fused(exported("resnet50"), tmp_path)
     assert sum(base.values()) == 58
-    after, _ = compared(trained_like(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4)), tmp_path)
+    after, _ = compared(trained(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4)), tmp_path)
     assert fused(after, tmp_path) - base == Counter({"Conv": 32})
     assert not base - fused(after, tmp_path)
 
@@ -152,12 +136,12 @@ def test_every_way_to_write_a_sum(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, kinds in LIGHT.items() if kinds])
 def test_graphs_of_another_framework(name, tmp_path):
-    compared(trained_like(rewrite_onnx(light(name), variant="rw+lr", rank=4)), tmp_path)
+    compared(trained(rewrite_onnx(light(name), variant="rw+lr", rank=4)), tmp_path)
 
 
 @pytest.mark.parametrize("skip", [["rescale-stream"], ["fold-branch"], ["pad-rank"], ["rescale-stream", "fold-branch"]])
 def test_passes_can_be_left_out(skip, exported, tmp_path, here):
-    model = trained_like(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4))
+    model = trained(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4))
     after, _done = compared(model, tmp_path, skip=skip)
     lowered = ir.load(after)
     muls = sum(node.op_type == "Mul" for node in lowered.graph)
@@ -179,7 +163,7 @@ def chain(nodes, folder: Path, *, weights, outputs=("y",), opset: int = 20) -> i
     )  # fmt: skip
     path = folder / "given.onnx"
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
-    return trained_like(rewrite_onnx(path, variant="rw+lr", rank=4))
+    return trained(rewrite_onnx(path, variant="rw+lr", rank=4))
 
 
 W = {"w": np.random.default_rng(0).standard_normal((D, D))}
@@ -246,7 +230,7 @@ def test_an_initializer_that_callers_may_set_is_no_constant(tmp_path):
     given = onnx.load(tmp_path / "given.onnx")
     given.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [D, D]))
     onnx.save(given, tmp_path / "given.onnx")
-    model = trained_like(rewrite_onnx(tmp_path / "given.onnx", variant="rw"))
+    model = trained(rewrite_onnx(tmp_path / "given.onnx", variant="rw"))
     before = write_onnx(model, tmp_path / "before.onnx")
     lower(model)
     after = write_onnx(model, tmp_path / "after.onnx")
@@ -353,7 +337,7 @@ def test_golden_graphs(name, tmp_path, golden):
         node("LayerNormalization", ["s", "gamma"], ["t"], axis=-1), node("MatMul", ["t", "w"], ["y"]),
     ]  # fmt: skip
     chain(nodes, tmp_path, weights=W | {"gamma": np.ones(D)})
-    model = trained_like(rewrite_onnx(tmp_path / "given.onnx", variant=variant, rank=4))
+    model = trained(rewrite_onnx(tmp_path / "given.onnx", variant=variant, rank=4))
     compared(model, tmp_path)
     forms = {}
     stages = [f"as it is\n{shown(model, forms)}"]
@@ -433,7 +417,7 @@ def test_random_graphs(plan, seed, variant, skip, tmp_path):
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     if not len(detect(path)):
         return
-    model = trained_like(rewrite_onnx(path, variant=variant, rank=4), seed)
+    model = trained(rewrite_onnx(path, variant=variant, rank=4), seed)
     before = write_onnx(model, tmp_path / "before.onnx")
     lowered = model.clone()
     lower(lowered, skip=skip)
@@ -491,6 +475,6 @@ def test_what_onnx_graph_helpers_make_is_lowered_too(tmp_path):
     for name in ("w", "gamma", "beta"):
         value = model.graph.initializers[name]
         value.const_value = ir.tensor(generator.standard_normal(tuple(value.shape)).astype(np.float32), name=name)
-    after, done = compared(trained_like(rewrite_onnx(model, variant="rw+lr", rank=4)), tmp_path)
+    after, done = compared(trained(rewrite_onnx(model, variant="rw+lr", rank=4)), tmp_path)
     assert "SkipLayerNormalization" in {n.op_type for n in ir.load(after).graph}
     assert done.folded == 1

@@ -100,7 +100,7 @@ def main(gigabytes: float, rounds: int, folder: Path | None, out: Path | None) -
         place = Path(scratch)
         path, blocks = decoder(place, gigabytes)
         size = (place / "weights.bin").stat().st_size
-        rewrite = [str(path), "--variant", "rw+lr", "--rank", "16", "--no-verify", "--profile-seconds", "0"]
+        rewrite = [str(path), "--variant", "rw+lr", "--rank", "16", "--target", "portable", "--no-verify", "--profile-seconds", "0"]
         rows = []
         for name, words, count, bound in (
             ("sites: detection alone", ["sites", str(path)], rounds, True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ __all__ = ["Profile", "Row", "processor", "profile"]
 
 ONE_MORE = "one more layer"
 ITSELF = "the same again"
+_WIDE = 0.1  # an interval that says little
 _TRACED = 0.2  # of the time, for profiled runs
 
 
@@ -41,6 +43,7 @@ class Row:
         name: of the file, or what it is.
         path: of the file.
         latencies: for each shape.
+        load_ms: median time to make a session, onnxruntime's optimisation included, milliseconds.
         memory: see `Memory`.
         resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it; 0 where the system has
             no such figure.
@@ -54,6 +57,7 @@ class Row:
     name: str
     path: str
     latencies: tuple[Latency, ...]
+    load_ms: float
     memory: Memory
     resident_bytes: int
     file_bytes: int
@@ -73,6 +77,7 @@ class Row:
             "name": self.name,
             "path": self.path,
             "latencies": [asdict(one) for one in self.latencies],
+            "load_ms": self.load_ms,
             "memory": asdict(self.memory) | {"resident_bytes": self.resident_bytes},
             "file_bytes": self.file_bytes,
             "ops": vars(self.ops),
@@ -118,6 +123,7 @@ class Profile:
 def profile(
     paths: Sequence[Path | str],
     *,
+    names: Sequence[str] | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     seconds: float = 10.0,
@@ -137,6 +143,7 @@ def profile(
 
     Args:
         paths: two or more files with the same inputs; the first is the baseline. One alone gives absolute figures.
+        names: to call them by; None takes the files' names, with folders where they are equal.
         inputs: by name. None draws them (`draw_feeds`): dynamic dimensions are 1 for the batch and 128 for a sequence.
         shapes: sizes to measure at, all combinations, by the names of open sizes: {"batch": [1, 8]}.
         seconds: time for the rounds at each shape, after warm-up. There are at least `min_rounds`.
@@ -166,33 +173,34 @@ def profile(
     for file, model in zip(files, models, strict=True):
         for one in feeds:
             check_feeds(model, one, file)
-    names, warnings = _names(files), []
+    rows_of = list(names) if names is not None else _names(files)
+    warnings: list[str] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laurel-profile-")))
         measured = [stack.enter_context(away_from_start(file, seed, inline=True)) for file in files]
         if control:
             made = stack.enter_context(_control(models[0], files[0], folder))
             if made is None:
-                warnings.append(f"{names[0]} has no block that could be copied, so there is no model with one more layer.")
+                warnings.append(f"{rows_of[0]} has no block that could be copied, so there is no model with one more layer.")
             else:
-                names.append(ONE_MORE)
+                rows_of.append(ONE_MORE)
                 files.append(made)
                 measured.append(made)
         if self_check:
-            names.append(ITSELF)
+            rows_of.append(ITSELF)
             files.append(files[0])
             measured.append(measured[0])
         for file, copy in zip(files, measured, strict=True):
             for one in feeds:
                 check_runs(file, session_of(copy, options), one)
-        latencies = []
+        timings = []
         for number, one in enumerate(feeds):
             step = None if progress is None else lambda done, number=number: progress((number + done) / len(feeds))
-            latencies.append(latency.measure(measured, options, one, seconds=seconds, min_rounds=min_rounds, seed=seed, progress=step))
-        rows = _rows(names, files, measured, list(zip(*latencies, strict=True)), options, feeds[0], folder, seconds, seed)
+            timings.append(latency.measure(measured, options, one, seconds=seconds, min_rounds=min_rounds, seed=seed, progress=step))
+        rows = _rows(rows_of, files, measured, timings, options, feeds[0], folder, seconds, seed)
         if traces is not None:
-            for number, name in enumerate(names):
-                (folder / f"trace{number}.json").replace(traces / f"trace-{name.removesuffix('.onnx').replace(' ', '-')}.json")
+            for number, name in enumerate(rows_of):
+                (folder / f"trace{number}.json").replace(traces / f"trace-{_file_name(name)}.json")
     described = tuple({name: f"{value.dtype}{list(value.shape)}" for name, value in one.items()} for one in feeds)
     warnings += _doubts(rows, options)
     made_with = conditions(options) | {"rounds": len(rows[0].latency.runs_ms), "inputs": described[0], "seed": seed}
@@ -203,7 +211,7 @@ def _rows(
     names: Sequence[str],
     files: Sequence[Path],
     measured: Sequence[Path],
-    latencies: Sequence[tuple[Latency, ...]],
+    timings: Sequence[tuple[list[Latency], list[float]]],
     options: Settings,
     feeds: Mapping[str, np.ndarray],
     folder: Path,
@@ -215,12 +223,13 @@ def _rows(
     rows: list[Row] = []
     for number, (name, file, copy) in enumerate(zip(names, files, measured, strict=True)):
         model, optimised = ir.load(copy), ir.load(folder / f"optimised{number}.onnx")
-        attribution = attribute(model, optimised, traces[number], latencies[number][0].median_ms)
+        attribution = attribute(model, optimised, traces[number], timings[0][0][number].median_ms)
         rows.append(
             Row(
                 name=name,
                 path=str(file),
-                latencies=latencies[number],
+                latencies=tuple(latencies[number] for latencies, _ in timings),
+                load_ms=timings[0][1][number],
                 memory=memory_of(optimised, traces[number]),
                 resident_bytes=resident_bytes(copy, options, feeds, folder),
                 file_bytes=_file_bytes(file),
@@ -257,6 +266,10 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [f"{file} ({number})" for number, file in enumerate(files, start=1)]
 
 
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name.removesuffix(".onnx"))[-80:]
+
+
 def _doubts(rows: Sequence[Row], options: Settings) -> list[str]:
     """What makes the figures doubtful."""
     found = []
@@ -266,6 +279,8 @@ def _doubts(rows: Sequence[Row], options: Settings) -> list[str]:
                 f"A model against itself is {row.latency.ratio:.3f} [{row.latency.low:.3f}, {row.latency.high:.3f}]: the machine is too noisy "
                 "to say more. Measure longer, or on a quiet machine."
             )
+        elif row.latency.high - row.latency.low > _WIDE:
+            found.append(f"{row.name}: the ratio is only known to lie between {row.latency.low:.3f} and {row.latency.high:.3f}. Measure longer.")
         elsewhere = sum(count for provider, count in row.providers.items() if provider != options.provider)
         if elsewhere:
             found.append(f"{row.name}: {elsewhere} of {sum(row.providers.values())} nodes ran on {CPU}, not on {options.provider}.")

@@ -1,0 +1,171 @@
+"""What a training step costs in PyTorch: forward, backward, optimiser, interleaved as latencies are; eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from laurel_rewrite.capture import quiet, without_caches
+from laurel_rewrite.operator import param_groups
+from laurel_rewrite.profiling.latency import Latency, interleaved, summarised
+
+_BLOCKS = 3
+_MODES = ("eager", "compiled")
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One model's training step in one mode.
+
+    Attributes:
+        name: of the model.
+        mode: "eager" or "compiled" (torch.compile).
+        step: time of a step: forward, backward and AdamW.
+        saved_bytes: of activations that the eager forward pass keeps for backward, each storage once.
+        peak_bytes: most memory that the device's allocator gave out in a step; 0 on a CPU, whose allocator does not count.
+        parameters: number of them.
+    """
+
+    name: str
+    mode: str
+    step: Latency
+    saved_bytes: int
+    peak_bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """Rows by mode and model, the first of each mode the baseline; and what could not be measured."""
+
+    rows: tuple[TrainingRow, ...]
+    device: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def profile_training(
+    models: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], *, seconds: float = 10.0, seed: int = 0
+) -> Training:
+    """Training steps of models, eager and compiled, against the first of them. The models themselves are not changed.
+
+    The loss is the mean square of the floating-point outputs: its own cost is small, and the same for all.
+
+    Args:
+        models: by name.
+        args, kwargs: inputs of all. They are moved to CUDA where there is one.
+        seconds: for the steps of each mode.
+        seed: of the order.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to(device), (tuple(args), dict(kwargs))
+    )
+    rows: list[TrainingRow] = []
+    notes: list[str] = []
+    for mode in _MODES:
+        try:
+            steps = {name: _Step(model, *moved, device, compiled=mode == "compiled") for name, model in models.items()}
+            order = random.Random(seed)
+            with quiet():
+                blocks = [interleaved(list(steps.values()), seconds / _BLOCKS, 3, order) for _ in range(_BLOCKS)]
+        except Exception as error:  # a compiler's exceptions share no base class
+            notes.append(
+                f"{mode} training could not be measured: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            )
+            continue
+        for (name, step), time in zip(steps.items(), summarised(blocks, seed), strict=True):
+            count = sum(p.numel() for p in step.model.parameters())
+            rows.append(TrainingRow(name, mode, time, step.saved_bytes(), step.peak_bytes(), count))
+    where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return Training(tuple(rows), where, tuple(notes))
+
+
+class _Step:
+    """A model with its optimiser; a call is one step."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str, *, compiled: bool) -> None:
+        self.model = copy.deepcopy(model).train().to(device)
+        self.args, self.kwargs, self.device = args, kwargs, device
+        self.optimizer = torch.optim.AdamW(param_groups(self.model, lr=1e-6, weight_decay=0.01))
+        self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
+
+    def __call__(self) -> None:
+        with without_caches(self.model):
+            self.optimizer.zero_grad()
+            torch.autograd.backward(self._loss())
+            self.optimizer.step()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _loss(self) -> Tensor:
+        leaves = pytree.tree_leaves(self.forward(*self.args, **self.kwargs))
+        floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad]
+        return torch.stack([leaf.float().square().mean() for leaf in floats]).sum()
+
+    def saved_bytes(self) -> int:
+        """Bytes that autograd keeps for backward, parameters aside."""
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self.forward = self.model
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), without_caches(self.model):
+            loss = self._loss()
+        del loss
+        return sum(storages.values())
+
+    def peak_bytes(self) -> int:
+        if self.device != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        self()
+        return int(torch.cuda.max_memory_allocated())
+
+
+def one_more_block(model: nn.Module, owners: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+    """A copy of a model with one more layer: the last block of a list of modules that owns sites, once more behind itself.
+
+    Args:
+        model: not rewritten.
+        owners: paths of the modules that own residual connections.
+        args, kwargs: inputs; a copy that does not run with them is not taken.
+
+    Returns:
+        None where no list of modules holds the blocks.
+    """
+    places: dict[str, str] = {}  # list of modules -> its last block that owns a site
+    for owner in owners:
+        parts = owner.split(".")
+        for depth in range(len(parts)):
+            path = ".".join(parts[:depth])
+            if parts[depth].isdigit() and isinstance(model.get_submodule(path), nn.ModuleList | nn.Sequential):
+                places.pop(path, None)
+                places[path] = parts[depth]
+                break
+    for path, name in reversed(places.items()):
+        taller = copy.deepcopy(model)
+        blocks = taller.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList | nn.Sequential)
+        blocks.insert(int(name) + 1, copy.deepcopy(blocks[int(name)]))
+        try:
+            with torch.no_grad(), quiet(), without_caches(taller):
+                taller(*args, **kwargs)
+        except Exception:  # whatever a block says to an input that does not fit
+            continue
+        return taller
+    return None

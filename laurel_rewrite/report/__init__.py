@@ -1,0 +1,114 @@
+"""The report: `report.json`, whose form `schema.json` documents, and the page made of it, one file that needs no network."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import date
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from laurel_rewrite import __version__
+
+JSON, HTML = "report.json", "report.html"
+SCHEMA_VERSION = 1
+_NOTHING: dict[str, Any] = {
+    "title": "", "model": None, "sites": [], "rejected": [], "plan": None, "parameters": None, "notes": [], "verification": [], "profile": None,
+    "training": None, "out": "", "files": [],
+}  # fmt: skip
+_SHOWN = 120  # characters of a name on the page; the JSON has them all
+
+
+def write_report(data: Mapping[str, Any], folder: Path) -> None:
+    """Write `report.json` and `report.html` into a folder.
+
+    Args:
+        data: as `schema.json` describes it; what is not given is empty.
+        folder: which exists.
+    """
+    text = json.dumps(_plain({"schema": SCHEMA_VERSION, "version": __version__, **_NOTHING, **data}), indent=1, allow_nan=False)
+    (folder / JSON).write_text(text + "\n", encoding="utf-8")
+    (folder / HTML).write_text(page(json.loads(text)), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has: a number that is none becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The page of a report.
+
+    Args:
+        report: the content of a `report.json`.
+    """
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    from laurel_rewrite.report.plots import figures
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"short": shortened, "size": size, "count": count, "part": part}
+    template = environment.from_string(_resource("page.html.jinja"))
+    profile = report["profile"] or {"rows": []}
+    rows = profile["rows"]
+    drawn = {name: _for_script(figure.to_json()) for name, figure in figures(report).items()}
+    return template.render(
+        report=report, figures=drawn, plotly=get_plotlyjs(), style=_resource("page.css"), script=_resource("page.js"), today=date.today(),
+        planned={site["id"]: site for site in report["plan"]["sites"]} if report["plan"] else {},
+        times={site["site"]: site for row in rows[1:2] for site in row["time"]["sites"]},
+        ops=sorted({op for row in rows for counts in (row["ops"]["before"], row["ops"]["after"]) for op in counts}),
+    )  # fmt: skip
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of `report.json`."""
+    return dict(json.loads(_resource("schema.json")))
+
+
+def shortened(text: object, length: int = _SHOWN) -> str:
+    """A name with its middle left out where it is too long to show."""
+    text = str(text)
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2) :]}"
+
+
+def size(number: float) -> str:
+    """Bytes in words."""
+    for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= one:
+            return f"{number / one:.1f} {unit}"
+    return f"{number:.0f} B" if number else "-"
+
+
+def count(number: float) -> str:
+    """A number in words: 8.2 G."""
+    for unit, one in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= one:
+            return f"{number / one:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def part(number: float, whole: float) -> str:
+    """A ratio to the baseline."""
+    return f"{number / whole:.3f}" if whole else "-"
+
+
+def _for_script(text: str) -> str:
+    """JSON that can stand in a script element whatever names are in it."""
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+@cache
+def _resource(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,211 @@
+"""The plots of the report, in Plotly. Names from graphs are escaped, for Plotly reads a little HTML in labels."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from laurel_rewrite.report import shortened
+
+_SHOWN_OPS = 12
+_SHOWN_RUNS = 400
+_COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#999933",
+    "#882255",
+    "#44aa99",
+    "#dd7788",
+    "#7766aa",
+    "#bb8844",
+)
+"""Paul Tol's bright scheme and neighbours, which colour-blind readers can tell apart."""
+_REST = "#a0a0a0"
+
+
+def figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
+    """Plots by the name of their place on the page; those there is nothing for are left out."""
+    found: dict[str, go.Figure] = {}
+    if data.get("sites") and data.get("plan"):
+        found["streams"] = _streams(data)
+    profile = data.get("profile")
+    if profile:
+        rows = profile["rows"]
+        if len(rows) > 1:
+            found["ratios"] = _ratios(rows, profile["shapes"])
+        found["runs"] = _runs(rows)
+        found["ops"] = _ops(rows)
+        found["memory"] = _memory(rows)
+        sited = [row for row in rows if row["time"]["sites"]]
+        if sited:
+            found["sites"] = _sites(sited)
+        found["modules"] = _modules(sited[0] if sited else rows[-1])
+    if data.get("training"):
+        found["training"] = _training(data["training"]["rows"])
+    return found
+
+
+def _label(text: object, length: int = 44) -> str:
+    return html.escape(shortened(text, length)) or "(none)"
+
+
+def _figure(height: int, **layout: Any) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        height=height, margin={"l": 8, "r": 8, "t": 8, "b": 40}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        colorway=list(_COLOURS), font={"family": "system-ui, sans-serif", "size": 13}, hoverlabel={"align": "left"},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0}, **layout,
+    )  # fmt: skip
+    axes = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "automargin": True}
+    figure.update_xaxes(**axes)
+    figure.update_yaxes(**axes)
+    return figure
+
+
+def _bars(count: int) -> int:
+    return 90 + 34 * count
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, str]]) -> go.Figure:
+    names = [_label(row["name"]) for row in rows[1:]]
+    figure = _figure(_bars(len(names) * len(shapes)))
+    for number, shape in enumerate(shapes):
+        _add_ratios(figure, names, [row["latencies"][number] for row in rows[1:]], ", ".join(f"{k} {v}" for k, v in shape.items()))
+    return _around_one(figure, "latency over the baseline's, with its 95 % interval", legend=len(shapes) > 1)
+
+
+def _add_ratios(figure: go.Figure, names: Sequence[str], times: Sequence[Mapping[str, Any]], series: str) -> None:
+    middle = [time["ratio"] for time in times]
+    above, below = ([abs(time[end] - time["ratio"]) for time in times] for end in ("high", "low"))
+    figure.add_scatter(
+        x=middle, y=names, mode="markers", marker={"size": 11}, name=_label(series), hovertemplate="%{y}: %{x:.4f}<extra></extra>",
+        error_x={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
+    )  # fmt: skip
+
+
+def _around_one(figure: go.Figure, title: str, *, legend: bool) -> go.Figure:
+    figure.add_vline(x=1.0, line_dash="dot", line_color=_REST)
+    figure.update_xaxes(title=title)
+    figure.update_yaxes(autorange="reversed")
+    return figure.update_layout(scattermode="group", showlegend=legend)
+
+
+def _runs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    figure = _figure(_bars(len(rows)), showlegend=False)
+    for row in rows:
+        runs = row["latencies"][0]["runs_ms"]
+        step = -(-len(runs) // _SHOWN_RUNS)
+        figure.add_box(x=runs[::step], name=_label(row["name"]), boxpoints="outliers", orientation="h", hoverinfo="x")
+    figure.update_xaxes(title="milliseconds a run")
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def _ops(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    names = [_label(row["name"]) for row in rows]
+    totals: dict[str, float] = {}
+    for row in rows:
+        for op, ms in row["time"]["by_op"].items():
+            totals[op] = totals.get(op, 0.0) + ms
+    shown = sorted(totals, key=lambda op: -totals[op])[:_SHOWN_OPS]
+    figure = _figure(_bars(len(rows)) + 40, barmode="stack")
+    for number, op in enumerate(shown):
+        times = [row["time"]["by_op"].get(op, 0.0) for row in rows]
+        figure.add_bar(x=times, y=names, name=_label(op, 28), orientation="h", marker_color=_COLOURS[number % len(_COLOURS)])
+    rest = [sum(ms for op, ms in row["time"]["by_op"].items() if op not in shown) for row in rows]
+    if any(rest):
+        figure.add_bar(x=rest, y=names, name="others", orientation="h", marker_color=_REST)
+    figure.update_traces(hovertemplate="%{y}<br>%{fullData.name}: %{x:.3f} ms<extra></extra>")
+    figure.update_xaxes(title="milliseconds, from profiled runs, scaled to the median latency")
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    names = [_label(row["name"]) for row in rows]
+    figure = _figure(_bars(len(rows) * 2), barmode="group")
+    for key, name in (
+        ("activation_bytes", "activations: peak of the arena, weights aside"),
+        ("live_bytes", "values alive: peak, from the graph"),
+    ):
+        figure.add_bar(x=[row["memory"][key] / (1 << 20) for row in rows], y=names, name=name, orientation="h")
+    figure.update_traces(hovertemplate="%{y}: %{x:.2f} MiB<extra></extra>")
+    figure.update_xaxes(title="MiB")
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def _sites(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    figure = _figure(320, barmode="group")
+    for row in rows:
+        sites = row["time"]["sites"]
+        figure.add_bar(
+            x=list(range(len(sites))), y=[site["ms"] for site in sites], name=_label(row["name"]),
+            customdata=[[_label(site["site"], 80), site["nodes"], _label(site["into"] or "nothing", 60)] for site in sites],
+            hovertemplate="%{customdata[0]}: %{y:.4f} ms<br>%{customdata[1]} ops of its own, sum absorbed into %{customdata[2]}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title="LAuReL site, in order of execution")
+    figure.update_yaxes(title="ms more than the baseline")
+    return figure
+
+
+def _modules(row: Mapping[str, Any]) -> go.Figure:
+    """Times by module path, as an icicle."""
+    totals: dict[str, float] = {"": 0.0}
+    for path, ms in row["time"]["by_module"].items():
+        parts = str(path).split(".") if path else []
+        for depth in range(len(parts) + 1):
+            key = ".".join(parts[:depth])
+            totals[key] = totals.get(key, 0.0) + ms
+    keys = list(totals)
+    figure = _figure(380)
+    figure.add_icicle(
+        ids=[f"m{keys.index(key)}" for key in keys], labels=[_label(key.rpartition(".")[2], 24) if key else _label(row["name"]) for key in keys],
+        parents=["" if not key else f"m{keys.index(key.rpartition('.')[0])}" for key in keys], values=list(totals.values()), branchvalues="total",
+        customdata=[_label(key or "the model", 90) for key in keys], tiling={"orientation": "v"}, maxdepth=5,
+        hovertemplate="%{customdata}<br>%{value:.3f} ms, %{percentRoot:.1%}<extra></extra>",
+    )  # fmt: skip
+    return figure
+
+
+def _streams(data: Mapping[str, Any]) -> go.Figure:
+    """A line a stream, a mark a site; filled where LAuReL was put in."""
+    planned = {site["id"]: site for site in data["plan"]["sites"]}
+    streams: dict[int, list[Mapping[str, Any]]] = {}
+    for site in data["sites"]:
+        streams.setdefault(site["stream"], []).append(site)
+    figure = _figure(110 + 30 * len(streams), showlegend=False)
+    for row, (number, sites) in enumerate(streams.items()):
+        treated = [planned.get(site["id"]) for site in sites]
+        figure.add_scatter(
+            x=[site["index"] for site in sites], y=[row] * len(sites), mode="lines+markers", name=f"stream {number}",
+            marker={
+                "size": 14, "color": _COLOURS[row % len(_COLOURS)], "line": {"width": 2, "color": _COLOURS[row % len(_COLOURS)]},
+                "symbol": ["circle" if plan else "circle-open" for plan in treated],
+            },
+            customdata=[
+                [_label(site["id"], 80), site["kind"], "x".join(map(str, site["shape"])), f"{plan['variant']}, rank {plan['rank']}" if plan else "left as it is"]
+                for site, plan in zip(sites, treated, strict=True)
+            ],
+            hovertemplate="%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]}<br>%{customdata[3]}<extra></extra>",
+        )  # fmt: skip
+    titles = [f"{number}: D {sites[0]['dim'] or '?'}" for number, sites in streams.items()]
+    figure.update_yaxes(tickvals=list(range(len(streams))), ticktext=titles, autorange="reversed", title="stream", showgrid=False)
+    figure.update_xaxes(title="position of the residual connection in its stream", rangemode="tozero")
+    return figure
+
+
+def _training(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    others = [row for row in rows if row["step"]["verdict"] != "baseline"]
+    figure = _figure(_bars(len(others)))
+    for mode in dict.fromkeys(row["mode"] for row in others):
+        here = [row for row in others if row["mode"] == mode]
+        _add_ratios(figure, [_label(row["name"]) for row in here], [row["step"] for row in here], mode)
+    return _around_one(figure, "time of a training step over the baseline's, with its 95 % interval", legend=True)

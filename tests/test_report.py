@@ -1,0 +1,136 @@
+"""The report: the page opens in a browser without an error and without a request, whatever names are in the graph."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from toys import D
+
+from laurel_rewrite.report import count, page, schema, shortened, size
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = {
+    "html": "<img src=x onerror=alert(1)>",
+    "script": "</script><script>document.title='owned'</script>",
+    "quotes": "\"'`{{ 7 * 7 }}${alert(1)}&amp;<!--",
+    "long": "x" * 10_000,
+    "unicode": "\u202eנמל \U0001f333\u2028\u0000name".replace("\u0000", ""),
+    "newline": "a\nb\tc",
+}
+FILES = {"report.html", "report.json", "trace-model.json"}
+
+
+def open_page(path: Path, folder: Path, *options: str) -> tuple[str, str, list[str]]:
+    """The page after its scripts ran, what the console said, and the addresses that it asked for."""
+    if BROWSER is None:
+        pytest.skip("there is no Chromium")
+    log = folder / "net.json"
+    words = [
+        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}", "--disable-background-networking",
+        "--disable-component-update", "--no-first-run", "--enable-logging=stderr", "--v=0", f"--log-net-log={log}", "--virtual-time-budget=8000",
+        *options, "--dump-dom", path.resolve().as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    asked = re.findall(r'"url":"([^"]+)"', log.read_text())
+    return done.stdout, console, [url for url in asked if not url.startswith(("file:", "data:", "chrome", "blob:"))]
+
+
+def opens(path: Path, folder: Path, plots: set[str]) -> str:
+    dom, console, asked = open_page(path, folder)
+    assert console == ""
+    assert asked == []
+    drawn = {name for name in re.findall(r'id="plot-(\w+)"', dom) if re.search(rf'id="plot-{name}"[^>]*js-plotly-plot', dom)}
+    drawn |= set(re.findall(r'class="[^"]*js-plotly-plot[^"]*" id="plot-(\w+)"', dom))
+    assert drawn == plots
+    return dom
+
+
+def named(folder: Path, name: str) -> Path:
+    """A residual block whose nodes, values, weights and modules all have this name."""
+    nodes = [
+        helper.make_node("Relu", ["x"], [f"{name}r"], name=f"{name}1"),
+        helper.make_node("MatMul", [f"{name}r", f"{name}w"], [f"{name}f"], name=f"{name}2"),
+        helper.make_node("Add", ["x", f"{name}f"], ["y"], name=f"{name}3"),
+    ]
+    graph = helper.make_graph(
+        nodes, name, [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", D])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", D])],
+        [numpy_helper.from_array(np.eye(D, dtype=np.float32), f"{name}w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    for node in model.graph.node:
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=repr(["", f"{name}.block", "op"]))
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def check_json(path: Path) -> dict:
+    report = json.loads(path.read_text())
+    jsonschema.validate(report, schema())
+    return report
+
+
+def test_the_schema_is_one():
+    jsonschema.Draft202012Validator.check_schema(schema())
+
+
+def test_a_profile_of_files(exported, tmp_path, here):
+    given = exported("gpt2")
+    result = here("profile", str(given), str(given), "--min-time", "0.2", "--shape", "batch=1,2", "--self-check", "--out", "out")
+    assert result.returncode == 0, result.stderr
+    report = check_json(tmp_path / "out" / "report.json")
+    assert [row["name"] for row in report["profile"]["rows"]] == [f"{given} (1)", f"{given} (2)", "one more layer", "the same again"]
+    assert len(report["profile"]["rows"][0]["latencies"]) == 2
+    assert set(report["files"]) == {path.name for path in (tmp_path / "out").iterdir()}
+    assert "one more layer" in result.stdout
+    opens(tmp_path / "out" / "report.html", tmp_path, {"ratios", "runs", "ops", "memory", "modules"})
+
+
+def test_the_main_job(exported, tmp_path, here):
+    result = here(str(exported("resnet50")), "--rank", "4", "--profile-seconds", "0.2")
+    assert result.returncode == 0, result.stderr
+    report = check_json(tmp_path / "laurel_out" / "report.json")
+    assert [row["name"] for row in report["profile"]["rows"]] == ["resnet50.onnx", "laurel.onnx", "one more layer"]
+    assert len(report["profile"]["rows"][1]["time"]["sites"]) == 16
+    dom = opens(tmp_path / "laurel_out" / "report.html", tmp_path, {"streams", "ratios", "runs", "ops", "memory", "modules", "sites"})
+    assert "layer4.2.laurel_0" in dom
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names(name, tmp_path, here):
+    path = named(tmp_path, HOSTILE[name])
+    result = here(path.name, "--rank", "2", "--profile-seconds", "0.05", "--out", "out")
+    assert result.returncode == 0, result.stderr
+    check_json(tmp_path / "out" / "report.json")
+    page_text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "onerror=alert(1)>" not in page_text
+    assert "<script>document.title" not in page_text
+    assert "x" * 1000 not in page_text.partition("<script>")[0]
+    dom = opens(tmp_path / "out" / "report.html", tmp_path, {"streams", "ratios", "runs", "ops", "memory", "modules", "sites"})
+    assert "<title>model.onnx" in dom
+    assert "<img" not in dom
+
+
+def test_words():
+    assert [size(n) for n in (0, 12, 2048, 3 << 20, 5 << 30)] == ["-", "12 B", "2.0 KiB", "3.0 MiB", "5.0 GiB"]
+    assert [count(n) for n in (12, 1500, 8.2e9)] == ["12", "1.50 k", "8.20 G"]
+    assert shortened("abcdefghij", 4) == "ab…ij"
+
+
+def test_a_report_without_a_profile(exported, tmp_path, here):
+    result = here(str(exported("gpt2")), "--rank", "4", "--profile-seconds", "0")
+    assert result.returncode == 0, result.stderr
+    report = check_json(tmp_path / "laurel_out" / "report.json")
+    assert report["profile"] is None
+    assert page(report) == (tmp_path / "laurel_out" / "report.html").read_text()
+    opens(tmp_path / "laurel_out" / "report.html", tmp_path, {"streams"})
