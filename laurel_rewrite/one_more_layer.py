@@ -29,9 +29,10 @@ def one_more_layer(model: ir.Model) -> tuple[ir.Model, list[str]] | None:
     streams: dict[int, list[Site]] = {}
     for site in sites:
         streams.setdefault(site.stream, []).append(site)
+    fixed = _fixed(model)
     for stream in reversed(list(streams.values())):
         states = _states(stream, sites, read)
-        blocks = [_Block(model, read, states[a], states[b], a) for a, b in pairwise(states)]
+        blocks = [_Block(model, fixed, states[a], states[b], a) for a, b in pairwise(states)]
         layer = _last_layer([block for block in blocks if block.whole])
         if layer:
             _copy(model, layer)
@@ -54,10 +55,11 @@ class _Block:
 
     Attributes:
         nodes: in order, with those that only prepare its weights.
+        signature: ops that depend on the first state, by type.
         whole: whether it is closed: the next state depends on this one through them.
     """
 
-    def __init__(self, model: ir.Model, read: OnnxFlow, entry: ir.Value, end: ir.Value, site: str) -> None:
+    def __init__(self, model: ir.Model, fixed: set[ir.Node], entry: ir.Value, end: ir.Value, site: str) -> None:
         self.entry, self.end, self.site = entry, end, site
         behind = _behind([end], lambda node: node is not entry.producer())
         dependent, inside = {entry}, set()
@@ -65,12 +67,24 @@ class _Block:
             if node in behind and any(value in dependent for value in node.inputs):
                 dependent.update(node.outputs)
                 inside.add(node)
-        # What prepares weights is copied too; what depends on other inputs, a mask or rotary angles, the layers share.
+        self.signature = Counter(node.op_type for node in inside)
+        # What only prepares weights is copied too; a mask or rotary angles the layers share.
         operands = [value for node in inside for value in node.inputs if value is not None and value not in dependent]
-        inside |= _behind(operands, lambda node: not any(read.flow.values[read.index[output]].data for output in node.outputs))
+        inside |= _behind(operands, fixed.__contains__)
         self.nodes = [node for node in model.graph if node in inside]
         self.whole = end in dependent
-        self.signature = Counter(node.op_type for node in self.nodes)
+
+
+def _fixed(model: ir.Model) -> set[ir.Node]:
+    """The nodes that depend on weights alone."""
+    known: set[ir.Value | None] = {None, *model.graph.initializers.values()} - set(model.graph.inputs)
+    nodes = set()
+    for node in model.graph:
+        if all(value in known for value in node.inputs):
+            known.update(node.outputs)
+            if node.inputs:
+                nodes.add(node)
+    return nodes
 
 
 def _behind(values: Iterable[ir.Value], accepted: Callable[[ir.Node], bool]) -> set[ir.Node]:
@@ -87,10 +101,10 @@ def _behind(values: Iterable[ir.Value], accepted: Callable[[ir.Node], bool]) -> 
 
 def _last_layer(blocks: list[_Block]) -> list[_Block]:
     """As many of the last blocks as a period has; one, where none is found."""
-    for period in range(1, len(blocks) // 2 + 1):
-        if all(blocks[-1 - n].signature == blocks[-1 - n - period].signature for n in range(period)):
+    for period in range(1, len(blocks)):
+        if all(one.signature == other.signature for one, other in zip(blocks, blocks[period:], strict=False)):
             return blocks[-period:]
-    return blocks[-2:] if len(blocks) == 3 and blocks[0].signature == blocks[2].signature else blocks[-1:]
+    return blocks[-1:]
 
 
 def _copy(model: ir.Model, layer: list[_Block]) -> None:
@@ -115,9 +129,10 @@ def _copy(model: ir.Model, layer: list[_Block]) -> None:
 
 def _weights(model: ir.Model, value: ir.Value, copies: dict[ir.Value, ir.Value]) -> ir.Value:
     """Weights of its own for the copy; anything else is shared."""
-    if not value.is_initializer() or value.const_value is None or not value.const_value.dtype.is_floating_point():
+    tensor = value.const_value
+    if not value.is_initializer() or tensor is None or not tensor.dtype.is_floating_point() or tensor.size == 1:
         return value
-    copy = ir.Value(name=f"{value.name}/copy", type=value.type, shape=value.shape, const_value=value.const_value)
+    copy = ir.Value(name=f"{value.name}/copy", type=value.type, shape=value.shape, const_value=tensor)
     model.graph.register_initializer(copy)
     copies[value] = copy
     return copy

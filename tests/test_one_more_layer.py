@@ -20,7 +20,7 @@ from laurel_rewrite.profiling.training import one_more_block
 from laurel_rewrite.verify import run_onnx
 
 SMALL = {
-    "gpt2": {"n_embd": 32, "n_head": 4, "vocab_size": 99, "n_positions": 64},
+    "gpt2": {"n_embd": 32, "n_head": 4, "vocab_size": 99, "n_positions": 256},
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 99},
     "bert": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 99},
 }

@@ -10,15 +10,18 @@ baseline's node of the same output. What is left of the difference between the g
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from laurel_rewrite.dialects.onnx import METADATA, module_of
+from laurel_rewrite.profiling.costs import PRODUCTS
+from laurel_rewrite.profiling.fusions import ADDEND
 from laurel_rewrite.profiling.traces import Trace
 
 _SITE = f"{METADATA}site"
+_LAYOUT = frozenset({"ReorderInput", "ReorderOutput"})
 _BLOCKED = "_nchwc"
 """Suffix of the names of nodes in onnxruntime's blocked layout, before it the name of the value."""
 
@@ -114,7 +117,7 @@ def attribute(model: ir.Model, optimised: ir.Model, trace: Trace, latency_ms: fl
         site = next(filter(None, sites), "")
         nodes.append(
             NodeTime(
-                name, trace.nodes[name].op, trace.nodes[name].ms * scale, _module(given[place], site) if place else "", site if value else "",
+                name, trace.nodes[name].op, trace.nodes[name].ms * scale, _module(covered, site), site if value else "",
                 all(sites), value, Counter(n.op_type for n in covered) if value else Counter(), trace.nodes[name].requested_bytes,
             )
         )  # fmt: skip
@@ -143,11 +146,28 @@ def against(attribution: Attribution, baseline: Attribution) -> Attribution:
 
 
 def _value(node: ir.Node, given: Mapping[str, ir.Node]) -> str:
-    """The value of the file that an optimised node gives, or ""."""
-    names = [str(output.name) for output in node.outputs]
-    if (node.name or "").endswith(_BLOCKED):
-        names.append(str(node.name).removesuffix(_BLOCKED))
-    return next((name for name in names if name in given), "")
+    """The value of the file that an optimised node gives, or "".
+
+    A convolution in the blocked layout is named by its own result; what it adds to that, and the activation behind, come after it.
+    """
+    if node.op_type in _LAYOUT:  # it gives again, in another layout, what another node computes
+        return ""
+    for output in node.outputs:
+        if output.name in given:
+            return str(output.name)
+    value = (node.name or "").removesuffix(_BLOCKED)
+    if value == node.name or value not in given:
+        return ""
+    if len(node.inputs) > ADDEND and node.inputs[ADDEND] is not None:
+        value = _next(given[value], ("Add", "Sum"))
+        activation = node.attributes.get_string("activation")
+        value = _next(given[value], (activation,)) if value and activation else value
+    return value
+
+
+def _next(node: ir.Node, ops: tuple[str, ...]) -> str:
+    """What the reader of a node's first output gives that is one of these ops, or ""."""
+    return next((str(user.outputs[0].name) for user in node.outputs[0].consumers() if user.op_type in ops), "")
 
 
 def _between(last: ir.Node, ends: frozenset[str]) -> list[ir.Node]:
@@ -175,5 +195,7 @@ def _downstream(node: ir.Node, values: Mapping[ir.Node, str]) -> str:
     return ""
 
 
-def _module(node: ir.Node, site: str) -> str:
-    return module_of(node) or site.rpartition(".")[0]
+def _module(covered: Sequence[ir.Node], site: str) -> str:
+    """Of the product among the nodes that were fused, which is what takes the time; else of the last."""
+    products = [node for node in covered if node.op_type in PRODUCTS]
+    return next(filter(None, map(module_of, products + list(covered))), site.rpartition(".")[0])

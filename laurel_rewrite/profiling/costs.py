@@ -60,8 +60,8 @@ def costs_of(model: ir.Model, plain: Trace, optimised: Trace) -> Costs:
         if len(readers) == 1:
             parameters[readers.pop()] += int(tensor.size)
     for name, node in plain.nodes.items():
-        if node.op in _PRODUCTS:
-            flops[sites.get(name, "")] += _PRODUCTS[node.op](node.inputs, node.outputs)
+        if node.op in PRODUCTS:
+            flops[sites.get(name, "")] += PRODUCTS[node.op](node.inputs, node.outputs)
         elif node.op in _UNKNOWN:
             uncounted[node.op] += 1
     ids = {site for site in sites.values() if site}
@@ -95,7 +95,7 @@ def _attention(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
     return 4 * math.prod(first) * second[-2]
 
 
-_PRODUCTS: Mapping[str, Callable[[Sequence[Shape], Sequence[Shape]], int]] = {
+PRODUCTS: Mapping[str, Callable[[Sequence[Shape], Sequence[Shape]], int]] = {
     "MatMul": _matmul, "FusedMatMul": _matmul, "MatMulInteger": _matmul, "QLinearMatMul": _matmul, "MatMulNBits": _matmul,
     "Gemm": _gemm, "FusedGemm": _gemm,
     "Conv": _conv, "FusedConv": _conv, "ConvInteger": _conv, "ConvTranspose": _conv_transpose,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _LAYOUT = frozenset("ReorderInput ReorderOutput Transpose Reshape Squeeze Unsqueeze Cast Identity Concat Slice Gather Shape".split())
 """What the optimiser adds besides fusions, and moves about."""
-_ADDEND = 3
+ADDEND = 3
 """Position of what onnxruntime's convolutions add to their result."""
 
 
@@ -64,7 +64,7 @@ def _nodes(model: ir.Model) -> Iterable[ir.Node]:
 def _kind(node: ir.Node) -> str:
     """The op with what was fused into it."""
     kind = node.op_type.removeprefix("Fused") if node.op_type == "FusedConv" else node.op_type
-    if kind == "Conv" and len(node.inputs) > _ADDEND and node.inputs[_ADDEND] is not None:
+    if kind == "Conv" and len(node.inputs) > ADDEND and node.inputs[ADDEND] is not None:
         kind += "+Add"
     activation = node.attributes.get_string("activation")
     return f"{kind}+{activation}" if activation else kind

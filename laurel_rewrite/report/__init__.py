@@ -57,7 +57,8 @@ def page(report: Mapping[str, Any]) -> str:
     from laurel_rewrite.report.plots import figures
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"short": shortened, "size": size, "count": count, "part": part}
+    environment.filters |= {"short": shortened, "size": size, "count": count}
+    environment.globals["part"] = part
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}
     rows = profile["rows"]
