@@ -26,7 +26,10 @@ def cases(folder: Path) -> Iterator[tuple[str, Path]]:
     from laurel_rewrite.models import build, declare_torchvision_ops
 
     declare_torchvision_ops()
-    for name, spec, settings in (("ResNet-50", "torchvision:resnet50", {}), ("GPT-2, 2 layers", "hf:gpt2", {"n_layer": 2, "vocab_size": 1000})):
+    for name, spec, settings in (
+        ("ResNet-50", "torchvision:resnet50", {}),
+        ("GPT-2, 2 layers", "hf:gpt2", {"n_layer": 2, "vocab_size": 1000}),
+    ):
         built = build(spec, settings)
         yield name, export_onnx(built.model, built.args, built.kwargs, folder / f"{spec.split(':')[1]}.onnx")
 
@@ -63,7 +66,13 @@ def main(seconds: float, runs: int, out: Path | None) -> None:
                 model = rewrite_onnx(path, plan=plan)
                 trained_like(model)
                 lower(model)
-                pairs.append((f"{name} and the same with low-rank maps in {len(plan.sites)} of 16 sites", path, write_onnx(model, folder / "planted.onnx")))
+                pairs.append(
+                    (
+                        f"{name} and the same with low-rank maps in {len(plan.sites)} of 16 sites",
+                        path,
+                        write_onnx(model, folder / "planted.onnx"),
+                    )
+                )
         for name, first, second in pairs:
             results = [profile([first, second], seconds=seconds, threads=2, seed=seed).rows for seed in range(runs)]
             times = [rows[1].latency for rows in results]

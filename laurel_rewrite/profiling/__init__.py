@@ -280,7 +280,9 @@ def _doubts(rows: Sequence[Row], options: Settings) -> list[str]:
                 "to say more. Measure longer, or on a quiet machine."
             )
         elif row.latency.high - row.latency.low > _WIDE:
-            found.append(f"{row.name}: the ratio is only known to lie between {row.latency.low:.3f} and {row.latency.high:.3f}. Measure longer.")
+            found.append(
+                f"{row.name}: the ratio is only known to lie between {row.latency.low:.3f} and {row.latency.high:.3f}. Measure longer."
+            )
         elsewhere = sum(count for provider, count in row.providers.items() if provider != options.provider)
         if elsewhere:
             found.append(f"{row.name}: {elsewhere} of {sum(row.providers.values())} nodes ran on {CPU}, not on {options.provider}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from laurel_rewrite import __version__
+from laurel_rewrite.sites import short
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
@@ -57,7 +58,7 @@ def page(report: Mapping[str, Any]) -> str:
     from laurel_rewrite.report.plots import figures
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"short": shortened, "size": size, "count": count}
+    environment.filters |= {"short": shortened, "size": size, "count": count, "place": lambda where: shortened(short(where), 60)}
     environment.globals["part"] = part
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}

@@ -61,7 +61,7 @@ def _figure(height: int, **layout: Any) -> go.Figure:
     figure.update_layout(
         height=height, margin={"l": 8, "r": 8, "t": 8, "b": 40}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         colorway=list(_COLOURS), font={"family": "system-ui, sans-serif", "size": 13}, hoverlabel={"align": "left"},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0}, **layout,
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0, "traceorder": "normal"}, **layout,
     )  # fmt: skip
     axes = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "automargin": True}
     figure.update_xaxes(**axes)
@@ -69,13 +69,15 @@ def _figure(height: int, **layout: Any) -> go.Figure:
     return figure
 
 
-def _bars(count: int) -> int:
-    return 90 + 34 * count
+def _rows(count: int, *, bars: int = 1, extra: int = 0, **layout: Any) -> go.Figure:
+    """A figure of so many rows from the top, each with room for its bars."""
+    figure = _figure(90 + extra + 34 * count * bars, **layout)
+    return figure.update_yaxes(range=[count - 0.5, -0.5])
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, str]]) -> go.Figure:
     names = [_label(row["name"]) for row in rows[1:]]
-    figure = _figure(_bars(len(names) * len(shapes)))
+    figure = _rows(len(names), bars=len(shapes))
     for number, shape in enumerate(shapes):
         _add_ratios(figure, names, [row["latencies"][number] for row in rows[1:]], ", ".join(f"{k} {v}" for k, v in shape.items()))
     return _around_one(figure, "latency over the baseline's, with its 95 % interval", legend=len(shapes) > 1)
@@ -93,18 +95,16 @@ def _add_ratios(figure: go.Figure, names: Sequence[str], times: Sequence[Mapping
 def _around_one(figure: go.Figure, title: str, *, legend: bool) -> go.Figure:
     figure.add_vline(x=1.0, line_dash="dot", line_color=_REST)
     figure.update_xaxes(title=title)
-    figure.update_yaxes(autorange="reversed")
     return figure.update_layout(scattermode="group", showlegend=legend)
 
 
 def _runs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    figure = _figure(_bars(len(rows)), showlegend=False)
+    figure = _rows(len(rows), showlegend=False)
     for row in rows:
         runs = row["latencies"][0]["runs_ms"]
         step = -(-len(runs) // _SHOWN_RUNS)
         figure.add_box(x=runs[::step], name=_label(row["name"]), boxpoints="outliers", orientation="h", hoverinfo="x")
     figure.update_xaxes(title="milliseconds a run")
-    figure.update_yaxes(autorange="reversed")
     return figure
 
 
@@ -115,7 +115,7 @@ def _ops(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         for op, ms in row["time"]["by_op"].items():
             totals[op] = totals.get(op, 0.0) + ms
     shown = sorted(totals, key=lambda op: -totals[op])[:_SHOWN_OPS]
-    figure = _figure(_bars(len(rows)) + 40, barmode="stack")
+    figure = _rows(len(rows), extra=40, barmode="stack")
     for number, op in enumerate(shown):
         times = [row["time"]["by_op"].get(op, 0.0) for row in rows]
         figure.add_bar(x=times, y=names, name=_label(op, 28), orientation="h", marker_color=_COLOURS[number % len(_COLOURS)])
@@ -124,13 +124,12 @@ def _ops(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         figure.add_bar(x=rest, y=names, name="others", orientation="h", marker_color=_REST)
     figure.update_traces(hovertemplate="%{y}<br>%{fullData.name}: %{x:.3f} ms<extra></extra>")
     figure.update_xaxes(title="milliseconds, from profiled runs, scaled to the median latency")
-    figure.update_yaxes(autorange="reversed")
     return figure
 
 
 def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     names = [_label(row["name"]) for row in rows]
-    figure = _figure(_bars(len(rows) * 2), barmode="group")
+    figure = _rows(len(rows), bars=2, barmode="group")
     for key, name in (
         ("activation_bytes", "activations: peak of the arena, weights aside"),
         ("live_bytes", "values alive: peak, from the graph"),
@@ -138,7 +137,6 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         figure.add_bar(x=[row["memory"][key] / (1 << 20) for row in rows], y=names, name=name, orientation="h")
     figure.update_traces(hovertemplate="%{y}: %{x:.2f} MiB<extra></extra>")
     figure.update_xaxes(title="MiB")
-    figure.update_yaxes(autorange="reversed")
     return figure
 
 
@@ -204,7 +202,7 @@ def _streams(data: Mapping[str, Any]) -> go.Figure:
 
 def _training(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     others = [row for row in rows if row["step"]["verdict"] != "baseline"]
-    figure = _figure(_bars(len(others)))
+    figure = _rows(len({row["name"] for row in others}), bars=2)
     for mode in dict.fromkeys(row["mode"] for row in others):
         here = [row for row in others if row["mode"] == mode]
         _add_ratios(figure, [_label(row["name"]) for row in here], [row["step"] for row in here], mode)
