@@ -299,8 +299,8 @@ def profile(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `laurel-rewrite`: the default action is `rewrite`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    word = given[0] if given and given[0] in _COMMANDS else ""
-    command, rest = (_COMMANDS[word], given[1:]) if word else (rewrite, given)
+    word = given[0] if given and given[0] in COMMANDS else ""
+    command, rest = (COMMANDS[word], given[1:]) if word else (rewrite, given)
     name = f"laurel-rewrite {word}".strip()
     try:
         command.main(rest or ["--help"], prog_name=name, standalone_mode=False)
@@ -316,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
 
 
-_COMMANDS = {"sites": sites, "profile": profile}
+COMMANDS = {"sites": sites, "profile": profile}
 
 
 def _check_limits(limits: Sequence[str]) -> None:

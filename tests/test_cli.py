@@ -31,7 +31,17 @@ def build_model():
 def example_inputs():
     return (torch.randn(2, {D}),)
 """
-FILES = {"baseline.onnx", "laurel.onnx", "laurel_config.json", "model.safetensors", "modeling_laurel.py", "plan.toml", "report.json"}
+FILES = {
+    "baseline.onnx",
+    "laurel.onnx",
+    "laurel_config.json",
+    "model.safetensors",
+    "modeling_laurel.py",
+    "plan.toml",
+    "report.json",
+    "report.html",
+}
+TRACES = {"trace-baseline.json", "trace-laurel.json"}
 
 
 @pytest.fixture
@@ -54,12 +64,12 @@ def test_the_main_job(net):
     assert done.stderr == ""  # no progress in a pipe
     assert "Verification" in done.stdout
     assert "Profile in onnxruntime" in done.stdout
-    assert {p.name for p in (net / "laurel_out").iterdir()} == FILES | {"net.py"}
+    assert {p.name for p in (net / "laurel_out").iterdir()} == FILES | TRACES | {"net.py"}
     report = json.loads((net / "laurel_out" / "report.json").read_text())
     assert all(check["passed"] for check in report["verification"])
     assert report["parameters"]["added"] == 2 + 2 * 4 * D
-    assert report["profile"]["rows"][0]["verdict"] == "baseline"
-    assert set(report["files"]) == FILES | {"net.py"}
+    assert report["profile"]["rows"][0]["latencies"][0]["verdict"] == "baseline"
+    assert set(report["files"]) == FILES | TRACES | {"net.py"}
     code = "import laurel_rewrite, torch; print(type(laurel_rewrite.load('laurel_out').laurel_0).__name__)"
     assert subprocess.run([sys.executable, "-c", code], cwd=net, capture_output=True, text=True, check=True).stdout == "Laurel\n"
 

@@ -138,7 +138,8 @@ def test_weights_are_copied_into_another_folder(tmp_path, here):
     result = here("model/model.onnx", "--rank", "16", "--profile-seconds", "0.1")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "laurel_out"
-    assert {p.name for p in out.iterdir()} == {"laurel.onnx", "laurel.onnx.data", "weights.bin", "plan.toml", "report.json"}
+    results = {"laurel.onnx", "laurel.onnx.data", "weights.bin", "plan.toml", "report.html", "report.json"}
+    assert {p.name for p in out.iterdir()} == results | {"trace-laurel.json", "trace-model.json"}
     assert locations(out / "laurel.onnx") == {"laurel.onnx.data", "weights.bin"}
     assert {p.name for p in path.parent.iterdir()} == {"model.onnx", "weights.bin"}
     np.testing.assert_array_equal(outputs(out / "laurel.onnx"), outputs(path))
@@ -157,6 +158,7 @@ def test_weights_beside_the_result_are_referred_to(tmp_path, here):
         "laurel.onnx",
         "laurel.onnx.data",
         "plan.toml",
+        "report.html",
         "report.json",
     }
     assert locations(tmp_path / "laurel.onnx") == {"laurel.onnx.data", "weights.bin"}

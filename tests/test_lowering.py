@@ -430,7 +430,8 @@ def test_onnx_graphs_by_the_command(exported, tmp_path, here):
     result = here(str(exported("gpt2")), "--rank", "4", "--profile-seconds", "0.2")
     assert result.returncode == 0, result.stderr
     assert "lowered against not, random LAuReL" in result.stdout
-    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {"laurel.onnx", "plan.toml", "report.json"}
+    files = {"laurel.onnx", "plan.toml", "report.html", "report.json", "trace-gpt2.json", "trace-laurel.json", "trace-one-more-layer.json"}
+    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == files
     lowered = ir.load(tmp_path / "laurel_out" / "laurel.onnx")
     assert not lowered.functions
     assert "Softmax" not in {n.op_type for n in lowered.graph if "laurel" in str(n.name)}  # no weight is left to compute

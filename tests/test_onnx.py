@@ -564,9 +564,11 @@ def test_emit_torch_by_the_command(exported, tmp_path, here, monkeypatch):
 
 def test_the_job(exported, tmp_path, here):
     given = exported("gpt2")
-    result = here(str(given), "--variant", "rw+lr", "--rank", "4", "--profile-seconds", "0.2", "--onnx-functions", "inline")
+    result = here(
+        str(given), "--variant", "rw+lr", "--rank", "4", "--profile-seconds", "0", "--target", "portable", "--onnx-functions", "inline"
+    )
     assert result.returncode == 0, result.stderr
-    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {"laurel.onnx", "plan.toml", "report.json"}
+    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {"laurel.onnx", "plan.toml", "report.html", "report.json"}
     report = json.loads((tmp_path / "laurel_out" / "report.json").read_text())
     assert [check["passed"] for check in report["verification"]] == [True] * 3
     assert report["verification"][0]["difference"] == 0
@@ -579,7 +581,7 @@ def test_the_job(exported, tmp_path, here):
     model = randomised(rewrite_onnx(given, plan=str(tmp_path / "plan.toml")))
     tensors = {n: torch.from_numpy(v.const_value.numpy().copy()) for n, v in model.graph.initializers.items() if "laurel_" in n}
     save_file(tensors, tmp_path / "w.safetensors")
-    result = here(str(given), "--plan", "plan.toml", "--weights", "w.safetensors", "--profile-seconds", "0")
+    result = here(str(given), "--plan", "plan.toml", "--weights", "w.safetensors", "--profile-seconds", "0", "--target", "portable")
     assert result.returncode == 0, result.stderr
     assert "trained LAuReL, optimised against not" in result.stdout
     feeds = draw_feeds(ir.load(given))

@@ -128,9 +128,17 @@ def test_time_is_attributed_to_sites_and_modules(name, target, exported, tmp_pat
     assert any(module.startswith(block) for module in laurel.attribution.by("module"))
     static = laurel.costs.sites
     assert set(static) == sites
-    shapes = {site.id: (site.dim, np.prod([int(d) if str(d).isdigit() else 1 for d in site.shape])) for site in detect(exported(name))}
-    for site, (parameters, _) in static.items():
-        assert parameters == 2 * 16 * shapes[site][0] + (2 if target == "portable" else 0)
+    positions = {
+        site.id: (site.dim, [int(d) if str(d).isdigit() else 128 if "seq" in str(d) else 1 for d in site.shape])
+        for site in detect(exported(name))
+    }
+    for site, costs in static.items():
+        dim, shape = positions[site]
+        numbers = int(np.prod(shape))
+        assert costs.parameters == 2 * 16 * dim + (2 if target == "portable" else 0)
+        assert costs.flops == 4 * 16 * numbers  # 4 r D a position
+        assert costs.activation_bytes >= 4 * (numbers + numbers // dim * 16)  # U V x and V x, in float32
+        assert costs.moved_bytes > costs.activation_bytes
 
 
 def test_sites_whose_sum_was_absorbed_say_by_what(exported, tmp_path):

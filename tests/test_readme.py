@@ -41,8 +41,8 @@ def test_the_fragment_is_a_model_file(tmp_path):
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("laurel-rewrite")])
 def test_the_commands_parse(line):
     words = shlex.split(line, comments=True)[1:]
-    command = cli.sites if words[0] == "sites" else cli.rewrite
-    context = command.make_context("laurel-rewrite", words[words[0] == "sites" :])
+    command = cli.COMMANDS.get(words[0], cli.rewrite)
+    context = command.make_context("laurel-rewrite", words[words[0] in cli.COMMANDS :])
     assert isinstance(context, click.Context)
 
 

@@ -26,7 +26,6 @@ HOSTILE = {
     "unicode": "\u202eנמל \U0001f333\u2028\u0000name".replace("\u0000", ""),
     "newline": "a\nb\tc",
 }
-FILES = {"report.html", "report.json", "trace-model.json"}
 
 
 def open_page(path: Path, folder: Path, *options: str) -> tuple[str, str, list[str]]:

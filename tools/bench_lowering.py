@@ -1,6 +1,6 @@
 """Benchmark: latency of LAuReL in onnxruntime, lowered and not, beside the plain residual and beside what its FLOPs alone would cost.
 
-    python tools/bench_lowering.py [--seconds 60] [MODEL ...]     # writes a dated table under tools/results/
+    python tools/bench_lowering.py [--seconds 60] [--threads 2] [MODEL ...]     # writes a dated table under tools/results/
 
 All files of one model run interleaved in random order (`laurel_rewrite.profile`), with LAuReL parameters of trained size. "naive" is the
 rewritten graph with LAuReL as functions, which onnxruntime inlines; "lowered" is `--target ort-cpu`. The bound is the FLOPs of the model
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from laurel_rewrite.profiling import Row
 
 HERE = Path(__file__).parent
-THREADS = 2
 SMALL_LLAMA = {
     "num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12,
     "vocab_size": 16000,
@@ -60,7 +59,7 @@ def trained_like(model: ir.Model) -> None:
         value.const_value = ir.tensor(array.astype(tensor.dtype.numpy()), name=name)
 
 
-def measure(spec: str, seconds: float) -> list[str]:
+def measure(spec: str, seconds: float, threads: int) -> list[str]:
     from laurel_rewrite import export_onnx, profile, rewrite_onnx, write_onnx
     from laurel_rewrite.lowering import lower
     from laurel_rewrite.models import build
@@ -75,7 +74,7 @@ def measure(spec: str, seconds: float) -> list[str]:
             if kind == "lowered":
                 lower(model)
             files.append(write_onnx(model, folder / f"{variant}-{kind}.onnx"))
-        rows = profile(files, seconds=seconds, threads=THREADS).rows
+        rows = profile(files, seconds=seconds, threads=threads).rows
     return [line(spec, variant, kind, row, rows[0]) for row, (variant, kind) in zip(rows, [("-", "baseline"), *GRAPHS], strict=True)]
 
 
@@ -98,8 +97,9 @@ def line(spec: str, variant: str, kind: str, row: Row, baseline: Row) -> str:
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("models", nargs=-1)
 @click.option("--seconds", default=60.0, show_default=True, help="For the rounds of one model.")
+@click.option("--threads", default=2, show_default=True, help="Of a run.")
 @click.option("--out", type=click.Path(path_type=Path), help="The table's file; by default dated, under tools/results/.")
-def main(models: tuple[str, ...], seconds: float, out: Path | None) -> None:
+def main(models: tuple[str, ...], seconds: float, threads: int, out: Path | None) -> None:
     from laurel_rewrite.models import declare_torchvision_ops
     from laurel_rewrite.profiling import processor
 
@@ -107,7 +107,7 @@ def main(models: tuple[str, ...], seconds: float, out: Path | None) -> None:
     lines = [
         f"# Latency of LAuReL in onnxruntime, {date.today()}",
         "",
-        f"Python {platform.python_version()}, onnxruntime {version('onnxruntime')}, torch {version('torch')}; {processor()}, {THREADS} threads, no",
+        f"Python {platform.python_version()}, onnxruntime {version('onnxruntime')}, torch {version('torch')}; {processor()}, {threads} threads, no",
         f"spinning; batch 1, sequence 128; rank {RANK}, a and b in [0.5, 1.5]. Ratios are medians over interleaved rounds, {seconds:.0f} s a model, with",
         "95 % intervals. Ops are those that onnxruntime runs after its own optimisation, against the baseline's; the times by op are from profiled",
         "runs, scaled to the latency. Lines are written as they are measured.",
@@ -116,7 +116,7 @@ def main(models: tuple[str, ...], seconds: float, out: Path | None) -> None:
         "|---|---|---|---:|---|---|---:|---:|---|---|",
     ]
     for spec in models or MODELS:
-        for row in measure(spec, seconds):
+        for row in measure(spec, seconds, threads):
             click.echo(row)
             lines.append(row)
     (out or HERE / "results" / f"lowering-{date.today()}.md").write_text("\n".join(lines) + "\n")

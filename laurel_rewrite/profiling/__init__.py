@@ -41,12 +41,12 @@ class Row:
 
     Attributes:
         name: of the file, or what it is.
-        path: of the file.
+        path: of the file; "" for what was only made to be measured.
         latencies: for each shape.
         load_ms: median time to make a session, onnxruntime's optimisation included, milliseconds.
         memory: see `Memory`.
-        resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it; 0 where the system has
-            no such figure.
+        resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it, the least of three; 0 where the
+            system has no such figure.
         file_bytes: the file and its external data.
         ops: before and after onnxruntime's optimisation, and what it fused.
         costs: FLOPs and the like.
@@ -82,7 +82,7 @@ class Row:
             "file_bytes": self.file_bytes,
             "ops": vars(self.ops),
             "fusions": vars(self.ops.against(baseline.ops)),
-            "costs": vars(self.costs),
+            "costs": vars(self.costs) | {"sites": {site: vars(costs) for site, costs in self.costs.sites.items()}},
             "time": {
                 "overhead": self.attribution.overhead,
                 "by_op": self.attribution.by("op"),
@@ -227,14 +227,14 @@ def _rows(
         rows.append(
             Row(
                 name=name,
-                path=str(file),
+                path="" if name == ONE_MORE else str(file),
                 latencies=tuple(latencies[number] for latencies, _ in timings),
                 load_ms=timings[0][1][number],
                 memory=memory_of(optimised, traces[number]),
                 resident_bytes=resident_bytes(copy, options, feeds, folder),
                 file_bytes=_file_bytes(file),
                 ops=count_ops(model, optimised),
-                costs=costs_of(model, plain[number], traces[number]),
+                costs=costs_of(model, plain[number], traces[number], attribution),
                 attribution=against(attribution, rows[0].attribution) if rows else attribution,
                 providers=traces[number].providers,
             )

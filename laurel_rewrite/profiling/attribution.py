@@ -118,7 +118,7 @@ def attribute(model: ir.Model, optimised: ir.Model, trace: Trace, latency_ms: fl
         nodes.append(
             NodeTime(
                 name, trace.nodes[name].op, trace.nodes[name].ms * scale, _module(covered, site), site if value else "",
-                all(sites), value, Counter(n.op_type for n in covered) if value else Counter(), trace.nodes[name].requested_bytes,
+                bool(value and site) and all(sites), value, Counter(n.op_type for n in covered) if value else Counter(), trace.nodes[name].requested_bytes,
             )
         )  # fmt: skip
     listed = {node.name for node in nodes}

@@ -7,14 +7,18 @@ optimisation. Bytes moved are what the optimised graph's ops read and write, cac
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.profiling.traces import Trace
+
+if TYPE_CHECKING:
+    from laurel_rewrite.profiling.attribution import Attribution
 
 Shape = Sequence[int]
 
@@ -28,47 +32,66 @@ class Costs:
         flops: of one run.
         moved_bytes: that the ops onnxruntime runs read and write.
         uncounted: ops with products whose FLOPs are not known here, by type.
-        sites: parameters and FLOPs of each LAuReL site.
+        sites: the same of each LAuReL site.
     """
 
     parameters: int
     flops: int
     moved_bytes: int
     uncounted: Counter[str] = field(default_factory=Counter)
-    sites: dict[str, tuple[int, int]] = field(default_factory=dict)
+    sites: dict[str, SiteCosts] = field(default_factory=dict)
 
 
-def costs_of(model: ir.Model, plain: Trace, optimised: Trace) -> Costs:
+@dataclass
+class SiteCosts:
+    """Static costs of a LAuReL site.
+
+    Attributes:
+        parameters, flops: of all that it computes.
+        moved_bytes: that the ops read and write which compute nothing else.
+        activation_bytes: that these write.
+    """
+
+    parameters: int = 0
+    flops: int = 0
+    moved_bytes: int = 0
+    activation_bytes: int = 0
+
+
+def costs_of(model: ir.Model, plain: Trace, optimised: Trace, attribution: Attribution) -> Costs:
     """Static costs of a file.
 
     Args:
         model: the file.
         plain: a trace without optimisation, for the shapes.
         optimised: a trace with it, for the bytes.
+        attribution: of the same.
     """
-    sites = {str(node.name): node.metadata_props.get(f"{METADATA}site", "") for node in model.graph}
-    parameters: dict[str, int] = defaultdict(int)
-    flops: dict[str, int] = defaultdict(int)
+    owners = {str(node.name): node.metadata_props.get(f"{METADATA}site", "") for node in model.graph}
+    sites = {site: SiteCosts() for site in sorted(set(owners.values()) - {""})}
+    nothing = SiteCosts()  # takes what belongs to no site
     uncounted: Counter[str] = Counter()
-    total = 0
+    parameters = flops = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point():
             continue
-        readers = {node.metadata_props.get(f"{METADATA}site", "") for node in value.consumers()}
-        total += int(tensor.size)
-        if len(readers) == 1:
-            parameters[readers.pop()] += int(tensor.size)
+        readers = {owners.get(str(node.name), "") for node in value.consumers()}
+        parameters += int(tensor.size)
+        sites.get(min(readers, default="") if len(readers) == 1 else "", nothing).parameters += int(tensor.size)
     for name, node in plain.nodes.items():
         if node.op in PRODUCTS:
-            flops[sites.get(name, "")] += PRODUCTS[node.op](node.inputs, node.outputs)
+            count = PRODUCTS[node.op](node.inputs, node.outputs)
+            flops += count
+            sites.get(owners.get(name, ""), nothing).flops += count
         elif node.op in _UNKNOWN:
             uncounted[node.op] += 1
-    ids = {site for site in sites.values() if site}
-    return Costs(
-        total, sum(flops.values()), sum(n.moved_bytes for n in optimised.nodes.values()), uncounted,
-        {site: (parameters[site], flops[site]) for site in sorted(ids)},
-    )  # fmt: skip
+    for timed in attribution.nodes:
+        if timed.own:
+            traced = optimised.nodes[timed.name]
+            sites[timed.site].moved_bytes += traced.moved_bytes
+            sites[timed.site].activation_bytes += traced.output_bytes
+    return Costs(parameters, flops, sum(node.moved_bytes for node in optimised.nodes.values()), uncounted, sites)
 
 
 def _matmul(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
