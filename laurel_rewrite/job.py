@@ -298,7 +298,7 @@ def renamed(result: Profile, places: Mapping[Path, Path]) -> Profile:
     def place(path: Path) -> Path:
         return places.get(path) or (places[path.parent] / path.name if path.parent in places else path)
 
-    return replace(result, rows=tuple(replace(row, path=str(place(Path(row.path)))) for row in result.rows))
+    return replace(result, rows=tuple(replace(row, path=str(place(Path(row.path))) if row.path else "") for row in result.rows))
 
 
 def lowered(path: Path) -> str:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite import cli, export_onnx
 from laurel_rewrite.models import build, declare_torchvision_ops
+from laurel_rewrite.profiling.sessions import session_of, settings
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 with warnings.catch_warnings():
@@ -149,6 +150,12 @@ def trained(model: ir.Model, seed: int = 0) -> ir.Model:
             array = array + generator.standard_normal(array.shape) * (0.3 if array.ndim == 1 else 0.5 / np.sqrt(max(array.shape[:2])))
         value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=name)
     return model
+
+
+def fused(path: Path, folder: Path) -> Path:
+    """The graph after onnxruntime's fusions, as people save it."""
+    session_of(path, settings(), optimised=folder / "fused.onnx", level="extended")
+    return folder / "fused.onnx"
 
 
 def onnx_graph(nodes: list[object], shapes: dict[str, tuple[object, ...]], inner: str = "", **weights: tuple[int, ...]) -> ir.Model:

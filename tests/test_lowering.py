@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import LIGHT, away_from_start, close, light, onnx_graph, output, trained
+from conftest import LIGHT, away_from_start, close, fused, light, onnx_graph, output, trained
 from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper, numpy_helper
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
@@ -49,7 +49,7 @@ def compared(model: ir.Model, folder: Path, *, skip=(), seed: int = 3, **drawn) 
     return after, done
 
 
-def fused(path: Path, folder: Path) -> Counter[str]:
+def run_as(path: Path, folder: Path) -> Counter[str]:
     """What onnxruntime makes of a file, by op."""
     session_of(path, settings_of(), optimised=folder / "optimised.onnx")
     return count_ops(ir.load(path), ir.load(folder / "optimised.onnx")).after
@@ -74,19 +74,18 @@ def test_weighted_residuals_cost_nothing(name, exported, tmp_path):
     """RW ends as the baseline's very ops."""
     model = trained(rewrite_onnx(exported(name), variant="rw"))
     after, _ = compared(model, tmp_path)
-    assert fused(after, tmp_path) == fused(exported(name), tmp_path)
+    assert run_as(after, tmp_path) == run_as(exported(name), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "bert", "gpt2", "vit_small"])
 def test_weighted_residuals_cost_nothing_in_graphs_that_were_fused_before(name, exported, tmp_path):
     """SkipLayerNormalization and FusedConv hold the sums, and their operands have the scale of the stream."""
-    given = tmp_path / "fused.onnx"
-    session_of(exported(name), settings_of(), optimised=given, level="extended")
+    given = fused(exported(name), tmp_path)
     model = trained(rewrite_onnx(given, variant="rw"))
     after, done = compared(model, tmp_path)
     assert not done.refused
     assert "0 Muls at readers" in done.rescaled
-    assert fused(after, tmp_path) == fused(given, tmp_path)
+    assert run_as(after, tmp_path) == run_as(given, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
@@ -103,11 +102,11 @@ def test_fusions_of_onnxscript_find_the_same_places(name, exported, tmp_path):
 
 
 def test_the_optimised_resnet_is_the_baselines_and_two_convolutions_a_site(exported, tmp_path):
-    base = fused(exported("resnet50"), tmp_path)
+    base = run_as(exported("resnet50"), tmp_path)
     assert sum(base.values()) == 58
     after, _ = compared(trained(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4)), tmp_path)
-    assert fused(after, tmp_path) - base == Counter({"Conv": 32})
-    assert not base - fused(after, tmp_path)
+    assert run_as(after, tmp_path) - base == Counter({"Conv": 32})
+    assert not base - run_as(after, tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -479,3 +478,49 @@ def test_what_onnx_graph_helpers_make_is_lowered_too(tmp_path):
     after, done = compared(trained(rewrite_onnx(model, variant="rw+lr", rank=4)), tmp_path)
     assert "SkipLayerNormalization" in {n.op_type for n in ir.load(after).graph}
     assert done.folded == 1
+
+
+# What a weight passes
+
+
+IMAGE = (2, D, 6, 6)
+PRODUCERS = {
+    "convolution": [node("Conv", ["r", "k3", "v"], ["f"], pads=[1, 1, 1, 1])],
+    "grouped": [node("Conv", ["r", "k3g", "v"], ["f"], pads=[1, 1, 1, 1], group=2)],
+    "depthwise": [node("Conv", ["r", "k3d"], ["f"], pads=[1, 1, 1, 1], group=D)],
+    "transposed": [node("ConvTranspose", ["r", "k3", "v"], ["f"], pads=[1, 1, 1, 1])],
+    "batch norm": [node("Conv", ["r", "k1"], ["c"]), node("BatchNormalization", ["c", "v", "v", "v", "p"], ["f"])],
+    "layer scale": [node("Conv", ["r", "k1"], ["c"]), node("Mul", ["c", "s"], ["f"])],
+    "two terms": [node("Conv", ["r", "k1"], ["c"]), node("Sub", ["c", "d"], ["f"])],
+    "views": [
+        node("Conv", ["r", "k1"], ["c"]), node("Transpose", ["c"], ["t"], perm=[0, 2, 3, 1]), node("Reshape", ["t", "flat"], ["u"]),
+        node("Reshape", ["u", "back"], ["w"]), node("Transpose", ["w"], ["f"], perm=[0, 3, 1, 2]),
+    ],
+    "dropout": [node("Conv", ["r", "k1"], ["c"]), node("Dropout", ["c"], ["f", ""])],
+    "relu behind": [node("Conv", ["r", "k1"], ["c"]), node("Relu", ["c"], ["f"])],
+    "padding": [node("Conv", ["r", "k3", "v"], ["c"]), node("Pad", ["c", "pads"], ["f"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_producers_take_the_weight(name, tmp_path):
+    """And the reader behind the sum takes the scale of the stream."""
+    generator = np.random.default_rng(0)
+    weights = {
+        "k3": (D, D, 3, 3), "k3g": (D, D // 2, 3, 3), "k3d": (D, 1, 3, 3), "k1": (D, D, 1, 1), "v": (D,), "s": (D, 1, 1),
+    }  # fmt: skip
+    arrays = {key: generator.standard_normal(shape).astype(np.float32) for key, shape in weights.items()}
+    arrays |= {"p": np.full(D, 2.0, np.float32), "d": generator.standard_normal((1, D, 1, 1)).astype(np.float32)}
+    arrays |= {"flat": np.array([2, 36, D]), "back": np.array([2, 6, 6, D]), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    nodes = [node("Relu", ["x"], ["r"]), *PRODUCERS[name], node("Add", ["x", "f"], ["y0"]), node("Conv", ["y0", "k1"], ["y"])]
+    made = helper.make_graph(
+        nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, IMAGE)], [helper.make_tensor_value_info("y", TensorProto.FLOAT, IMAGE)],
+        [numpy_helper.from_array(array, key) for key, array in arrays.items()],
+    )  # fmt: skip
+    path = tmp_path / "given.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    after, done = compared(trained(rewrite_onnx(path, variant="rw")), tmp_path)
+    assert (done.folded, done.refused) == (1, {})
+    assert "0 Muls at readers" in done.rescaled
+    ops = Counter(n.op_type for n in ir.load(after).graph)
+    assert ops == Counter(n.op_type for n in nodes)

@@ -105,7 +105,21 @@ def test_the_profile_has_it_and_says_where_it_cannot(exported, tmp_path):
     path = export_onnx(CASES["child"].make(), (torch.randn(2, 5, D),), None, tmp_path / "one.onnx")
     result = profile([path], seconds=0, min_rounds=1, threads=1, control=True)
     assert len(result.rows) == 1
-    assert "no block that could be copied" in result.warnings[0]
+    assert result.warnings == (
+        "There is no model with one more layer: no two states of a residual stream have one shape, so that no block can be copied.",
+    )
+
+
+def test_a_copy_that_does_not_run_is_left_out(exported, monkeypatch):
+    def broken(model):
+        made, sites = one_more_layer(model)
+        next(n for n in made.graph if n.op_type == "MatMul").replace_input_with(1, None)
+        return made, sites
+
+    monkeypatch.setattr("laurel_rewrite.profiling.one_more_layer", broken)
+    result = profile([exported("gpt2")], seconds=0, min_rounds=1, threads=1, control=True)
+    assert len(result.rows) == 1
+    assert result.warnings[0].startswith("There is no model with one more layer: ")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "resnet50", "bert"])

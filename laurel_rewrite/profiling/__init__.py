@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, shape_grid
-from laurel_rewrite.graph_files import external
+from laurel_rewrite.graph_files import external, write_onnx
 from laurel_rewrite.one_more_layer import one_more_layer
 from laurel_rewrite.onnx_surgery import away_from_start
 from laurel_rewrite.profiling import latency
@@ -179,9 +179,12 @@ def profile(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laurel-profile-")))
         measured = [stack.enter_context(away_from_start(file, seed, inline=True)) for file in files]
         if control:
-            made = stack.enter_context(_control(models[0], files[0], folder))
-            if made is None:
-                warnings.append(f"{rows_of[0]} has no block that could be copied, so there is no model with one more layer.")
+            try:
+                made = stack.enter_context(_control(models[0], files[0], folder))
+                for one in feeds:
+                    check_runs(made, session_of(made, options), one)
+            except LaurelError as error:
+                warnings.append(f"There is no model with one more layer: {error}")
             else:
                 rows_of.append(ONE_MORE)
                 files.append(made)
@@ -191,8 +194,9 @@ def profile(
             files.append(files[0])
             measured.append(measured[0])
         for file, copy in zip(files, measured, strict=True):
+            session = session_of(copy, options)
             for one in feeds:
-                check_runs(file, session_of(copy, options), one)
+                check_runs(file, session, one)
         timings = []
         for number, one in enumerate(feeds):
             step = None if progress is None else lambda done, number=number: progress((number + done) / len(feeds))
@@ -203,7 +207,7 @@ def profile(
                 (folder / f"trace{number}.json").replace(traces / f"trace-{_file_name(name)}.json")
     described = tuple({name: f"{value.dtype}{list(value.shape)}" for name, value in one.items()} for one in feeds)
     warnings += _doubts(rows, options)
-    made_with = conditions(options) | {"rounds": len(rows[0].latency.runs_ms), "inputs": described[0], "seed": seed}
+    made_with = conditions(options) | {"rounds": rows[0].latency.rounds, "inputs": described[0], "seed": seed}
     return Profile(rows, described, made_with, tuple(warnings))
 
 
@@ -243,13 +247,19 @@ def _rows(
 
 
 @contextlib.contextmanager
-def _control(model: ir.Model, path: Path, folder: Path) -> Iterator[Path | None]:
-    """The model with one more layer in a file; beside the first for a while where that has weights in other files."""
+def _control(model: ir.Model, path: Path, folder: Path) -> Iterator[Path]:
+    """The model with one more layer in a file; beside the first for a while where that has weights in other files.
+
+    Raises:
+        CaptureError: the graph cannot be read, or has no layer that could be copied.
+    """
     made = one_more_layer(model)
     if made is None:
-        yield None
+        raise CaptureError("no two states of a residual stream have one shape, so that no block can be copied.")
+    if not external(model):
+        yield write_onnx(made[0], folder / "control.onnx")
         return
-    file = path.with_name(f".laurel-control-{path.name}") if external(model) else folder / "control.onnx"
+    file = path.with_name(f".laurel-control-{path.name}")
     try:
         ir.save(made[0], file)
         yield file

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BLOCKS = 6  # makings of the sessions
 _WARM_UP = 3
+_KEPT = 2000
 _NORMAL = 1.96
 _STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 11: 2.20}
 """Quantiles at 97.5 % of the normal distribution, and of Student's by degrees of freedom."""
@@ -38,7 +39,8 @@ class Latency:
         median_ms, p10_ms, p90_ms: of one run, milliseconds.
         ratio, low, high: over the first candidate's: median of the rounds' ratios, and its 95 % bootstrap interval.
         verdict: "baseline", "faster", "slower" or "within noise" (the interval holds 1).
-        runs_ms: every run, in order.
+        rounds: number of runs.
+        runs_ms: the runs in order; of more than 2,000, every n-th.
     """
 
     median_ms: float
@@ -48,6 +50,7 @@ class Latency:
     low: float
     high: float
     verdict: str
+    rounds: int
     runs_ms: tuple[float, ...] = field(repr=False)
 
 
@@ -124,7 +127,8 @@ def summarised(blocks: Sequence[np.ndarray], seed: int) -> list[Latency]:
         center, low, high = ratio([block[n] / block[0] for block in blocks], seed)
         verdict = "baseline" if n == 0 else "within noise" if low <= 1 <= high else "slower" if center > 1 else "faster"
         p10, median, p90 = (float(value) for value in np.percentile(times, [10, 50, 90]))
-        result.append(Latency(median, p10, p90, center, low, high, verdict, tuple(times.tolist())))
+        kept = times[:: -(-len(times) // _KEPT)]
+        result.append(Latency(median, p10, p90, center, low, high, verdict, len(times), tuple(kept.tolist())))
     return result
 
 
