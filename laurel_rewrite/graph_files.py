@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
+from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -149,8 +150,6 @@ def write_onnx(model: ir.Model, path: Path | str, *, external_data: str | None =
         ConfigError: a reference that the format does not allow, or a folder that cannot be written.
         ExportError: the model is no valid ONNX.
     """
-    from laurel_rewrite.saving import replacing
-
     path = Path(path)
     if not path.parent.is_dir():
         raise ExportError(f"{path} could not be written: there is no folder {path.parent}.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from laurel_rewrite import job
+from laurel_rewrite.drafts import replacing, writable
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
@@ -15,7 +16,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start, inline_laurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
-from laurel_rewrite.saving import PLAN, replacing, save_graph
+from laurel_rewrite.saving import PLAN, save_graph
 
 if TYPE_CHECKING:
     from torch import fx
@@ -63,7 +64,7 @@ def run(
     """
     from laurel_rewrite.verify import check_graph_random, check_graph_start, check_graph_weights, check_same, check_torch
 
-    job.writable(out)
+    writable(out)
     if (out / NAME).exists() and (out / NAME).samefile(path):
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
     with listener("read") as stage:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from laurel_rewrite import variants
+from laurel_rewrite.drafts import replacing, writable
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.models import Built, build, require_file
 from laurel_rewrite.plan import LaurelConfig, Plan
@@ -172,7 +173,7 @@ def run(
 
     from laurel_rewrite.exporting import export_onnx
     from laurel_rewrite.operator import refuse_second_time
-    from laurel_rewrite.saving import replacing, save
+    from laurel_rewrite.saving import save
     from laurel_rewrite.surgery import apply_plan
 
     writable(out)
@@ -244,19 +245,6 @@ def add_report(report: Report, draft: Path) -> None:
     """List the files of a draft folder, and add the report to them."""
     report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML])
     write_report(report.to_dict(), draft)
-
-
-def writable(out: Path) -> None:
-    """Say at once that the results could not be written, not after minutes."""
-    from laurel_rewrite.saving import replacing
-
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"The output folder {out} is a file. Choose another with --out.")
-    existed = out.exists()
-    with replacing(out):
-        pass
-    if not existed:
-        out.rmdir()
 
 
 def stop_if_failed(report: Report) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from laurel_rewrite.drafts import replacing, writable
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.feeds import read_feeds
-from laurel_rewrite.job import Listener, silent, writable
+from laurel_rewrite.job import Listener, silent
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling import profile as measure
 from laurel_rewrite.report import HTML, JSON, write_report
-from laurel_rewrite.saving import replacing
 
 
 def run(

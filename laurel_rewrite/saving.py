@@ -7,11 +7,8 @@ import importlib
 import importlib.util
 import io
 import json
-import os
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from laurel_rewrite import __version__, models
+from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.modeling import module_text
 from laurel_rewrite.models import Built
@@ -116,35 +114,6 @@ def source_of(record: Rewriting, name: str) -> tuple[str, dict[str, str]]:
     header = _HEADER.format(name=name, version=__version__)
     text, by_class = module_text({id(r): r for r in record.classes.values()}.values(), header)
     return text, {owner: by_class[rewritten.cls] for owner, rewritten in record.classes.items()}
-
-
-class replacing:
-    """A folder that is filled aside and then put in its place file by file, so that a failure leaves nothing half-written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Path:
-        try:
-            self.created = not self.folder.exists()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.draft = Path(tempfile.mkdtemp(prefix=".laurel-", dir=self.folder))
-        except OSError as error:
-            raise ConfigError(f"The output folder {self.folder} cannot be written: {error.strerror}. Choose another with --out.") from error
-        return self.draft
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        try:
-            if kind is None:
-                for file in sorted(self.draft.rglob("*")):
-                    if file.is_file():
-                        target = self.folder / file.relative_to(self.draft)
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        os.replace(file, target)
-        finally:
-            shutil.rmtree(self.draft, ignore_errors=True)
-            if kind is not None and self.created and not any(self.folder.iterdir()):
-                self.folder.rmdir()
 
 
 def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Module:

@@ -6,21 +6,15 @@ optimisation. Bytes moved are what the optimised graph's ops read and write, cac
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from laurel_rewrite.dialects.onnx import METADATA
+from laurel_rewrite.profiling.attribution import Attribution
+from laurel_rewrite.profiling.flops import PRODUCTS, UNKNOWN
 from laurel_rewrite.profiling.traces import Trace
-
-if TYPE_CHECKING:
-    from laurel_rewrite.profiling.attribution import Attribution
-
-Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def costs_of(model: ir.Model, plain: Trace, optimised: Trace, attribution: Attri
             count = PRODUCTS[node.op](node.inputs, node.outputs)
             flops += count
             sites.get(owners.get(name, ""), nothing).flops += count
-        elif node.op in _UNKNOWN:
+        elif node.op in UNKNOWN:
             uncounted[node.op] += 1
     for timed in attribution.nodes:
         if timed.own:
@@ -92,37 +86,3 @@ def costs_of(model: ir.Model, plain: Trace, optimised: Trace, attribution: Attri
             sites[timed.site].moved_bytes += traced.moved_bytes
             sites[timed.site].activation_bytes += traced.output_bytes
     return Costs(parameters, flops, sum(node.moved_bytes for node in optimised.nodes.values()), uncounted, sites)
-
-
-def _matmul(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
-    return 2 * math.prod(outputs[0]) * inputs[0][-1]
-
-
-def _gemm(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
-    return 2 * math.prod(inputs[0]) * outputs[0][1]  # whichever way the first is stored
-
-
-def _conv(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
-    return 2 * math.prod(outputs[0]) * math.prod(inputs[1][1:])
-
-
-def _conv_transpose(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
-    return 2 * math.prod(inputs[0]) * math.prod(inputs[1][1:])
-
-
-def _attention(inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int:
-    """Two products of queries and keys, [..., S, features]; in onnxruntime's own, of [batch, S, D] and [D, 3 D], the projection too."""
-    first, second = inputs[0], inputs[1]
-    if len(second) == 2:
-        return 2 * math.prod(first) * second[1] + 4 * math.prod(outputs[0]) * first[1]
-    return 4 * math.prod(first) * second[-2]
-
-
-PRODUCTS: Mapping[str, Callable[[Sequence[Shape], Sequence[Shape]], int]] = {
-    "MatMul": _matmul, "FusedMatMul": _matmul, "MatMulInteger": _matmul, "QLinearMatMul": _matmul, "MatMulNBits": _matmul,
-    "Gemm": _gemm, "FusedGemm": _gemm,
-    "Conv": _conv, "FusedConv": _conv, "ConvInteger": _conv, "ConvTranspose": _conv_transpose,
-    "QLinearConv": lambda inputs, outputs: _conv((inputs[0], inputs[3]), outputs),
-    "MultiHeadAttention": _attention, "Attention": _attention,
-}  # fmt: skip
-_UNKNOWN = frozenset("LSTM GRU RNN Einsum QAttention GroupQueryAttention QGemm".split())
