@@ -134,7 +134,7 @@ def run(
             if seconds > 0:
                 with listener("profile") as stage:
                     result = profile(
-                        [path, measured], names=[path.name, NAME], inputs=feeds, seconds=seconds, control=True, traces=draft, seed=config.seed,
+                        [path, measured], names=[path.name if path.name != NAME else f"original {NAME}", NAME], inputs=feeds, seconds=seconds, control=True, traces=draft, seed=config.seed,
                         progress=stage.progress,
                     )  # fmt: skip
                     report.profile = job.renamed(result, {measured: out / NAME})
