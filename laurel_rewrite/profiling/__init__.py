@@ -45,8 +45,8 @@ class Row:
         latencies: for each shape.
         load_ms: median time to make a session, onnxruntime's optimisation included, milliseconds.
         memory: see `Memory`.
-        resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it, the least of three; 0 where the
-            system has no such figure.
+        resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it; 0 where the system has
+            no such figure.
         file_bytes: the file and its external data.
         ops: before and after onnxruntime's optimisation, and what it fused.
         costs: FLOPs and the like.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from laurel_rewrite.profiling.sessions import Settings
 from laurel_rewrite.profiling.traces import Trace
 
-_PROCESSES = 3
+_RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 _EXPLAINED = 0.1
 """Difference between the arena's peak and the live values' that needs an explanation."""
 _VIEWS = frozenset("Reshape Squeeze Unsqueeze Flatten Identity".split())
@@ -141,15 +142,12 @@ for line in open("/proc/self/status"):
 def resident_bytes(path: Path, settings: Settings, feeds: Mapping[str, np.ndarray], folder: Path) -> int:
     """Peak resident memory (VmHWM) of a fresh process that loads the model and runs it; 0 where the system has no such figure.
 
-    The least of three processes: now and then one takes some per cent more, as its threads happen to meet.
+    glibc is told to return memory at once: what it keeps otherwise depends on how threads happen to meet, and is some per cent more or less.
     """
     if not Path("/proc/self/status").exists():
         return 0
     inputs = folder / "inputs.npz"
     np.savez(inputs, allow_pickle=False, **feeds)
     words = [sys.executable, "-c", _FRESH, str(path), str(inputs), str(settings.threads), settings.provider]
-    found = []
-    for _ in range(_PROCESSES):
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        found.append(int(done.stdout.strip() or 0) if done.returncode == 0 else 0)
-    return min(found)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **_RETURNING})
+    return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
