@@ -55,7 +55,7 @@ def run_as(path: Path, folder: Path) -> Counter[str]:
     return count_ops(ir.load(path), ir.load(folder / "optimised.onnx")).after
 
 
-MODELS = ["resnet50", "vit_small", "gpt2", "bert", "llama", "t5", "falcon"]
+MODELS = ["resnet50", "vit_small", "gpt2", "bert", "llama", "t5", "falcon", "cohere"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
