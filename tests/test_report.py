@@ -142,3 +142,17 @@ def test_a_report_without_a_profile(exported, tmp_path, here):
     assert report["profile"] is None
     assert page(report) == (tmp_path / "laurel_out" / "report.html").read_text()
     opens(tmp_path / "laurel_out" / "report.html", tmp_path, {"streams"})
+
+
+def test_training_steps(tmp_path, here, monkeypatch):
+    monkeypatch.setattr("laurel_rewrite.profiling.training._MODES", ("eager",))  # a compiler takes a minute
+    example = Path(__file__).parent.parent / "tools" / "examples" / "gpt.py"
+    words = ["--set", "depth=2", "--set", "width=40", "--set", "heads=2", "--set", "vocabulary=4096", "--rank", "4"]
+    result = here(str(example), *words, "--train", "--profile-seconds", "0.1", "--out", "out")
+    assert result.returncode == 0, result.stderr
+    assert "Training steps in PyTorch" in result.stdout
+    report = check_json(tmp_path / "out" / "report.json")
+    assert [row["name"] for row in report["training"]["rows"]] == ["baseline", "laurel", "one more layer"]
+    plots = {"streams", "ratios", "runs", "ops", "memory", "modules", "sites", "training"}
+    opens(tmp_path / "out" / "report.html", tmp_path, plots)
+    assert here("graph.onnx", "--train").returncode == 2

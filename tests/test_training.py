@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import CASES, D
 
 from laurel_rewrite import LaurelError, rewrite
+from laurel_rewrite.profiling.training import profile_training
 
 IDS = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -115,3 +116,39 @@ def test_an_optimiser_step_lowers_the_loss():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+# What a step costs
+
+
+def test_training_steps_are_measured_and_change_nothing(monkeypatch):
+    x = torch.randn(2, 5, D)
+    plain = CASES["plain"].make()
+    models = {"baseline": plain, "laurel": rewrite(plain, (x,), variant="rw+lr", rank=4)}
+    before = {name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in models.items()}
+
+    def refuse(model):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    result = profile_training(models, (x,), {}, seconds=0)
+    assert [(row.name, row.mode, row.step.verdict == "baseline") for row in result.rows] == [
+        ("baseline", "eager", True),
+        ("laurel", "eager", False),
+    ]
+    assert result.notes == ("compiled training could not be measured: RuntimeError: no compiler here",)
+    baseline, laurel = result.rows
+    assert laurel.parameters - baseline.parameters == 2 * (2 + 2 * 4 * D)
+    assert laurel.saved_bytes > baseline.saved_bytes
+    for name, model in models.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bytes_kept_for_backward():
+    """A linear layer keeps its input, a ReLU its output; weights are not counted."""
+    net = nn.Sequential(nn.Linear(D, 3 * D), nn.ReLU(), nn.Linear(3 * D, D))
+    result = profile_training({"net": net}, (torch.randn(7, D),), {}, seconds=0)
+    kept = 4 * 7 * (D + 3 * D)  # the input, and the ReLU's output, which the second layer reads
+    loss = 4 * 7 * D  # the output, of whose square the mean is taken
+    assert result.rows[0].saved_bytes == kept + loss
