@@ -1,4 +1,4 @@
-"""The same model with one more layer: what one would do instead of LAuReL, and the paper's own control (section 4.1 of arXiv:2411.07501).
+"""The same model with one more layer: what one would do instead of LAuReL, and the paper's own control (LAuReL, arXiv:2411.07501).
 
 A block is what lies between two states of a stream; where the blocks of a stream repeat with a period (attention, feed-forward), a layer is
 one period. The last layer whose input and output have one shape is copied with its weights, behind itself.

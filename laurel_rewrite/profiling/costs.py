@@ -1,4 +1,4 @@
-"""Costs that do not depend on the machine: parameters, FLOPs, bytes moved, bytes alive.
+"""Costs that do not depend on the machine: parameters, FLOPs, bytes moved and written.
 
 FLOPs are those of products (two a multiply-add), as torch's FlopCounterMode counts them; they are read from the shapes of a run without
 optimisation. Bytes moved are what the optimised graph's ops read and write, caches aside.

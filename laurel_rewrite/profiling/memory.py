@@ -17,6 +17,7 @@ from laurel_rewrite.profiling.sessions import Settings
 from laurel_rewrite.profiling.traces import Trace
 
 _RETURNING = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""What makes glibc return memory at once; without these its thresholds move with what was freed before, and the peak with them."""
 _EXPLAINED = 0.1
 """Difference between the arena's peak and the live values' that needs an explanation."""
 _VIEWS = frozenset("Reshape Squeeze Unsqueeze Flatten Identity".split())
