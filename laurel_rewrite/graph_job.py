@@ -16,6 +16,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start, inline_laurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
+from laurel_rewrite.report import count
 from laurel_rewrite.saving import PLAN, save_graph
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
     with listener("read") as stage:
         model = read_onnx(path)
-        stage.done(f"{len(model.graph):,} nodes, {job.millions(weight_count(model))} weights")
+        stage.done(f"{len(model.graph):,} nodes, {count(weight_count(model))} weights")
     runs = verify or seconds > 0
     feeds = (read_feeds(inputs) if inputs is not None else draw_feeds(model, seed=config.seed)) if runs else {}
     if runs:

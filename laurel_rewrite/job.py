@@ -17,6 +17,7 @@ from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
+from laurel_rewrite.report import count as number
 from laurel_rewrite.sites import Sites, detect
 from laurel_rewrite.verify import Check, check_gradients, check_onnx, check_start, randomized
 
@@ -182,7 +183,7 @@ def run(
         built = _build(spec, settings)
         model, args, kwargs = built.model, built.args, built.kwargs
         refuse_second_time(model)
-        stage.done(f"{type(model).__name__}, {millions(built.parameters)} parameters")
+        stage.done(f"{type(model).__name__}, {number(built.parameters)} parameters")
     with listener("detect") as stage:
         sites = detect(model, args, kwargs)
         stage.done(counts(sites))
@@ -313,7 +314,7 @@ def insertion(report: Report) -> str:
     """In words: how many modules, and what they add."""
     added = report.parameters["added"]
     share = 100 * added / max(report.parameters["model"], 1)
-    return f"{len(report.plan.sites)} LAuReL modules, {millions(added)} parameters more (+{share:.2f} %)"
+    return f"{len(report.plan.sites)} LAuReL modules, {number(added)} parameters more (+{share:.2f} %)"
 
 
 def counts(sites: Sites) -> str:
@@ -327,8 +328,3 @@ def verdict(checks: list[Check]) -> str:
     """How many checks passed, or which did not."""
     failed = [check.name for check in checks if not check.passed]
     return f"FAILED: {', '.join(failed)}" if failed else f"{len(checks)} passed"
-
-
-def millions(count: int) -> str:
-    """A number of parameters, in words."""
-    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

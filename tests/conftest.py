@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite import cli, export_onnx
+from laurel_rewrite.feeds import draw_feeds
+from laurel_rewrite.graph_files import write_onnx
+from laurel_rewrite.lowering import lower
 from laurel_rewrite.models import build, declare_torchvision_ops
 from laurel_rewrite.profiling.sessions import session_of, settings
+from laurel_rewrite.verify import run_onnx
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 with warnings.catch_warnings():
@@ -150,6 +154,21 @@ def trained(model: ir.Model, seed: int = 0) -> ir.Model:
             array = array + generator.standard_normal(array.shape) * (0.3 if array.ndim == 1 else 0.5 / np.sqrt(max(array.shape[:2])))
         value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=name)
     return model
+
+
+def compared(model: ir.Model, folder: Path, *, skip=(), seed: int = 3, **drawn) -> tuple[Path, object]:
+    """Lower a copy, and compare both in onnxruntime with and without its optimiser. The lowered file, and what was done."""
+    before = write_onnx(model, folder / "before.onnx")
+    lowered = model.clone()
+    done = lower(lowered, skip=skip)
+    assert not lowered.functions
+    assert {node.domain for node in lowered.graph} <= {node.domain for node in model.graph}
+    after = write_onnx(lowered, folder / "after.onnx")
+    feeds = draw_feeds(model, seed=seed, **drawn)
+    expected = run_onnx(before, feeds, optimised=False)
+    for optimised in (False, True):
+        close(run_onnx(after, feeds, optimised=optimised), expected)
+    return after, done
 
 
 def fused(path: Path, folder: Path) -> Path:
