@@ -171,7 +171,7 @@ class _Marker:
 
 
 def _insert(model: ir.Model, module: nn.Module) -> None:
-    from passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
+    from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 
     modules = sites_of(module)
     sites: list[OnnxSite] = []

@@ -63,7 +63,7 @@ def run(
         VerificationError: a check failed; the report is its `args[1]`.
         CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written.
     """
-    from laurel_rewrite.verify import check_graph_random, check_graph_start, check_graph_weights, check_same, check_torch
+    from laurel_rewrite.verify_onnx import check_graph_random, check_graph_start, check_graph_weights, check_same, check_torch
 
     writable(out)
     if (out / NAME).exists() and (out / NAME).samefile(path):

@@ -19,7 +19,8 @@ from laurel_rewrite.profiling.training import Training, one_more_block, profile_
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report import count as number
 from laurel_rewrite.sites import Sites, detect
-from laurel_rewrite.verify import Check, check_gradients, check_onnx, check_start, randomized
+from laurel_rewrite.verify import Check, check_gradients, check_start, randomized
+from laurel_rewrite.verify_onnx import check_onnx
 
 if TYPE_CHECKING:
     from torch import nn
@@ -265,7 +266,7 @@ def _feeds(path: Path, built: Built) -> dict[str, Any]:
     import torch
     from torch.utils import _pytree as pytree
 
-    from laurel_rewrite.verify import session_of
+    from laurel_rewrite.verify_onnx import session_of
 
     leaves = [leaf for leaf in pytree.tree_leaves((built.args, built.kwargs)) if isinstance(leaf, torch.Tensor)]
     inputs = session_of(path).get_inputs()

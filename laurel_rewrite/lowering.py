@@ -19,10 +19,10 @@ import onnx_ir.passes.common as common
 
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import ConfigError, nearest
-from passes.evaluate_laurel import EvaluateLaurel, Forms
-from passes.expand_laurel import ExpandLaurel
-from passes.fold_branch import FoldBranch
-from passes.rescale_stream import RescaleStream
+from laurel_rewrite.passes.evaluate_laurel import EvaluateLaurel, Forms
+from laurel_rewrite.passes.expand_laurel import ExpandLaurel
+from laurel_rewrite.passes.fold_branch import FoldBranch
+from laurel_rewrite.passes.rescale_stream import RescaleStream
 
 NOTES = f"{METADATA}lowering"
 """Where a lowered model says what was done."""

@@ -25,11 +25,11 @@ from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, Rewrit
 from laurel_rewrite.graph_files import external, read_onnx
 from laurel_rewrite.operator import Laurel
 from laurel_rewrite.operator_onnx import DOMAIN, IR_VERSION, FunctionForm
+from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.residuals import Residual
 from laurel_rewrite.sites import Sites, read_onnx_sites
 from laurel_rewrite.variants import SiteConfig
-from passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 
 FUNCTIONS = ("keep", "inline")
 _NODE = f"{METADATA}node"

@@ -124,7 +124,7 @@ def apply_plan(model: nn.Module, sites: Sites, plan: Plan, *, inplace: bool = Fa
     """Carry out a plan on the model that `sites` were found in; see `rewrite`. Everything is checked before anything changes."""
     plan.check(sites)
     if isinstance(model, fx.GraphModule):
-        from passes.insert_laurel import InsertLaurel
+        from laurel_rewrite.passes.insert_laurel import InsertLaurel
 
         return InsertLaurel(plan)(model if inplace else copy.deepcopy(model)).graph_module
     classes = rewritten_classes(model, sites, plan)

@@ -19,9 +19,9 @@ import onnx_ir as ir
 
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.operator_onnx import BRANCH, DOMAIN, FORM, FunctionForm, parameter_names
+from laurel_rewrite.passes.algebra import constant, constant_of, scaled
+from laurel_rewrite.passes.base import Pass, PassResult
 from laurel_rewrite.variants import SiteConfig
-from passes.algebra import constant, constant_of, scaled
-from passes.base import Pass, PassResult
 
 AFFINE_DOMAIN = "laurel_rewrite.lowering"
 AFFINE = "Affine"

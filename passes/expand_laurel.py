@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from laurel_rewrite.errors import ExportError
-from passes.algebra import constant
-from passes.base import Pass, PassResult
-from passes.evaluate_laurel import AFFINE_DOMAIN, Affine, Forms, same
+from laurel_rewrite.passes.algebra import constant
+from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Affine, Forms, same
 
 BLOCK = 16  # channels
 

@@ -15,9 +15,9 @@ from functools import partial
 
 import onnx_ir as ir
 
-from passes.algebra import constant_of, is_homogeneous, scale_constant
-from passes.base import Pass, PassResult
-from passes.evaluate_laurel import AFFINE_DOMAIN, Forms, same
+from laurel_rewrite.passes.algebra import constant_of, is_homogeneous, scale_constant
+from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Forms, same
 
 _LINEAR = {
     "Conv": (1, 2), "Gemm": (1, 2), "ConvTranspose": (1, 2), "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "RMSNormalization": (1,),

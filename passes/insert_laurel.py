@@ -9,8 +9,8 @@ from torch import fx
 from laurel_rewrite.dialects.fx import mutates
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.operator import Laurel, refuse_second_time
+from laurel_rewrite.passes.base import Pass, PassResult
 from laurel_rewrite.sites import Binding, Sites, sites_of_graph
-from passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
     from laurel_rewrite.plan import Plan

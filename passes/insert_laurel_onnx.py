@@ -14,8 +14,8 @@ import onnx_ir as ir
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.operator_onnx import DOMAIN, DOMAIN_VERSION, IR_VERSION, FunctionForm, branch_function, parameter_names
+from laurel_rewrite.passes.base import Pass, PassResult
 from laurel_rewrite.variants import SiteConfig, operator
-from passes.base import Pass, PassResult
 
 
 @dataclass(frozen=True)

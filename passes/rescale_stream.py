@@ -20,9 +20,9 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from passes.algebra import constant, constant_of, is_homogeneous, is_homogeneous_activation, scale_constant
-from passes.base import Pass, PassResult
-from passes.evaluate_laurel import Affine, Forms, same
+from laurel_rewrite.passes.algebra import constant, constant_of, is_homogeneous, is_homogeneous_activation, scale_constant
+from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.evaluate_laurel import Affine, Forms, same
 
 _NORMS = frozenset(
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization GroupNormalization InstanceNormalization GroupNorm".split()

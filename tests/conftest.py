@@ -27,7 +27,7 @@ from laurel_rewrite.graph_files import write_onnx
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.models import build, declare_torchvision_ops
 from laurel_rewrite.profiling.sessions import session_of, settings
-from laurel_rewrite.verify import run_onnx
+from laurel_rewrite.verify_onnx import run_onnx
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 with warnings.catch_warnings():

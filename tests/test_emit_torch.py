@@ -22,7 +22,7 @@ from laurel_rewrite import (
 )
 from laurel_rewrite.feeds import draw_feeds
 from laurel_rewrite.operator import sites_of
-from laurel_rewrite.verify import run_onnx
+from laurel_rewrite.verify_onnx import run_onnx
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama", "vit_small", "resnet50", "yolo", "shufflenet"])

@@ -20,7 +20,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.profiling.fusions import count_ops
 from laurel_rewrite.profiling.sessions import session_of
 from laurel_rewrite.profiling.sessions import settings as settings_of
-from laurel_rewrite.verify import run_onnx
+from laurel_rewrite.verify_onnx import run_onnx
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 

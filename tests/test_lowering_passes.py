@@ -19,11 +19,11 @@ from toys import D
 
 from laurel_rewrite import ExportError, detect, export_onnx, rewrite, rewrite_onnx, write_onnx
 from laurel_rewrite.lowering import SKIPPABLE, lower
-from laurel_rewrite.verify import run_onnx
-from passes.evaluate_laurel import Affine, EvaluateLaurel
-from passes.expand_laurel import ExpandLaurel
-from passes.fold_branch import FoldBranch
-from passes.rescale_stream import RescaleStream
+from laurel_rewrite.passes.evaluate_laurel import Affine, EvaluateLaurel
+from laurel_rewrite.passes.expand_laurel import ExpandLaurel
+from laurel_rewrite.passes.fold_branch import FoldBranch
+from laurel_rewrite.passes.rescale_stream import RescaleStream
+from laurel_rewrite.verify_onnx import run_onnx
 
 # Refusals
 

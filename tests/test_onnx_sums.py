@@ -18,7 +18,7 @@ from laurel_rewrite import (
     write_onnx,
 )
 from laurel_rewrite.feeds import draw_feeds
-from laurel_rewrite.verify import run_onnx
+from laurel_rewrite.verify_onnx import run_onnx
 
 FUSED = {"resnet50": "FusedConv", "bert": "SkipLayerNormalization", "gpt2": "Gelu", "llama": "SkipSimplifiedLayerNormalization"}
 

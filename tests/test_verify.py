@@ -8,7 +8,8 @@ from toys import CASES, D
 
 from laurel_rewrite import export_onnx, rewrite
 from laurel_rewrite.operator import sites_of
-from laurel_rewrite.verify import check_gradients, check_onnx, check_start, draw, randomized
+from laurel_rewrite.verify import check_gradients, check_start, randomized
+from laurel_rewrite.verify_onnx import check_onnx, draw
 
 X = (torch.randn(2, 5, D),)
 
