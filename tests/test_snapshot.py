@@ -1,0 +1,171 @@
+"""What running a model changes is put back."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, deque
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from laurel_rewrite.snapshot import preserved, state_bytes
+
+
+class Cache:
+    __slots__ = ("items", "later")
+
+    def __init__(self):
+        self.items = [1]
+
+
+class Messy(nn.Module):
+    """Changes whatever a forward pass can change."""
+
+    calls = 0
+    seen: list[int] = []  # noqa: RUF012  # shared on purpose
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("count", torch.zeros(2))
+        self.register_buffer("average", torch.zeros(4))
+        self.plain = torch.full((2,), float("nan"))
+        self.sparse = torch.eye(3).to_sparse()
+        self.history = [1, 2]
+        self.table = {"a": [0], "b": 1}
+        self.order = OrderedDict(x=1, y=2)
+        self.queue = deque([1, 2], maxlen=2)
+        self.array = np.zeros(3)
+        self.config = SimpleNamespace(depth=[1])
+        self.cache = Cache()
+        self.generators = [random.Random(1), np.random.default_rng(1), np.random.RandomState(1), torch.Generator()]
+        total = 0
+
+        def counting():
+            nonlocal total
+            total += 1
+            return total
+
+        self.counting = counting
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.linear.weight.add_(1)
+        self.linear.bias.data = torch.ones(4)
+        self.linear.weight.requires_grad_(False)
+        self.linear.weight.grad = torch.ones(4, 4)
+        self.norm(x)
+        self.count += 1
+        self.average.mul_(0.9).add_(self.linear(x).mean(0))  # has a gradient from here on
+        self.plain.fill_(0)
+        self.sparse._values().mul_(2)
+        self.history.append(self.average)
+        self.table["a"].append(1)
+        del self.table["b"]
+        self.order.move_to_end("x")
+        self.queue.append(3)
+        self.array += 1
+        self.config.depth.append(2)
+        self.cache.items, self.cache.later = [], 1
+        for draw in (
+            random.random,
+            np.random.rand,
+            lambda: torch.rand(1),
+            *(g.random for g in self.generators[:2]),
+            self.generators[2].rand,
+        ):
+            draw()
+        torch.rand(1, generator=self.generators[3])
+        self.counting()
+        self.fresh = nn.Linear(2, 2)
+        del self.norm
+        self.linear.register_forward_hook(lambda *_: None)
+        self.eval()
+        type(self).calls += 1
+        type(self).later = 1
+        self.seen.append(1)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        x.add_(1)
+        return x
+
+
+def state(model, x):
+    """Everything that `Messy.forward` changes, in values that can be compared."""
+    tensors = [*model.state_dict().values(), model.plain.isnan(), model.sparse.to_dense(), x]
+    return (
+        [(t.dtype, t.data_ptr(), t.tolist()) for t in tensors[:-3]], [t.tolist() for t in tensors[-3:]],
+        [(p.requires_grad, p.grad, p.is_leaf) for p in model.parameters()], model.average.is_leaf,
+        model.history, model.table, list(model.order), list(model.queue), model.array.tolist(), model.config.depth,
+        model.cache.items, hasattr(model.cache, "later"), list(vars(model)), list(model._modules), len(model.linear._forward_hooks),
+        model.training, Messy.calls, hasattr(Messy, "later"), Messy.seen, torch.get_default_dtype(), torch.is_grad_enabled(),
+        [model.generators[0].getstate(), model.generators[1].bit_generator.state, model.generators[3].get_state().tolist()],
+        model.generators[2].get_state()[1].tolist(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+        model.counting.__closure__[0].cell_contents,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_whatever_a_forward_pass_changes_is_put_back(raises):
+    model, x = Messy(), torch.randn(3, 4)
+    before = [repr(part) for part in state(model, x)]
+    parameter, history = model.linear.bias, model.history
+    try:
+        with preserved(model, x):
+            model(x)
+            assert not torch.is_grad_enabled()
+            if raises:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert raises
+    assert [repr(part) for part in state(model, x)] == before
+    assert model.linear.bias is parameter
+    assert model.history is history
+    model.average.mul_(2)  # no graph is left on it
+    model(x)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+
+
+def test_a_failure_to_restore_is_said_and_the_rest_is_put_back():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.array = np.zeros(2)
+            self.values = [1]
+
+    model = Holder()
+
+    def spoil():
+        with preserved(model):
+            model.array += 1
+            model.array.flags.writeable = False
+            model.values.append(2)
+
+    with pytest.raises(RuntimeError, match=r"1 part.* could not be put back"):
+        spoil()
+    assert model.values == [1]
+
+
+def test_shared_memory_is_counted_once_and_the_meta_device_not_at_all():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    assert state_bytes(model) == 2 * 8 * 8 * 4
+    model[1].weight = model[0].weight
+    model.view = model[0].weight.data[0]
+    assert state_bytes(model) == 8 * 8 * 4
+    assert state_bytes(model.to("meta")) == 8 * 4 * 8  # the view is a plain attribute, and stays where it was
+    with preserved(nn.Linear(2, 2, device="meta")):
+        pass
+
+
+def test_without_values_attributes_come_back_and_nothing_is_copied():
+    model = nn.Linear(2, 2)
+    with preserved(model, values=False):
+        model.weight.data.fill_(7)
+        model.kept = model.weight
+    assert model.weight.eq(7).all()
+    assert not hasattr(model, "kept")
