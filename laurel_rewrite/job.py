@@ -69,7 +69,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
+        """Nothing failed."""
+        return not any(check.failed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -251,7 +252,7 @@ def add_report(report: Report, draft: Path) -> None:
 
 def stop_if_failed(report: Report) -> None:
     """Raise VerificationError with the report where a check failed."""
-    failed = [check for check in report.checks if not check.passed]
+    failed = [check for check in report.checks if check.failed]
     if failed:
         first = failed[0]
         raise VerificationError(
@@ -326,6 +327,7 @@ def counts(sites: Sites) -> str:
 
 
 def verdict(checks: list[Check]) -> str:
-    """How many checks passed, or which did not."""
-    failed = [check.name for check in checks if not check.passed]
-    return f"FAILED: {', '.join(failed)}" if failed else f"{len(checks)} passed"
+    """How many checks had each outcome, or which failed."""
+    failed = [check.name for check in checks if check.failed]
+    outcomes = Counter(check.outcome for check in checks)
+    return f"FAILED: {', '.join(failed)}" if failed else ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())

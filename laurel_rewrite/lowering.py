@@ -38,12 +38,14 @@ class Lowering:
         folded: branches whose weight went into what computes them.
         refused: nodes where it did not, and why.
         rescaled: what became of the skips' weights, in words.
+        scales: c of every value that is 1/c of what it was, by name.
     """
 
     sites: int = 0
     folded: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     rescaled: str = ""
+    scales: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """In sentences for the user."""
@@ -71,7 +73,7 @@ def lower(model: ir.Model, *, skip: Collection[str] = ()) -> Lowering:
     if "rescale-stream" not in skip:
         rescale = RescaleStream(forms)
         rescale(model)
-        result.rescaled = rescale.note
+        result.rescaled, result.scales = rescale.note, rescale.scales
     if "fold-branch" not in skip:
         fold = FoldBranch(forms)
         result.folded, result.refused = len(fold(model).changed), fold.refused

@@ -140,8 +140,10 @@ def show_report(console: Console, report: Report) -> None:
     for heading in ("check", "", "difference", "allowed", "detail"):
         table.add_column(heading, justify="right" if heading == "difference" else "left", no_wrap=heading in ("check", "", "difference"))
     for check in report.checks:
-        mark = Text("passed", "green") if check.passed else Text("FAILED", "bold red")
-        table.add_row(check.name, mark, f"{check.difference:.2g}", check.tolerance, Text(check.detail))
+        mark = Text(check.outcome, {True: "green", False: "bold red", None: "yellow"}[check.passed])
+        table.add_row(
+            check.name, mark, "" if check.outcome == "not run" else f"{check.difference:.2g}", check.tolerance, Text(check.detail)
+        )
     console.print(table)
     if report.profile is not None:
         show_profile(console, report.profile)

@@ -18,16 +18,36 @@ from laurel_rewrite.operator import sites_of
 
 @dataclass(frozen=True)
 class Check:
-    """One verification: what was compared, whether it held, the largest difference, and the tolerance it was held to."""
+    """One verification: what was compared, whether it held, the largest difference, and the tolerance it was held to.
+
+    `passed` is None where there is no verdict: nothing was compared ("not run"; the difference is NaN then), or what was compared could
+    hardly have shown a fault ("says little"). The detail says why.
+    """
 
     name: str
-    passed: bool
+    passed: bool | None
     difference: float
     tolerance: str
     detail: str = ""
 
+    @property
+    def failed(self) -> bool:
+        return self.passed is False
+
+    @property
+    def outcome(self) -> str:
+        """In a word or two, as the terminal and the report show it."""
+        if self.passed is None:
+            return "not run" if self.difference != self.difference else "says little"
+        return "passed" if self.passed else "FAILED"
+
+    @staticmethod
+    def not_run(name: str, why: str) -> Check:
+        """A verification that could not be done, which is no pass."""
+        return Check(name, None, float("nan"), "", why)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "outcome": self.outcome}
 
 
 def check_start(original: nn.Module, rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int = 0) -> list[Check]:

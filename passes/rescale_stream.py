@@ -60,11 +60,13 @@ class RescaleStream(Pass[ir.Model]):
 
     Attributes:
         note: what was done, in words, with the range of c.
+        scales: c of every value that is no longer what it was, by name: it was c times what it is.
     """
 
     def __init__(self, forms: Forms) -> None:
         self.forms = forms
         self.note = ""
+        self.scales: dict[str, float] = {}
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
         walk = _walked(graph, self.forms)
@@ -76,6 +78,7 @@ class RescaleStream(Pass[ir.Model]):
         else:
             for change in walk.changes:
                 change()
+            self.scales = {str(value.name): scale for value, scale in walk.scales.items()}
             self.note = f"{walk.saved} skip weights became 1, c from {walk.low:.3g} to {walk.high:.3g}, {walk.muls} Muls at readers"
             return PassResult(graph, tuple(str(node.name) for node in self.forms))
         return PassResult(graph, ())

@@ -8,7 +8,7 @@ from toys import CASES, D
 
 from laurel_rewrite import export_onnx, rewrite
 from laurel_rewrite.operator import sites_of
-from laurel_rewrite.verify import check_gradients, check_start, randomized
+from laurel_rewrite.verify import Check, check_gradients, check_start, randomized
 from laurel_rewrite.verify_onnx import check_onnx, draw
 
 X = (torch.randn(2, 5, D),)
@@ -99,3 +99,10 @@ def test_drawn_inputs_keep_type_and_range():
     assert (ids.min(), ids.max()) == (3, 9)
     assert draw(torch.ones(2, 3, dtype=torch.bool), (4, 5), generator).all()
     assert sites_of(torch.nn.Linear(2, 2)) == {}
+
+
+def test_a_check_that_was_not_run_is_no_pass():
+    check = Check.not_run("laurel.onnx", "no kernel")
+    assert (check.outcome, check.passed, check.failed) == ("not run", None, False)
+    assert [Check("", passed, 0.0, "").outcome for passed in (True, False, None)] == ["passed", "FAILED", "says little"]
+    assert check.to_dict()["outcome"] == "not run"
