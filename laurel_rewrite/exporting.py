@@ -9,21 +9,29 @@ import contextlib
 import inspect
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite import __version__
 from laurel_rewrite.capture import describe, quiet, training, without_caches
+from laurel_rewrite.dialects.onnx import METADATA
+from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import ConfigError, ExportError
-from laurel_rewrite.graph_files import write_onnx
+from laurel_rewrite.graph_files import place_onnx
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import FUNCTIONS, inline_laurel, parameters_of
 from laurel_rewrite.operator import Laurel, sites_of
+from laurel_rewrite.operator_onnx import BRANCH, DOMAIN
+from laurel_rewrite.verify import require
+from laurel_rewrite.verify_export import check_export, numbered, widened
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,6 +44,21 @@ _MARKER = "laurel_rewrite.marker"
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class Export:
+    """An exported file, and where the sites are in it.
+
+    Attributes:
+        path: of the file.
+        values: the site of each value that is the sum of one, by the value's name, in order; "site@1" is the second call of its module.
+        scales: c of each value that is 1/c of what it was before the lowering.
+    """
+
+    path: Path
+    values: dict[str, str] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+
+
 def export_onnx(
     model: nn.Module,
     args: Sequence[Any],
@@ -45,8 +68,11 @@ def export_onnx(
     target: str = "ort-cpu",
     functions: str = "keep",
     skip: Collection[str] = (),
+    verify: bool = True,
 ) -> Path:
     """Write a model, rewritten or not, as ONNX. It is exported in eval mode and left as it was.
+
+    The file appears when onnxruntime computes with it what the model does; where that cannot be tried here, a warning is logged.
 
     Args:
         model: on any device but meta.
@@ -56,6 +82,7 @@ def export_onnx(
         target: see `TARGETS`.
         functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
         skip: passes of "ort-cpu" to leave out.
+        verify: whether to compare the file with the model.
 
     Returns:
         The path. A site's nodes are named by the site's id, and their `metadata_props` say site, variant, rank and version.
@@ -63,31 +90,47 @@ def export_onnx(
     Raises:
         ConfigError: an unknown target or pass, or another word for `functions`.
         ExportError: the model cannot be exported, or the result is no valid ONNX. Nothing is written then.
+        VerificationError: the file does not compute what the model does; the message names the first site. Nothing is written then.
     """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ExportError(f"{path} could not be written: there is no folder {path.parent}.")
+    with replacing(path.parent) as draft:
+        exported = export(model, args, kwargs, draft / path.name, target=target, functions=functions, skip=skip)
+        if verify:
+            require(check_export(model, exported, args, kwargs or {}, name=path.name)[0])
+    return path
+
+
+def export(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    path: Path,
+    *,
+    target: str = "ort-cpu",
+    functions: str = "keep",
+    skip: Collection[str] = (),
+) -> Export:
+    """Write a model into a draft folder, and compare nothing; see `export_onnx`."""
     if target not in TARGETS:
         raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
     if functions not in FUNCTIONS:
         raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
     if any(p.is_meta for p in model.parameters()):
         raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
-    proto = _export(model, args, dict(kwargs or {}), markers=target != "none")
+    exported = Export(path)
+    graph = _export(model, args, dict(kwargs or {}), markers=target != "none")
     if target != "none" and sites_of(model):
-        _insert(proto, model)
+        exported.values = _insert(graph, model)
     if target == "ort-cpu":
-        lower(proto, skip=skip)
+        exported.scales = lower(graph, skip=skip, verify=False).scales
     elif functions == "inline":
-        inline_laurel(proto)
-    return write_onnx(proto, path)
-
-
-def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The inputs with a batch of 2 where every tensor has a batch of 1."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors or any(t.shape[0] != 1 for t in tensors):
-        return args, kwargs
-    double = lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf  # noqa: E731  # a leaf function
-    widened_args, widened_kwargs = pytree.tree_map(double, (args, kwargs))
-    return widened_args, widened_kwargs
+        inline_laurel(graph)
+    loadable = place_onnx(graph, path)
+    if loadable != path:  # its weights lie in the draft folder, too
+        loadable.unlink()
+    return exported
 
 
 def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, markers: bool) -> ir.Model:
@@ -101,6 +144,7 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, ma
             marks = marked(model) if markers else contextlib.nullcontext()
             with training(model, False), without_caches(model), quiet(), torch.no_grad(), marks:
                 program = torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
+                _only_tensors(program)
                 exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
             assert exported is not None
             _name_dimensions(exported.model, _fixed_symbols(program))
@@ -111,6 +155,20 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, ma
             _log.info("export with dynamic shapes %s failed: %s", dynamic, problems[-1])
     inputs = ", ".join([describe(a) for a in args] + [f"{k}={describe(v)}" for k, v in kwargs.items()])
     raise ExportError(f"{type(model).__name__} could not be exported in eval mode with the inputs ({inputs}): {problems[-1]}")
+
+
+def _only_tensors(program: torch.export.ExportedProgram) -> None:
+    """Leave out what a model returns beside tensors, a number or None, which ONNX has no outputs for."""
+    signature, output = program.graph_signature, program.graph.output_node()
+    kept = [not isinstance(spec.arg, ConstantArgument) for spec in signature.output_specs]
+    if all(kept):
+        return
+    output.args = (tuple(value for value, keep in zip(output.args[0], kept, strict=True) if keep),)  # type: ignore[arg-type]  # a tuple of values
+    signature.output_specs[:] = [spec for spec, keep in zip(signature.output_specs, kept, strict=True) if keep]
+    entry = program.module_call_graph[0].signature
+    if entry is not None:
+        entry.outputs = [spec.arg for spec in signature.output_specs]
+        entry.out_spec = pytree.tree_structure(tuple(entry.outputs))
 
 
 def _dynamic(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, sequence: bool) -> dict[str, Any]:
@@ -170,7 +228,8 @@ class _Marker:
         return torch.onnx.ops.symbolic(f"{_MARKER}::Branch", (f,), {"site": self.site}, dtype=f.dtype, shape=f.shape, version=1)
 
 
-def _insert(model: ir.Model, module: nn.Module) -> None:
+def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
+    """LAuReL nodes in the places of the markers; the site of each node's result, by name."""
     from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 
     modules = sites_of(module)
@@ -193,6 +252,9 @@ def _insert(model: ir.Model, module: nn.Module) -> None:
         del model.graph.initializers[key]
     InsertLaurelOnnx(sites, __version__)(model)
     model.opset_imports.pop(_MARKER, None)
+    calls: Counter[str] = Counter()
+    nodes = [node for node in model.graph if node.domain == DOMAIN and not node.op_type.endswith(BRANCH)]
+    return {str(node.outputs[0].name): numbered(node.metadata_props[f"{METADATA}site"], calls) for node in nodes}
 
 
 def laurel_initializers(model: ir.Model, modules: Mapping[str, Laurel]) -> list[str]:

@@ -145,6 +145,9 @@ def _evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def _numpy_type(value: ir.Value) -> np.dtype | None:
+    """The type of an input in numpy; float32 for bfloat16, which no runtime takes from numpy: such a graph is run as a copy in float32."""
+    if value.dtype == ir.DataType.BFLOAT16:
+        return np.dtype(np.float32)
     try:
         return value.dtype.numpy() if value.dtype is not None and value.dtype is not ir.DataType.STRING else None
     except TypeError:  # a type that numpy does not have

@@ -13,6 +13,7 @@ from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.onnx_runs import IN_FLOAT32, write_in_float32
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start, inline_laurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
@@ -63,7 +64,7 @@ def run(
         VerificationError: a check failed; the report is its `args[1]`.
         CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written.
     """
-    from laurel_rewrite.verify_onnx import check_graph_random, check_graph_start, check_graph_weights, check_same, check_torch
+    from laurel_rewrite.graph_proof import GraphProof
 
     writable(out)
     if (out / NAME).exists() and (out / NAME).samefile(path):
@@ -71,10 +72,9 @@ def run(
     with listener("read") as stage:
         model = read_onnx(path)
         stage.done(f"{len(model.graph):,} nodes, {count(weight_count(model))} weights")
-    runs = verify or seconds > 0
-    feeds = (read_feeds(inputs) if inputs is not None else draw_feeds(model, seed=config.seed)) if runs else {}
-    if runs:
-        check_feeds(model, feeds, path)
+    given = read_feeds(inputs) if inputs is not None else None
+    if given is not None:
+        check_feeds(model, given, path)
     with listener("detect") as stage:
         rewrite = GraphRewrite(model)
         stage.done(job.counts(rewrite.sites))
@@ -92,19 +92,16 @@ def run(
             with listener("write") as stage:
                 file = place_onnx(rewrite.model, draft / (UNLOWERED if target == "ort-cpu" else NAME), external_data=external_data)
                 stage.done(file.name)
-            if verify:
-                with listener("verify") as stage:
-                    report.checks += check_graph_start(path, file, feeds, exact=rewrite.exact)
-                    with away_from_start(file, config.seed) as random:
-                        report.checks.append(check_graph_random(path, random, feeds))
-                    stage.done(job.verdict(report.checks))
-                job.stop_if_failed(report)
+            proof = GraphProof(path, rewrite, report.checks, inputs=given, seed=config.seed, verify=verify)
+            with listener("verify") as stage:
+                proof.start(file)
+                stage.done(job.verdict(report.checks))
+            job.stop_if_failed(report)
             if weights is not None:
                 with listener("weights") as stage:
                     rewrite.load(weights)
                     file = place_onnx(rewrite.model, draft / file.name.removeprefix(f"{draft.name}-"), external_data=external_data)
-                    if verify:
-                        report.checks.append(check_graph_weights(file, feeds))
+                    proof.weights(file)
                     stage.done(str(weights))
                 job.stop_if_failed(report)
             measured = file
@@ -112,12 +109,11 @@ def run(
                 with listener("lower") as stage, away_from_start(file, config.seed) as random:
                     # With random parameters too, for those of the start hide what is lost; and it is them that the profile measures.
                     lowered = [(file, NAME, "lowered against not"), (random, job.PROBE, "lowered against not, random LAuReL")]
-                    for source, name, check in lowered[: 2 if runs and random != file else 1]:
+                    for source, name, check in lowered[: 2 if (verify or seconds > 0) and random != file else 1]:
                         unlowered = ir.load(source)
-                        done = lower(unlowered, skip=skip)
+                        done = lower(unlowered, skip=skip, verify=False)
                         measured = place_onnx(unlowered, draft / name, external_data=external_data)
-                        if verify:
-                            report.checks.append(check_same(check, source, measured, feeds))
+                        proof.lowered(check, source, measured, done.scales, random=source == random)
                         if name == NAME:
                             file = measured
                     report.notes.append(job.lowered(measured))
@@ -128,19 +124,29 @@ def run(
                 with listener("emit torch") as stage:
                     module = _torch_module(model, chosen, weights)
                     save_graph(module, draft, chosen)
-                    if verify:
-                        report.checks += check_torch(module, file, feeds, seed=config.seed)
+                    proof.torch(module, file)
                     stage.done("model.pt")
                 job.stop_if_failed(report)
-            if seconds > 0:
+            feeds = given or (
+                proof.original.draws[0] if proof.original is not None else None if verify else draw_feeds(model, seed=config.seed)
+            )
+            if seconds > 0 and feeds is None:
+                report.notes.append("Not profiled, for the graph was not run.")
+            elif seconds > 0 and feeds is not None:
                 with listener("profile") as stage:
+                    files = [path, measured]
+                    if proof.original is not None and proof.original.in_float32:
+                        files = [
+                            write_in_float32(file, draft / f"float32-{name}") for file, name in ((path, "original.onnx"), (measured, NAME))
+                        ]
+                        report.notes.append(IN_FLOAT32)
                     result = profile(
-                        [path, measured], names=[path.name if path.name != NAME else f"original {NAME}", NAME], inputs=feeds, seconds=seconds, control=True, traces=draft, seed=config.seed,
+                        files, names=[path.name if path.name != NAME else f"original {NAME}", NAME], inputs=feeds, seconds=seconds, control=True, traces=draft, seed=config.seed,
                         progress=stage.progress,
                     )  # fmt: skip
-                    report.profile = job.renamed(result, {measured: out / NAME})
+                    report.profile = job.renamed(result, {files[0]: path, files[1]: out / NAME})
                     stage.done(f"{result.rows[1].latency.ratio:.3f}x the original's latency")
-            for name in (job.PROBE, UNLOWERED):
+            for name in (job.PROBE, UNLOWERED, "float32-"):
                 for scratch in draft.glob(f"{name}*"):
                     scratch.unlink()
             job.add_report(report, draft)

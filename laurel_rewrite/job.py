@@ -13,14 +13,16 @@ from laurel_rewrite import variants
 from laurel_rewrite.drafts import replacing, writable
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.models import Built, build, require_file
+from laurel_rewrite.onnx_runs import IN_FLOAT32, session_of, write_in_float32
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report import count as number
 from laurel_rewrite.sites import Sites, detect
-from laurel_rewrite.verify import Check, check_gradients, check_start, randomized
-from laurel_rewrite.verify_onnx import check_onnx
+from laurel_rewrite.verify import Check, check_gradients, check_start, failure, randomized
+from laurel_rewrite.verify_export import array_of, check_export, widened
+from laurel_rewrite.verify_onnx import check_moves
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,8 +119,6 @@ def _build_and_detect(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Si
 
 def _build(spec: str, settings: Mapping[str, Any] | None, *, device: str = "cpu") -> Built:
     """A model with a batch of 2 or more: a batch of 1 hides broadcasts, and batch normalisation cannot train on it."""
-    from laurel_rewrite.exporting import widened
-
     built = build(spec, settings, device=device)
     built.args, built.kwargs = widened(built.args, built.kwargs)
     return built
@@ -174,7 +174,7 @@ def run(
     """
     import torch
 
-    from laurel_rewrite.exporting import export_onnx
+    from laurel_rewrite.exporting import export
     from laurel_rewrite.operator import refuse_second_time
     from laurel_rewrite.saving import save
     from laurel_rewrite.surgery import apply_plan
@@ -203,18 +203,20 @@ def run(
     stop_if_failed(report)
     with replacing(out) as draft:
         with listener("export") as stage:
-            baseline = export_onnx(model, args, kwargs, draft / "baseline.onnx")
+            baseline = export(model, args, kwargs, draft / "baseline.onnx")
             written: dict[str, Any] = {"functions": functions, "target": target, "skip": skip}
-            laurel = export_onnx(rewritten, args, kwargs, draft / "laurel.onnx", **written)
+            laurel = export(rewritten, args, kwargs, draft / "laurel.onnx", **written)
             stage.done("baseline.onnx, laurel.onnx")
         with listener("verify ONNX") as stage:
             with randomized(rewritten, config.seed):
-                probe = export_onnx(rewritten, args, kwargs, draft / PROBE, **written)
-                checks = check_onnx(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
+                probe = export(rewritten, args, kwargs, draft / PROBE, **written)
+                checks, random = check_export(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
             if target == "ort-cpu":
-                report.notes.append(lowered(probe))
-            checks += check_onnx(rewritten, laurel, args, kwargs, name="laurel.onnx", seed=config.seed)
-            checks += check_onnx(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)
+                report.notes.append(lowered(probe.path))
+            more, start = check_export(rewritten, laurel, args, kwargs, name="laurel.onnx", seed=config.seed)
+            if start is not None and random is not None:
+                checks.append(check_moves(start, random, laurel.values))
+            checks += more + check_export(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)[0]
             report.checks += checks
             stage.done(verdict(checks))
         stop_if_failed(report)
@@ -224,11 +226,16 @@ def run(
         if seconds > 0:
             with listener("profile") as stage:
                 # With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph.
+                files = [baseline.path, probe.path]
+                if start is not None and start.in_float32:
+                    files = [write_in_float32(file, draft / f"{PROBE}-{file.name}") for file in files]
+                    report.notes.append(IN_FLOAT32)
                 report.profile = profile(
-                    [baseline, probe], names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(baseline, built), seconds=seconds, control=True,
+                    files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], built), seconds=seconds, control=True,
                     traces=draft, seed=config.seed, progress=stage.progress,
                 )  # fmt: skip
-                report.profile = renamed(report.profile, {probe: out / "laurel.onnx", draft: out})
+                places = {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", draft: out}
+                report.profile = renamed(report.profile, places)
                 stage.done(f"{report.profile.rows[1].latency.ratio:.3f}x the baseline's latency")
         if train:
             with listener("training") as stage:
@@ -254,12 +261,7 @@ def stop_if_failed(report: Report) -> None:
     """Raise VerificationError with the report where a check failed."""
     failed = [check for check in report.checks if check.failed]
     if failed:
-        first = failed[0]
-        raise VerificationError(
-            f"Verification failed: {first.name}: largest difference {first.difference:.3g}, allowed {first.tolerance}. {first.detail}. "
-            "Nothing was written.",
-            report,
-        )
+        raise VerificationError(failure(failed[0]), report)
 
 
 def _feeds(path: Path, built: Built) -> dict[str, Any]:
@@ -267,11 +269,10 @@ def _feeds(path: Path, built: Built) -> dict[str, Any]:
     import torch
     from torch.utils import _pytree as pytree
 
-    from laurel_rewrite.verify_onnx import session_of
-
     leaves = [leaf for leaf in pytree.tree_leaves((built.args, built.kwargs)) if isinstance(leaf, torch.Tensor)]
     inputs = session_of(path).get_inputs()
-    return {info.name: built.kwargs.get(info.name, leaves[n]).cpu().numpy() for n, info in enumerate(inputs)}
+    given = {info.name: built.kwargs.get(info.name, leaves[n]) for n, info in enumerate(inputs)}
+    return {info.name: array_of(given[info.name], float32="float16" not in info.type) for info in inputs}
 
 
 def _train(model: nn.Module, rewritten: nn.Module, sites: Sites, built: Built, seconds: float, seed: int) -> Training:

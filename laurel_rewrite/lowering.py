@@ -23,6 +23,8 @@ from laurel_rewrite.passes.evaluate_laurel import EvaluateLaurel, Forms
 from laurel_rewrite.passes.expand_laurel import ExpandLaurel
 from laurel_rewrite.passes.fold_branch import FoldBranch
 from laurel_rewrite.passes.rescale_stream import RescaleStream
+from laurel_rewrite.verify import require
+from laurel_rewrite.verify_onnx import check_lowering
 
 NOTES = f"{METADATA}lowering"
 """Where a lowered model says what was done."""
@@ -54,17 +56,23 @@ class Lowering:
         return " ".join([*lines, f"Streams: {self.rescaled}."] if self.rescaled else lines)
 
 
-def lower(model: ir.Model, *, skip: Collection[str] = ()) -> Lowering:
-    """Lower a model's LAuReL nodes, in place.
+def lower(model: ir.Model, *, skip: Collection[str] = (), verify: bool = True) -> Lowering:
+    """Lower a model's LAuReL nodes, in place. What comes out computes what went in, or the model is left as it was.
 
     Args:
         model: with LAuReL as functions, as `rewrite_onnx` and the export leave them.
         skip: names of passes to leave out, from `SKIPPABLE`.
+        verify: whether to compare both in onnxruntime first, on inputs that are drawn; where that cannot be done here, a warning is logged.
 
     Raises:
         ConfigError: there is no such pass.
         ExportError: a LAuReL node whose parameters are no constants.
+        VerificationError: what comes out does not compute what went in; the message names the first site.
     """
+    if verify:
+        trial = model.clone()
+        done = lower(trial, skip=skip, verify=False)
+        require(check_lowering(model, trial, done.scales) if done.sites else [])
     for name in skip:
         if name not in SKIPPABLE:
             raise ConfigError(f"There is no pass {name!r} to skip. {nearest(name, SKIPPABLE)}")

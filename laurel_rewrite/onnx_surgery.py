@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.residuals import Residual
 from laurel_rewrite.sites import Sites, read_onnx_sites
 from laurel_rewrite.variants import SiteConfig
+from laurel_rewrite.verify import require
+from laurel_rewrite.verify_onnx import check_rewrite
 
 FUNCTIONS = ("keep", "inline")
 _NODE = f"{METADATA}node"
@@ -47,15 +50,17 @@ def rewrite_onnx(
     plan: Plan | str | None = None,
     weights: Path | str | None = None,
     functions: str = "keep",
+    verify: bool = True,
     **options: Any,
 ) -> ir.Model:
-    """Replace the residual connections of an ONNX graph by LAuReL. At the start it computes what it computed.
+    """Replace the residual connections of an ONNX graph by LAuReL. At the start it computes what it computed, which onnxruntime is asked to show.
 
     Args:
         model: a model, or the path of a file; it stays as it is, and its external weights are not read.
         plan: an edited plan, or the path of one, instead of the options.
         weights: a safetensors file with trained LAuReL parameters, instead of the start.
         functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
+        verify: whether to compare both at the start, on inputs that are drawn; where that cannot be done here, a warning is logged.
         options: variant, rank, ...: see `LaurelConfig`.
 
     Returns:
@@ -63,6 +68,7 @@ def rewrite_onnx(
 
     Raises:
         ConfigError, NoSiteError, CaptureError, RewriteError, ExportError: see `GraphRewrite`.
+        VerificationError: the start is another function; the message names the first site.
     """
     if functions not in FUNCTIONS:
         raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
@@ -70,6 +76,9 @@ def rewrite_onnx(
     if plan is None:
         plan = Plan.from_sites(rewrite.sites, LaurelConfig(**options))
     rewrite.apply(plan if isinstance(plan, Plan) else Plan.read(plan))
+    if verify:
+        given = model if isinstance(model, ir.Model) else Path(model)
+        require(check_rewrite(given, rewrite.exact_start(), rewrite.values, exact=rewrite.exact))
     if weights is not None:
         rewrite.load(Path(weights))
     if functions == "inline":
@@ -85,6 +94,7 @@ class GraphRewrite:
         sites: its residual connections.
         notes: what was done beside the insertion, in sentences for the user.
         exact: whether at the start every sum adds the same operands in the same order as before.
+        values: the site of each value that is a sum of one, by the value's name, in order.
 
     Raises:
         ConfigError: the model was rewritten already.
@@ -100,6 +110,8 @@ class GraphRewrite:
             )
         self.notes = [f"{len(model.functions)} local functions were inlined."] if model.functions else []
         self.exact = True
+        self.given = model
+        self.values: dict[str, str] = {}
         try:
             copy = model.clone()
         except Exception as error:  # onnx-ir's
@@ -133,8 +145,16 @@ class GraphRewrite:
             dtype = tensor_adapters.to_torch_dtype(stream.dtype or ir.DataType.FLOAT)
             laurel = plan.build(row, torch.empty(0, dtype=dtype))
             rewriter.site(row.id, residual, plan.config(row), plan.past(row), parameters_of(laurel))
-        self.exact = rewriter.exact and not any(row.normalize == "paper" for row in plan.sites)
+        self.plan, self.exact, self.values = plan, rewriter.exact, rewriter.values
         InsertLaurelOnnx(rewriter.sites, __version__)(self.model)
+
+    def exact_start(self) -> ir.Model:
+        """The model; where its start is declared inexact (paper: a = b = 1/2), the same with a = b = 1, which shows what the insertion does."""
+        if not any(row.normalize == "paper" for row in self.plan.sites):
+            return self.model
+        twin = GraphRewrite(self.given)
+        twin.apply(replace(self.plan, sites=tuple(replace(row, normalize="softmax") for row in self.plan.sites)))
+        return twin.model
 
     def _raise_versions(self, opset: int) -> None:
         """What LAuReL's functions need, and no more."""
@@ -280,6 +300,7 @@ class _Rewriter:
         self.split = split
         self.sites: list[OnnxSite] = []
         self.skips: dict[str, ir.Value] = {}
+        self.values: dict[str, str] = {}
         self.exact = True
 
     def site(
@@ -287,6 +308,8 @@ class _Rewriter:
     ) -> None:
         """LAuReL where the skip is added; the branches that are added further out are weighted there, so that the order of rounding stays."""
         (inner, side), *outer = residual.adds
+        sums = [output for index, _ in residual.adds for output in self.sums[index].node.outputs]
+        self.values |= {output.name: name for output in sums if output.name and (output.uses() or output.is_graph_output())}
         place = self.sums[inner]
         if place.inside is not None and (self.split or place.inside == side):
             place = _split(place, name)

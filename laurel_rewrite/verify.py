@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import training, without_caches
+from laurel_rewrite.errors import VerificationError
 from laurel_rewrite.operator import sites_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,23 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "outcome": self.outcome}
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raise VerificationError where a check failed; what was not run is logged."""
+    for check in checks:
+        if check.failed:
+            raise VerificationError(failure(check))
+        if check.passed is None:
+            _log.warning("%s: %s: %s", check.name, check.outcome, check.detail)
+
+
+def failure(check: Check) -> str:
+    """A failed check in sentences."""
+    return (
+        f"Verification failed: {check.name}: largest difference {check.difference:.3g}, allowed {check.tolerance}. {check.detail}. "
+        "Nothing was written."
+    )
 
 
 def check_start(original: nn.Module, rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int = 0) -> list[Check]:

@@ -1,235 +1,283 @@
-"""Checks of ONNX files in onnxruntime: they equal the PyTorch module, or the file that they were made from."""
+"""Checks of ONNX graphs in onnxruntime: a changed one computes what the one did that it was made from.
+
+Three things are compared, each on every set of inputs: the values at the sites and the outputs without optimisation, and the outputs as
+onnxruntime runs them. Optimised is held against optimised, for fusions round differently. What is allowed is relative to the largest
+magnitude of each tensor, be it 1e-9, and more by what the unchanged model shows against itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import fx
 
-from laurel_rewrite.capture import quiet, training, without_caches
+from laurel_rewrite.capture import quiet, training
+from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import CaptureError, ConfigError
-from laurel_rewrite.exporting import widened
+from laurel_rewrite.feeds import draw_feeds, open_sizes
+from laurel_rewrite.onnx_runs import Feeds, NotRun, Ran, Values, apart, differences, no_kernel, run_graph, run_onnx, session_of
+from laurel_rewrite.operator_onnx import DOMAIN
 from laurel_rewrite.verify import Check, check_gradients, tensors_of
 
-if TYPE_CHECKING:
-    import onnxruntime
+__all__ = [
+    "attempt",
+    "check_lowering",
+    "check_moves",
+    "check_optimiser",
+    "check_rewrite",
+    "check_torch",
+    "proved",
+    "reference",
+    "run_onnx",
+    "session_of",
+]
 
-RTOL, ATOL = 1e-4, 1e-5
-"""ONNX against PyTorch in float32: |difference| <= ATOL * max(1, max |reference|) + RTOL * |reference|."""
-
-
-def check_onnx(model: nn.Module, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any], *, name: str, seed: int = 0) -> list[Check]:
-    """The ONNX file in onnxruntime equals the model in eval mode, at two shapes other than the captured ones where it has dynamic ones."""
-    session = session_of(path)
-    checks = []
-    for number, (feeds, call_args, call_kwargs, shapes) in enumerate(_variations(session, args, kwargs, seed)):
-        with training(model, False), without_caches(model), torch.no_grad(), quiet():
-            expected = tensors_of(model(*call_args, **call_kwargs))
-        tolerance = f"rtol {RTOL:.0e}, atol {ATOL:.0e} x max(1, max|y|)"
-        try:
-            found = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            checks.append(Check(f"{name}, shape {number + 1}", False, float("nan"), tolerance, f"{shapes}: {str(error)[:300]}"))
-            continue
-        worst, passed = 0.0, len(found) == len(expected)
-        for mine, theirs in zip(expected, found, strict=False):
-            if mine.shape != theirs.shape:
-                passed = False
-                continue
-            difference, allowed = (mine.double() - theirs.double()).abs(), RTOL * mine.double().abs()
-            scale = max(1.0, mine.double().abs().max().item() if mine.numel() else 1.0)
-            passed = passed and bool((difference <= allowed + ATOL * scale).all())
-            worst = max(worst, (difference.max().item() / scale) if mine.numel() else 0.0)
-        checks.append(Check(f"{name}, shape {number + 1}", passed, worst, tolerance, shapes))
-    return checks
+ENOUGH = 100
+"""LAuReL's parameters must move the values at the sites by so many tolerances, or a comparison of them says little."""
+_KINDS: tuple[dict[str, int], ...] = ({}, {"batch": 1}, {"length": 1}, {"batch": 1, "length": 1}, {"length": 400})
+"""Sizes to try for what a graph leaves open."""
 
 
-def check_graph_start(original: Path, rewritten: Path, feeds: Mapping[str, np.ndarray], *, exact: bool) -> list[Check]:
-    """At the start a rewritten ONNX file equals the one it was made from, in onnxruntime: bit for bit without optimisation where LAuReL
-    adds in the order of the original (`exact`), within a tolerance with it, for fusions differ.
+def proved(
+    name: str,
+    before: Ran,
+    after: Path | ir.Model,
+    *,
+    values: Mapping[str, str],
+    scales: Mapping[str, float] | None = None,
+    exact: bool = False,
+) -> tuple[list[Check], Ran | None]:
+    """A graph computes what another one, or a PyTorch module, did: the one function that every door asks.
+
+    Args:
+        name: of the checks.
+        before: what the other one computed, from `reference` or `verify_export`.
+        after: the graph.
+        values: the site of each inner value to compare, by the value's name, in order.
+        scales: c of each value that is 1/c of what it was, as the lowering says it.
+        exact: without optimisation bit for bit.
+
+    Returns:
+        Two checks, without optimisation and with it, and what the graph computed; a failed one and None where it does not run.
+    """
+    found = attempt(name, after, before, values)
+    if isinstance(found, Check):
+        return [found], None
+    rescaled = scales or {}
+    plain = [
+        {key: array.astype(np.float64) * rescaled[key] if key in rescaled else array for key, array in run.items()} for run in found.plain
+    ]
+    tolerance = (max(before.rtol, found.rtol), max(before.atol, found.atol))
+    inner = _compared(f"{name}, not optimised", before.plain, plain, before, (0.0, 0.0) if exact else tolerance, {}, values)
+    outer = _compared(f"{name}, optimised", before.optimised, found.optimised, before, tolerance, before.noise, {})
+    return [inner, outer], replace(found, plain=plain)
+
+
+def attempt(name: str, source: Path | ir.Model, before: Ran, values: Mapping[str, str]) -> Ran | Check:
+    """What a graph computes on the inputs of another one, or the check that says why it does not run."""
+    try:
+        return run_graph(source, before.draws, values)
+    except NotRun as why:
+        return Check.not_run(name, str(why))
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        if no_kernel(error):
+            return Check.not_run(name, f"onnxruntime has no kernel for it: {_said(error)}")
+        return Check(name, False, float("nan"), "", f"onnxruntime does not run it: {_said(error)}")
+
+
+def reference(source: Path | ir.Model, *, values: Mapping[str, str], inputs: Feeds | None = None, seed: int = 0) -> Ran:
+    """What a graph computes on inputs that are drawn until it runs with them: two sets, of different sizes where it leaves sizes open.
+
+    Args:
+        inputs: the one set to take instead.
 
     Raises:
-        CaptureError: onnxruntime cannot load the original.
-        ConfigError: the original does not run with these inputs, or its outputs are not numbers.
+        NotRun: there is no kernel, not enough memory, or it runs with none of the drawn inputs.
+        CaptureError: onnxruntime cannot load it.
+        ConfigError: it does not run with the given inputs, or its outputs are not numbers then.
     """
-    checks = []
-    try:
-        session_of(original)
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise CaptureError(f"onnxruntime cannot load {original}: {str(error)[:400]}") from error
-    for optimised in (False, True):
+    if inputs is not None:
         try:
-            expected = run_onnx(original, feeds, optimised=optimised)
+            return _numbers(run_graph(source, [inputs], values))
+        except NotRun:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise ConfigError(f"{original} does not run with these inputs: {str(error)[:300]}. Give others with --inputs.") from error
-        if any(np.isnan(array).any() for array in expected if array.dtype.kind == "f"):
-            raise ConfigError(f"The outputs of {original} are not numbers with these inputs. Give others with --inputs.")
-        name = f"start, onnxruntime {'optimised' if optimised else 'without optimisation'}"
-        strict = exact and not optimised
-        checks.append(_compared(name, rewritten, feeds, expected, _graph_tolerance(original, strict=strict), optimised=optimised))
-    return checks
+            _refuse_unloadable(source, error)
+            raise ConfigError(f"{_called(source)} does not run with these inputs: {_said(error)}. Give others with --inputs.") from error
+    model = ir.load(source) if isinstance(source, Path) else source
+    reason = ""
+    for kind in _KINDS if open_sizes(model) else _KINDS[:1]:
+        first = draw_feeds(model, seed=seed, **kind)
+        other = {"batch": kind.get("batch", 2) + ("batch" not in kind), "length": max(1, kind.get("length", 16) * 3 // 4)}
+        for second in (other, kind):
+            try:
+                return _numbers(run_graph(source, [first, draw_feeds(model, seed=seed + 1, **second)], values))
+            except NotRun:
+                raise
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                _refuse_unloadable(source, error)
+                reason = reason or _said(error)
+    raise NotRun(f"{_called(source)} runs with none of the drawn inputs ({reason}); give some with --inputs")
 
 
-def check_graph_random(original: Path, rewritten: Path, feeds: Mapping[str, np.ndarray]) -> Check:
-    """A rewritten file whose LAuReL parameters are random: onnxruntime's optimiser keeps its function, and that is not the original's."""
-    before, expected = (run_onnx(path, feeds, optimised=False) for path in (original, rewritten))
-    tolerance = _graph_tolerance(original, trained=False)
-    check = _compared("random LAuReL, optimised against not", rewritten, feeds, expected, tolerance, optimised=True)
-    if all(np.array_equal(a, b) for a, b in zip(before, expected, strict=True)):  # a model whose weights are all zeros, for instance
-        return replace(check, detail=f"{check.detail}; says little, for no residual connection moves the outputs")
-    return check
+def check_lowering(before: ir.Model, after: ir.Model, scales: Mapping[str, float]) -> list[Check]:
+    """A lowered model computes what it did before, on drawn inputs."""
+    sites = {node.outputs[0].name: node.metadata_props.get(f"{METADATA}site", "") for node in before.graph if node.domain == DOMAIN}
+    values = {name: site for name, site in sites.items() if name}
+    try:
+        return proved("lowered against not", reference(before, values=values), after, values=values, scales=scales)[0]
+    except NotRun as why:
+        return [Check.not_run("lowered against not", str(why))]
 
 
-def check_graph_weights(rewritten: Path, feeds: Mapping[str, np.ndarray]) -> Check:
-    """A rewritten file with trained LAuReL parameters: its outputs are numbers, and onnxruntime's optimiser keeps them."""
-    name = "trained LAuReL, optimised against not"
-    plain = run_onnx(rewritten, feeds, optimised=False)
-    if any(np.isnan(array).any() for array in plain if array.dtype.kind == "f"):
-        return Check(name, False, float("nan"), "", "with these weights the outputs are not numbers")
-    return _compared(name, rewritten, feeds, plain, _graph_tolerance(rewritten), optimised=True)
+def check_rewrite(before: Path | ir.Model, after: ir.Model, values: Mapping[str, str], *, exact: bool) -> list[Check]:
+    """A rewritten model at its start computes what the given one does, on drawn inputs."""
+    try:
+        return proved("start", reference(before, values=values), after, values=values, exact=exact)[0]
+    except NotRun as why:
+        return [Check.not_run("start", str(why))]
 
 
-def check_same(name: str, before: Path, after: Path, feeds: Mapping[str, np.ndarray]) -> Check:
-    """A lowered file computes what the file that it was made from does."""
-    return _compared(name, after, feeds, run_onnx(before, feeds, optimised=False), _graph_tolerance(before), optimised=True)
+def check_moves(before: Ran, random: Ran, values: Mapping[str, str]) -> Check:
+    """Other LAuReL parameters move the values at the sites, or where none can be seen the outputs, so far that a fault in them would show."""
+    name = "random LAuReL against its start"
+    seen = [key for key in values if all(key in run for run in (*before.plain, *random.plain))]
+    moved = {key: _moved(before, random, key) for key in seen or before.plain[0]}
+    least = min(moved, key=lambda key: moved[key]) if seen else max(moved, key=lambda key: moved[key], default="")
+    tolerances = moved.get(least, 0.0)
+    difference = max((apart(a[least], b[least]) / _scale(a[least]) for a, b in zip(before.plain, random.plain, strict=True)), default=0.0)
+    place = (
+        f"{values.get(least, least)} moves by {tolerances:.3g} tolerances, the least of {len(seen)} sites" if seen else "no site is seen"
+    )
+    if tolerances < ENOUGH:
+        place = f"{place}; what is compared below says little"
+    return Check(name, True if tolerances >= ENOUGH else None, difference, f"at least {ENOUGH} tolerances", place)
 
 
-def check_torch(module: nn.Module, rewritten: Path, feeds: Mapping[str, np.ndarray], *, seed: int = 0) -> list[Check]:
-    """A PyTorch module made from a rewritten file equals it in eval mode, and its LAuReL parameters have gradients."""
-    args = [torch.from_numpy(array) for array in feeds.values()]
+def check_optimiser(name: str, ran: Ran, before: Ran) -> Check:
+    """onnxruntime's optimiser keeps what a graph computes, but for what it does to the graph that it was made from."""
+    if any(np.isnan(array).any() for run in ran.plain for array in run.values() if array.dtype.kind == "f"):
+        return Check(name, False, float("nan"), "", "the outputs are not numbers")
+    outputs = [{key: run[key] for key in ran.optimised[0]} for run in ran.plain]
+    return _compared(name, outputs, ran.optimised, ran, (ran.rtol, ran.atol), before.noise, {})
+
+
+def check_torch(module: fx.GraphModule, ran: Ran, *, seed: int = 0) -> list[Check]:
+    """A PyTorch module made from a rewritten graph equals it in eval mode, and its LAuReL parameters have gradients."""
+    args = [torch.from_numpy(array) for array in ran.draws[0].values()]
     with training(module, False), torch.no_grad(), quiet():
         found = [tensor.numpy() for tensor in tensors_of(module(*args))]
-    expected = run_onnx(rewritten, feeds, optimised=False)
-    check = _difference_of("PyTorch against ONNX", found, expected, _graph_tolerance(rewritten), _shapes(feeds))
+    names = list(ran.optimised[0])
+    expected = [{name: ran.plain[0][name] for name in names}]
+    ours = [dict(zip(names, found, strict=False))]
+    check = _compared("PyTorch against ONNX", expected, ours, ran, (ran.rtol, ran.atol), ran.noise, {})
     return [check, check_gradients(module, args, {}, seed=seed)]
 
 
-def run_onnx(path: Path, feeds: Mapping[str, np.ndarray], *, optimised: bool) -> list[np.ndarray]:
-    """The outputs of an ONNX file in onnxruntime; random operators draw the same numbers in every call."""
-    import onnxruntime
-
-    onnxruntime.set_seed(0)
-    found: list[np.ndarray] = []
-    stack = session_of(path, optimised=optimised).run(None, dict(feeds))[::-1]
-    while stack:  # sequences and maps are flattened
-        value = stack.pop()
-        stack += [*reversed(value)] if isinstance(value, list) else [*reversed(value.values())] if isinstance(value, dict) else []
-        if not isinstance(value, list | dict):
-            found.append(np.asarray(value))
-    return found
-
-
-def _graph_tolerance(path: Path, *, strict: bool = False, trained: bool = True) -> tuple[float, float]:
-    """rtol and atol for a file's outputs: zero where strict, else by its coarsest type.
-
-    A fused integer op may round to the next step, and float16 has 11 bits; parameters that nobody trained (`trained=False`) spread both.
-    """
-    import onnx_ir as ir
-
-    if strict:
-        return 0.0, 0.0
-    nodes = list(ir.load(path).graph)
-    types = {value.dtype for node in nodes for value in node.inputs if value is not None}
-    spread = 1 if trained else 5
-    if any("Quantize" in node.op_type or node.op_type.startswith("QLinear") for node in nodes):
-        return 0.0, spread * 5e-2
-    return (spread * 1e-2, spread * 2e-3) if types & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else (RTOL, ATOL)
+# Comparing
 
 
 def _compared(
     name: str,
-    path: Path,
-    feeds: Mapping[str, np.ndarray],
-    expected: Sequence[np.ndarray],
+    expected: Sequence[Values],
+    found: Sequence[Values],
+    before: Ran,
     tolerance: tuple[float, float],
-    *,
-    optimised: bool,
+    noise: Mapping[str, float],
+    values: Mapping[str, str],
 ) -> Check:
-    try:
-        found = run_onnx(path, feeds, optimised=optimised)
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        return Check(name, False, float("nan"), "", f"{_shapes(feeds)}: {str(error)[:300]}")
-    return _difference_of(name, found, expected, tolerance, _shapes(feeds))
+    """Every tensor of every run; the first site that differs is named, or the first output. Both sides may have the noise."""
+    worst, first, excess = 0.0, "", 0.0
+    for feeds, theirs, mine in zip(before.draws, expected, found, strict=True):
+        for key in _order(theirs, values):
+            if key not in mine and key in values:
+                continue  # fused away
+            a, b = theirs[key], mine.get(key, np.asarray("nothing"))
+            difference = apart(a, b)
+            if difference / _scale(a) > worst:
+                worst = difference / _scale(a)
+            if not first and _distance(a, b, *tolerance, 2 * noise.get(key, 0.0)) > 1:
+                first = f"{_shapes(feeds)}: {values[key]} is the first that differs" if key in values else f"{_shapes(feeds)}: output {key}"
+            excess = max(excess, 2 * noise.get(key, 0.0) / _scale(a))
+    seen = sum(all(key in run for run in (*expected, *found)) for key in values)
+    what = f"{seen} of {len(values)} sites and the outputs" if values else "the outputs"
+    detail = first or "; ".join([what, *map(_shapes, before.draws)])
+    return Check(name, not first, worst, _allowed(*tolerance, excess), detail)
 
 
-def _shapes(feeds: Mapping[str, np.ndarray]) -> str:
+def _order(values: Values, sites: Mapping[str, str]) -> Iterator[str]:
+    """The sites first, in order."""
+    yield from (key for key in sites if key in values)
+    yield from (key for key in values if key not in sites)
+
+
+def _distance(expected: np.ndarray, found: np.ndarray, rtol: float, atol: float, noise: float = 0.0) -> float:
+    """Largest difference in units of what is allowed: rtol |y| + atol max |y|, and the noise."""
+    difference = differences(expected, found)
+    if not difference.any():
+        return 0.0
+    if not np.isfinite(difference).all():
+        return float("inf")
+    finite = _finite(expected)
+    allowed = rtol * finite + (atol * float(finite.max(initial=0.0)) + noise)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.max(np.where(difference > 0, difference / allowed, 0.0)))
+
+
+def _moved(before: Ran, random: Ran, key: str) -> float:
+    """How many tolerances a value moves by, at most."""
+    pairs = ((a[key], b[key]) for a, b in zip(before.plain, random.plain, strict=True) if key in b)
+    return max((_distance(a, b, before.rtol, before.atol) for a, b in pairs), default=0.0)
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "fiub":
+        return np.zeros(())
+    magnitudes = np.abs(array.astype(np.float64))
+    return np.asarray(np.where(np.isfinite(magnitudes), magnitudes, 0.0))
+
+
+def _scale(array: np.ndarray) -> float:
+    """Largest magnitude; 1 for zeros."""
+    return float(_finite(array).max(initial=0.0)) or 1.0
+
+
+def _allowed(rtol: float, atol: float, noise: float) -> str:
+    if not rtol and not atol:
+        return "max |difference| = 0"
+    allowed = f"{rtol:.0e} |y| + {atol:.0e} max|y|"
+    return f"{allowed} + {noise:.1e} max|y|, which the unchanged model shows against itself" if noise > atol / 10 else allowed
+
+
+def _shapes(feeds: Feeds) -> str:
     return ", ".join(f"{key}{list(value.shape)}" for key, value in feeds.items())
 
 
-def _difference_of(
-    name: str, found: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: tuple[float, float], detail: str
-) -> Check:
-    rtol, atol = tolerance
-    allowed = f"rtol {rtol:.0e}, atol {atol:.0e} x max(1, max|y|)" if rtol or atol else "max |difference| = 0"
-    worst, passed = 0.0, len(found) == len(expected)
-    for mine, theirs in zip(found, expected, strict=False):
-        if mine.shape != theirs.shape or mine.dtype != theirs.dtype or mine.dtype.kind not in "fiub":
-            passed = passed and np.array_equal(mine, theirs)
-            continue
-        a, b = mine.astype(np.float64), theirs.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-        finite = np.where(np.isfinite(b), np.abs(b), 0.0)
-        scale = max(1.0, float(finite.max(initial=0.0)))
-        passed = passed and bool((difference <= rtol * finite + atol * scale).all())
-        worst = max(worst, float(difference.max(initial=0.0)) / scale)
-    return Check(name, passed, worst, allowed, detail)
+def _numbers(ran: Ran) -> Ran:
+    if any(np.isnan(array).any() for run in ran.optimised for array in run.values() if array.dtype.kind == "f"):
+        raise ValueError("its outputs are not numbers with these inputs")
+    return ran
 
 
-def session_of(path: Path, *, optimised: bool = True) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU that says nothing below errors."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if not optimised:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-# Inputs
+def _refuse_unloadable(source: Path | ir.Model, error: Exception) -> None:
+    """Raise where it is not the inputs: NotRun where onnxruntime has no kernel, CaptureError where it cannot load the file."""
+    if no_kernel(error):
+        raise NotRun(f"onnxruntime has no kernel for it: {_said(error)}") from error
+    if isinstance(source, Path):
+        try:
+            session_of(source)
+        except Exception as second:  # onnxruntime's exceptions share no base class
+            raise CaptureError(f"onnxruntime cannot load {source}: {_said(second)}") from second
 
 
-def _variations(
-    session: onnxruntime.InferenceSession, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int
-) -> Iterator[tuple[dict[str, np.ndarray], tuple[Any, ...], dict[str, Any], str]]:
-    """Feeds for onnxruntime with the same inputs for PyTorch, at two shapes."""
-    args, kwargs = widened(tuple(args), dict(kwargs))
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    inputs = session.get_inputs()
-    named = {key: i for i, leaf in enumerate(leaves) for key, value in kwargs.items() if value is leaf}
-    where = {info.name: named.get(info.name, tensors[n] if n < len(tensors) else -1) for n, info in enumerate(inputs)}
-    for number, batch in enumerate((3, 5)):
-        generator = torch.Generator().manual_seed(seed + number)
-        sizes: dict[str, int] = {}
-        for info in inputs:
-            for position, dim in enumerate(info.shape):
-                if isinstance(dim, str) and dim not in sizes:
-                    traced = leaves[where[info.name]].shape[position]
-                    sizes[dim] = batch if position == 0 else max(2, traced * 3 // 4 if number == 0 else traced // 2 + 1)
-        changed = list(leaves)
-        for info in inputs:
-            like = leaves[where[info.name]]
-            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.shape]
-            changed[where[info.name]] = draw(like, shape, generator)
-        new_args, new_kwargs = pytree.tree_unflatten(changed, spec)
-        feeds = {info.name: changed[where[info.name]].cpu().numpy() for info in inputs}
-        shapes = ", ".join(f"{info.name}{list(feeds[info.name].shape)}" for info in inputs)
-        shapes += "" if sizes else " (no dynamic dimension)"
-        yield feeds, tuple(new_args), new_kwargs, shapes
+def _called(source: Path | ir.Model) -> str:
+    return str(source) if isinstance(source, Path) else "The graph"
 
 
-def draw(like: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random values of a tensor's type and range, in another shape."""
-    if like.is_floating_point():
-        spread = float(like.float().std()) if like.numel() > 1 else 1.0
-        return (torch.randn(list(shape), generator=generator) * (spread or 1.0) + float(like.float().mean())).to(like.dtype)
-    low, high = int(like.min()), int(like.max())
-    return torch.randint(low, high + 1, list(shape), generator=generator).to(like.dtype)
+def _said(error: BaseException) -> str:
+    return str(error)[:300].rstrip(". \n")

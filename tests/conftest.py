@@ -160,7 +160,7 @@ def compared(model: ir.Model, folder: Path, *, skip=(), seed: int = 3, **drawn) 
     """Lower a copy, and compare both in onnxruntime with and without its optimiser. The lowered file, and what was done."""
     before = write_onnx(model, folder / "before.onnx")
     lowered = model.clone()
-    done = lower(lowered, skip=skip)
+    done = lower(lowered, skip=skip, verify=False)  # compared below
     assert not lowered.functions
     assert {node.domain for node in lowered.graph} <= {node.domain for node in model.graph}
     after = write_onnx(lowered, folder / "after.onnx")

@@ -1,0 +1,95 @@
+"""The checks of a rewritten ONNX file, stage by stage, in one report. What a file computed is kept for the stage that compares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import fx
+
+from laurel_rewrite.onnx_runs import NotRun, Ran
+from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
+from laurel_rewrite.verify import Check
+from laurel_rewrite.verify_onnx import attempt, check_moves, check_optimiser, check_torch, proved, reference
+
+
+class GraphProof:
+    """Checks of files that were made from one.
+
+    Args:
+        path: of the original.
+        rewrite: which the files were written from.
+        checks: what is found out is added to these.
+        inputs: of the user, instead of drawn ones.
+        seed: of what is drawn.
+        verify: compare numbers; else only that they were not compared is added.
+
+    Attributes:
+        original: what the original computed; None where it was not run.
+    """
+
+    def __init__(
+        self, path: Path, rewrite: GraphRewrite, checks: list[Check], *, inputs: Mapping[str, np.ndarray] | None, seed: int, verify: bool
+    ) -> None:
+        self.path, self.rewrite, self.checks = path, rewrite, checks
+        self.seed = seed
+        self.original: Ran | None = None
+        self._kept: dict[Path | None, Ran] = {}  # by file; None is the one with random parameters
+        if not verify:
+            checks.append(Check.not_run("numbers", "not asked for; the files passed onnx's structural checks"))
+            return
+        try:
+            self.original = reference(path, values=rewrite.values, inputs=inputs, seed=seed)
+        except NotRun as why:
+            checks.append(Check.not_run("numbers", f"{why}; the files passed onnx's structural checks"))
+
+    def start(self, file: Path) -> None:
+        """The start is the original's function, and other parameters are another one, which onnxruntime's optimiser keeps."""
+        if self.original is None:
+            return
+        exact = self.rewrite.exact_start()
+        own = exact is self.rewrite.model
+        checks, ran = proved("start", self.original, file if own else exact, values=self.rewrite.values, exact=self.rewrite.exact)
+        self.checks += checks
+        if ran is not None and own:
+            self._kept[file] = ran
+        with away_from_start(file, self.seed) as random:
+            found = attempt("random LAuReL", random, self.original, self.rewrite.values)
+        if isinstance(found, Check):
+            self.checks.append(found)
+            return
+        self._kept[None] = found
+        self.checks += [
+            check_moves(self.original, found, self.rewrite.values),
+            check_optimiser("random LAuReL, optimised against not", found, self.original),
+        ]
+
+    def weights(self, file: Path) -> None:
+        """With trained parameters the outputs are numbers, which onnxruntime's optimiser keeps."""
+        self._kept.clear()
+        if self.original is None:
+            return
+        found = attempt("trained LAuReL", file, self.original, self.rewrite.values)
+        if isinstance(found, Check):
+            self.checks.append(found)
+            return
+        self._kept[file] = found
+        self.checks.append(check_optimiser("trained LAuReL, optimised against not", found, self.original))
+
+    def lowered(self, name: str, source: Path, file: Path, scales: Mapping[str, float], *, random: bool) -> None:
+        """A lowered file computes what the file that it was made from does."""
+        if self.original is None:
+            return
+        before = self._kept.pop(None if random else source, None) or attempt(name, source, self.original, self.rewrite.values)
+        if isinstance(before, Check):
+            self.checks.append(before)
+            return
+        self.checks += proved(name, before, file, values=self.rewrite.values, scales=scales)[0]
+
+    def torch(self, module: fx.GraphModule, file: Path) -> None:
+        """A PyTorch module made from the same graph computes what a file does."""
+        if self.original is None:
+            return
+        found = attempt("PyTorch against ONNX", file, self.original, {})
+        self.checks += [found] if isinstance(found, Check) else check_torch(module, found, seed=self.seed)
