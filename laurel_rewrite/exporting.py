@@ -163,7 +163,7 @@ def _only_tensors(program: torch.export.ExportedProgram) -> None:
     kept = [not isinstance(spec.arg, ConstantArgument) for spec in signature.output_specs]
     if all(kept):
         return
-    output.args = (tuple(value for value, keep in zip(output.args[0], kept, strict=True) if keep),)  # type: ignore[arg-type]  # a tuple of values
+    output.args = (tuple(value for value, keep in zip(output.args[0], kept, strict=True) if keep),)
     signature.output_specs[:] = [spec for spec, keep in zip(signature.output_specs, kept, strict=True) if keep]
     entry = program.module_call_graph[0].signature
     if entry is not None:

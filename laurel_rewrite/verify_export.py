@@ -184,7 +184,7 @@ def _drawn(interface: Interface, args: Sequence[Any], kwargs: Mapping[str, Any],
                 sizes[dim] = other if position or number is None else _BATCHES[number]
     for name, shape in interface.inputs.items():
         like = leaves[where[name]]
-        leaves[where[name]] = draw(like, [sizes[dim] if isinstance(dim, str) else dim for dim in shape], generator)  # type: ignore[misc]
+        leaves[where[name]] = draw(like, [sizes[dim] if isinstance(dim, str) else dim for dim in shape], generator)
     new_args, new_kwargs = pytree.tree_unflatten(leaves, spec)
     return Inputs(tuple(new_args), new_kwargs, {name: array_of(leaves[where[name]]) for name in interface.inputs})
 

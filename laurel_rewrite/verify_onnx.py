@@ -39,8 +39,8 @@ __all__ = [
 
 ENOUGH = 100
 """LAuReL's parameters must move the values at the sites by so many tolerances, or a comparison of them says little."""
-_KINDS: tuple[dict[str, int], ...] = ({}, {"batch": 1}, {"length": 1}, {"batch": 1, "length": 1}, {"length": 400})
-"""Sizes to try for what a graph leaves open."""
+_SIZES = ((2, 16), (1, 16), (2, 1), (1, 1), (2, 400))
+"""Batch and length to try for what a graph leaves open."""
 
 
 def proved(
@@ -111,12 +111,12 @@ def reference(source: Path | ir.Model, *, values: Mapping[str, str], inputs: Fee
             raise ConfigError(f"{_called(source)} does not run with these inputs: {_said(error)}. Give others with --inputs.") from error
     model = ir.load(source) if isinstance(source, Path) else source
     reason = ""
-    for kind in _KINDS if open_sizes(model) else _KINDS[:1]:
-        first = draw_feeds(model, seed=seed, **kind)
-        other = {"batch": kind.get("batch", 2) + ("batch" not in kind), "length": max(1, kind.get("length", 16) * 3 // 4)}
-        for second in (other, kind):
+    for batch, length in _SIZES if open_sizes(model) else _SIZES[:1]:
+        first = draw_feeds(model, seed=seed, batch=batch, length=length)
+        for sizes in ((batch + (batch > 1), max(1, length * 3 // 4)), (batch, length)):
+            second = draw_feeds(model, seed=seed + 1, batch=sizes[0], length=sizes[1])
             try:
-                return _numbers(run_graph(source, [first, draw_feeds(model, seed=seed + 1, **second)], values))
+                return _numbers(run_graph(source, [first, second], values))
             except NotRun:
                 raise
             except Exception as error:  # onnxruntime's exceptions share no base class

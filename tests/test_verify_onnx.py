@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -16,16 +15,20 @@ from conftest import trained
 from onnx import TensorProto, helper, numpy_helper
 
 import laurel_rewrite.onnx_runs
-from laurel_rewrite import VerificationError, rewrite_onnx, write_onnx
+from laurel_rewrite import VerificationError, rewrite_onnx
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_runs import Ran, in_float32, run_graph
+from laurel_rewrite.onnx_runs import Ran, in_float32
 from laurel_rewrite.onnx_surgery import GraphRewrite
-from laurel_rewrite.passes.expand_laurel import ExpandLaurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.verify_onnx import check_moves, proved, reference
 
 N = 16
-NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: ml_dtypes.bfloat16, TensorProto.DOUBLE: np.float64}
+NUMPY = {
+    TensorProto.FLOAT: np.float32,
+    TensorProto.FLOAT16: np.float16,
+    TensorProto.BFLOAT16: ml_dtypes.bfloat16,
+    TensorProto.DOUBLE: np.float64,
+}
 
 
 def net(kind: int = TensorProto.FLOAT, *, last: float = 1.0, mul: bool = False) -> onnx.ModelProto:
