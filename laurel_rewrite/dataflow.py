@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     import networkx
 
 
+def perhaps_equal(shapes: Sequence[tuple[int | str, ...]]) -> bool:
+    """Whether shapes that differ as written may be one shape in every run: they differ in open sizes only. A 1 is no open size."""
+    return len({len(shape) for shape in shapes}) == 1 and all(
+        len(sizes := set(pair)) == 1 or (1 not in sizes and sum(isinstance(size, int) for size in sizes) < 2)
+        for pair in zip(*shapes, strict=True)
+    )
+
+
 class Role(Enum):
     """What an op does to the elements of its operands."""
 
@@ -65,7 +73,8 @@ class Value:
         op: the op's name in the table of its dialect.
         kind: that table's row, specialised to this use.
         inputs: the tensor operands, in order.
-        shape: sizes; a symbolic size is a string. None where unknown.
+        shape: sizes: an int; the name of a size that the model's inputs leave open, or an expression over such names; or "?" and a number,
+            a size that nobody knows, which may equal any other. None where even their number is unknown.
         floating: whether the elements are floating-point numbers.
         data: whether the value depends on a model input, not on parameters, constants and shapes alone.
         axes: for a transparent op, the operand's dimension behind each dimension of the result, None where lost.

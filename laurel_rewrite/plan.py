@@ -303,6 +303,9 @@ def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
 
 def _nothing(sites: Sites) -> str:
     reasons = Counter(rejected.reason for rejected in sites.rejected)
+    undecided = sites.undecided()
+    if undecided:
+        return f"No residual connection was found. {undecided}"
     why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
     return "The model has no residual connection. " + (
         f"Of its {len(sites.rejected)} additions: {why}." if why else "It has no addition at all."

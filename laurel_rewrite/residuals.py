@@ -15,7 +15,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from laurel_rewrite.dataflow import Dataflow, Role, Value
+from laurel_rewrite.dataflow import Dataflow, Role, Value, perhaps_equal
 
 _PLAIN, _MIXED, _EITHER = 1, 2, 3  # bits: reached without, with a mixing op on the way
 _ENTRIES = 16  # a region with more ways out than this is walked each time
@@ -33,6 +33,7 @@ REASONS = {
     "not data-dependent": "an operand that depends on no model input (a parameter, a buffer, a constant) is no stream",
     "broadcast": "the operands of a residual connection have one shape; a mask, a bias or an embedding is spread",
     "unknown shape": "without shapes a broadcast cannot be told from a residual connection",
+    "open sizes": "the operands' sizes could not be shown equal: fix the open sizes of the graph, or give inputs that it runs with",
     "gated": "the operands are weighted by tensors, as in a gate",
     "subgraph": "it stands in the subgraph of an If, Loop or Scan, which is left alone",
     "existing LAuReL": "in, or with the result of, a LAuReL block that the model has already",
@@ -149,6 +150,8 @@ class _Finder:
         elif fixed:
             reason = "not data-dependent"
             detail = f"{shapes}: {fixed[0].name} comes from parameters or constants (a bias, a position table)"
+        elif perhaps_equal([self.values[i].shape or () for i in (value.index, *value.inputs)]):
+            reason, detail = "open sizes", f"{shapes}: {REASONS['open sizes']}"
         else:
             reason, detail = "broadcast", f"{shapes}: the operands have different shapes (a mask, an embedding)"
         return Refusal(value.index, value.inputs, reason, detail)

@@ -141,6 +141,16 @@ class Sites:
         call = self.call(index)
         return [self.where(index)] if call is None else [f"{span.filename}:{span.line}" for span in call.steps]
 
+    def undecided(self) -> str:
+        """How many sums may be residual connections for all that is known of their sizes, and the way out; "" where there is none."""
+        count = sum(rejected.reason in ("open sizes", "unknown shape") for rejected in self.rejected)
+        return (
+            f"{count} of {len(self.rejected)} other additions were refused only because their open sizes could not be shown equal: "
+            "fix the sizes in the graph, or give inputs that it runs with (--inputs)."
+            if count
+            else ""
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As `laurel-rewrite sites --json` prints it."""
         return {"sites": [asdict(site) for site in self.sites], "rejected": [asdict(rejected) for rejected in self.rejected]}

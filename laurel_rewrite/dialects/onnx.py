@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
 from laurel_rewrite.dialects.onnx_ops import LIKE, OPS, PRODUCT_SUMS, PRODUCTS, QUANTISED_SUMS, SHAPE_ONLY, SKIP_NORMS, SUMS
+from laurel_rewrite.dialects.onnx_shapes import sizes_of
 from laurel_rewrite.dialects.rules import (
     LINEAR,
     MIXING,
@@ -92,7 +93,7 @@ class _Reader(OnnxFlow):
     def source(self, value: ir.Value, *, data: bool) -> None:
         if value not in self.index:
             self.index[value] = self.flow.add(
-                value.name or "", "input" if data else "initializer", SOURCE, shape=_shape(value), floating=_floating(value), data=data
+                value.name or "", "input" if data else "initializer", SOURCE, shape=sizes_of(value), floating=_floating(value), data=data
             ).index
 
     def read(self, value: ir.Value) -> int:
@@ -147,7 +148,7 @@ class _Reader(OnnxFlow):
         existing = existing or f"{METADATA}site" in node.metadata_props
         data = any(self.flow.values[i].data for i in inputs) and node.op_type not in SHAPE_ONLY
         return self.flow.add(
-            name, op, kind, inputs, shape=_shape(like), floating=_floating(like), data=data, owner=owner, existing=existing,
+            name, op, kind, inputs, shape=sizes_of(like), floating=_floating(like), data=data, owner=owner, existing=existing,
             where=innermost_frame(node.metadata_props.get(_TRACE, "")), trace=node.metadata_props.get(_TRACE, ""),
         )  # fmt: skip
 
@@ -197,7 +198,7 @@ class _Reader(OnnxFlow):
         if op == "Gather" and operands[0].data and len(operands) > 1 and not operands[1].data and operands[1].shape in ((), (1,)):
             return SLICE
         if op == "Expand":
-            return TRANSPARENT if operands[0].shape is not None and operands[0].shape == _shape(node.outputs[0]) else kind
+            return TRANSPARENT if operands[0].shape is not None and operands[0].shape == sizes_of(node.outputs[0]) else kind
         if op == "QuantizeLinear" and _rectifies(node):
             return POINTWISE
         if op in ("Conv", "FusedConv"):
@@ -221,13 +222,6 @@ def _captured(node: ir.Node) -> Iterator[ir.Value]:
 
 def _subgraphs(node: ir.Node) -> list[ir.Graph]:
     return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-
-
-def _shape(value: ir.Value) -> tuple[int | str, ...] | None:
-    """Sizes; a symbolic size is its name, an unnamed one "?"."""
-    if value.shape is None:
-        return None
-    return tuple(dim if isinstance(dim, int) else str(dim.value) if dim.value is not None else "?" for dim in value.shape)
 
 
 def _floating(value: ir.Value) -> bool:
