@@ -49,6 +49,8 @@ def read_onnx(path: Path) -> ir.Model:
     Raises:
         CaptureError: what is wrong with the file, in one sentence.
     """
+    from laurel_rewrite.dialects.onnx_shapes import clean_sizes
+
     try:
         proto = onnx.load(path, load_external_data=False)
         _check_names(proto, path)
@@ -66,6 +68,7 @@ def read_onnx(path: Path) -> ir.Model:
         raise CaptureError(f"{path}: the graph has a cycle.") from error
     _check_external(model, path)
     _check_valid(model, path)
+    clean_sizes(model)
     return model
 
 

@@ -25,7 +25,7 @@ _ALIKE = {"FusedConv": ("Conv", 3), "FusedGemm": ("Gemm", 3)}
 """onnxruntime's fusions that the inference does not know: what the shape is that of, and how many inputs that takes."""
 _SIZES = "laurel_rewrite.sizes"  # key in a value's `meta`, which no file holds
 _NAME = r"[A-Za-z_][\w.]*"
-_EXPRESSION = re.compile(rf"\s*(?:{_NAME}|\d{{1,9}})(?:\s*(?:\+|-|\*|//)\s*(?:{_NAME}|\d{{1,9}}))*\s*")
+_EXPRESSION = re.compile(rf"(?=.{{1,200}}$)\s*(?:{_NAME}|\d{{1,9}})(?:\s*(?:\+|-|\*|//)\s*(?:{_NAME}|\d{{1,9}}))*\s*")
 _FUNCTIONS = frozenset({"floor", "ceiling", "sqrt", "Max", "Min", "Mod", "max", "min", "mod"})
 _NO_NAMES = frozenset({"", "?", "none", "unknown", "unk"})
 """What tools write for a size that has no name."""

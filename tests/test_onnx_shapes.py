@@ -1,0 +1,109 @@
+"""Sizes of ONNX graphs: what inputs say is believed, the rest is inferred anew, and where that is not enough, seen in two runs."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import onnx_graph
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from toys import D
+
+from laurel_rewrite import detect, rewrite_onnx, write_onnx
+from laurel_rewrite.capture import quiet
+from laurel_rewrite.dialects.onnx_shapes import completed, sizes_of
+from laurel_rewrite.graph_files import read_onnx
+
+
+class Block(nn.Module):
+    def __init__(self, inner, outer, stride=1):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(inner, outer, 3, stride, 1), nn.Conv2d(outer, outer, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(outer)
+        self.down = nn.Conv2d(inner, outer, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.b(torch.relu(self.a(x)))) + self.down(x))
+
+
+def resnet():
+    return nn.Sequential(
+        nn.Conv2d(3, D, 7, 2, 3), nn.MaxPool2d(3, 2, 1), Block(D, D), Block(D, D), Block(D, 2 * D, 2), Block(2 * D, 2 * D),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * D, 5),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def torchscript(tmp_path_factory):
+    """A residual CNN by PyTorch's older exporter, with every size open that can be: it leaves no shape in the graph."""
+
+    def export(opset):
+        path = tmp_path_factory.mktemp("torchscript") / f"{opset}.onnx"
+        axes = {"x": {0: "N", 2: "H", 3: "W"}, "y": {0: "N"}}
+        with quiet(), torch.no_grad():
+            torch.onnx.export(
+                resnet(), (torch.randn(2, 3, 32, 32),), path, input_names=["x"], output_names=["y"], dynamo=False, opset_version=opset,
+                dynamic_axes=axes,
+            )  # fmt: skip
+        return path
+
+    return export
+
+
+@pytest.mark.parametrize("opset", [11, 17, 18])
+def test_an_open_height_and_width(opset, torchscript):
+    sites = detect(torchscript(opset))
+    assert [(site.kind, site.axis, site.dim, site.stream) for site in sites] == [
+        ("identity", 1, D, 0), ("identity", 1, D, 0), ("projection", 1, 2 * D, 1), ("identity", 1, 2 * D, 1)
+    ]  # fmt: skip
+    assert not sites.rejected
+
+
+def test_names_that_tools_wrote_into_a_file_are_forgotten(torchscript, tmp_path):
+    """onnx's inference calls each open size anew; quantisers and optimisers save that."""
+    given = tmp_path / "named.onnx"
+    proto = onnx.shape_inference.infer_shapes(onnx.load(torchscript(17)), data_prop=True)
+    assert any("unk__" in dim.dim_param for value in proto.graph.value_info for dim in value.type.tensor_type.shape.dim)
+    onnx.save(proto, given)
+    assert len(detect(given)) == 4
+    written = ir.load(write_onnx(rewrite_onnx(given, rank=4), tmp_path / "laurel.onnx"))
+    assert not any("unk__" in str(value.shape) or "?" in str(value.shape) for node in written.graph for value in node.outputs)
+
+
+def test_inner_sizes_of_a_former_export_are_forgotten(tmp_path):
+    """A batch made open by hand: the inner values still say 1."""
+    model = onnx_graph(_pair(), {"x": (1, D)}, "f", w=(D, D))
+    model.graph.inputs[0].shape = ir.Shape(["batch", D])
+    (site,) = detect(model)
+    assert site.shape == ("batch", D)
+
+
+def _pair():
+    return [helper.make_node("MatMul", ["x", "w"], ["f"], name="product"), helper.make_node("Add", ["x", "f"], ["y"], name="sum")]
+
+
+@pytest.mark.parametrize("size", ["?", "-1", -1, "", "None", "batch-size", "batch size", "9**9**9**9**9", "a" * 5000 + "*"])
+def test_what_is_no_size_is_an_open_one(size, tmp_path):
+    graph = helper.make_graph(
+        _pair(), "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [size, D])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [size, D])],
+        [numpy_helper.from_array(torch.randn(D, D).numpy(), "w")],
+    )  # fmt: skip
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    model = read_onnx(path)
+    assert not any(isinstance(dim, int) and dim < 0 for dim in model.graph.inputs[0].shape)
+    (site,) = detect(model)
+    assert site.dim == D
+    assert isinstance(site.shape[0], str)
+
+
+def test_the_model_that_is_read_stays_as_it_is():
+    model = onnx_graph(_pair(), {"x": ("n", D)}, w=(D, D))
+    model.graph.outputs[0].shape = ir.Shape(["Addy_dim_0", "Addy_dim_1"])
+    read = completed(model)
+    assert str(model.graph.outputs[0].shape) == str(read.graph.outputs[0].shape) == "[Addy_dim_0,Addy_dim_1]"
+    assert sizes_of(read.graph.outputs[0]) == ("n", D)
+    assert model.graph.node("product").outputs[0].shape is None
