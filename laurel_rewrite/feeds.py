@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +20,132 @@ from laurel_rewrite.errors import ConfigError
 _SAME_NUMBERS = frozenset("Cast Reshape Unsqueeze Squeeze Identity Transpose Slice Concat Expand Flatten Clip Max Min Tile".split())
 """Operators behind which an id is still that id."""
 _REACH = 64  # values looked at behind an input
-_IMAGE_SIDE = 64
-_PAST = 4
+_FEW = 4  # numbers that steer a graph
+_BYTES = 1 << 30  # of all drawn inputs together
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
+@dataclass(frozen=True)
+class Guess:
+    """Sizes for what a graph leaves open: the batch, a sequence, a cache, the sides of pictures."""
+
+    batch: int = 2
+    length: int = 16
+    past: int = 4
+    side: int = 64
+
+
+GUESSES = (
+    Guess(), Guess(batch=1), Guess(past=0), Guess(batch=1, past=0), Guess(length=1), Guess(batch=1, length=1), Guess(side=224),
+    Guess(batch=1, side=224), Guess(batch=1, length=128), Guess(batch=1, length=4000), Guess(batch=1, length=16000),
+)  # fmt: skip
+"""What `fitting_feeds` tries: batches baked into a graph, decoders that take one token or no cache, classifiers, audio."""
+
+
 def draw_feeds(
-    model: ir.Model, *, seed: int = 0, batch: int = 2, length: int = 16, sizes: Mapping[str, int] | None = None
+    model: ir.Model,
+    *,
+    seed: int = 0,
+    batch: int = 2,
+    length: int = 16,
+    past: int = 4,
+    side: int = 64,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Random values for every input of a graph that has no default.
 
-    Floating-point inputs are normal; ids lie below the size of the table that they are looked up in; masks are ones; bytes are a
-    picture's; other integers are 0 or 1. Sizes that the graph leaves open: `batch` for the first dimension, 64 for the sides of
-    pictures, 4 for a cache, and else `length`; a size given as a sum of others is that sum. `sizes` says other ones, by the names of
-    `open_sizes`.
+    Floating-point inputs are normal, pictures in 0 to 1; ids lie below the size of the table that they are looked up in; positions count,
+    masks are ones, lengths are the lengths, bytes are a picture's; other integers are 0 or 1. Sizes that the graph leaves open go by
+    their names and places: `batch` for the first dimension, `side` for the sides of pictures, `past` for a cache, and else `length`; a
+    size given as a sum of others is that sum. `sizes` says other ones, by the names of `open_sizes`.
 
     Raises:
-        ConfigError: an input of a type for which there is nothing to draw.
+        ConfigError: an input of a type for which there is nothing to draw, or inputs of more than 1 GiB.
     """
+    guess = Guess(batch, length, past, side)
     generator = np.random.default_rng(seed)
     known = dict(sizes or {})
     for name, (position, value) in open_sizes(model).items():
-        known.setdefault(name, _size(name, position, value.shape, batch, length))
-    return {str(value.name): _draw(value, _shape(value, known, batch, length), generator) for value in _inputs(model)}
+        known.setdefault(name, _size(name, position, value.shape, guess))
+    shapes = {value: _shape(value, known, guess) for value in _inputs(model)}
+    if sum(math.prod(shape) for shape in shapes.values()) * 8 > _BYTES:
+        largest = max(shapes, key=lambda value: math.prod(shapes[value]))
+        raise ConfigError(
+            f"The input {largest.name!r} of shape {shapes[largest]} is too large to be drawn: more than {_BYTES >> 30} GiB. "
+            "Give smaller inputs with --inputs, or smaller sizes."
+        )
+    return {str(value.name): _draw(value, shape, guess, generator) for value, shape in shapes.items()}
+
+
+def fitting_feeds(
+    model: ir.Model, run: Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]], *, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The first inputs, of those that `GUESSES` make, which a graph runs with and has finite outputs for.
+
+    Args:
+        model: an ONNX graph.
+        run: gives its outputs, and raises where it does not run.
+        seed: of the numbers.
+
+    Raises:
+        ConfigError: none fits, with what was said of the first; or there is nothing to draw.
+    """
+    tried: Counter[tuple[tuple[int, ...], ...]] = Counter()
+    complaint = ""
+    for number, guess in enumerate(GUESSES):
+        feeds = draw_feeds(model, seed=seed + number, **asdict(guess))
+        shapes = tuple(array.shape for array in feeds.values())
+        tried[shapes] += 1
+        if tried[shapes] > 2:
+            continue
+        try:
+            outputs = run(feeds)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            complaint = complaint or str(error)[:300]
+            continue
+        if all(np.isfinite(array).all() for array in outputs if isinstance(array, np.ndarray) and array.dtype.kind == "f"):
+            return feeds
+        complaint = complaint or "the outputs are not finite numbers"
+    raise ConfigError(f"No inputs were found that the graph runs with, of {sum(tried.values())} that were drawn: {complaint}")
+
+
+def scaled_feeds(model: ir.Model, feeds: Mapping[str, np.ndarray], factor: int, *, batch: bool, rest: bool) -> dict[str, np.ndarray]:
+    """The same inputs, repeated along the axes that the graph leaves open: the first one (`batch`), the others (`rest`)."""
+
+    def grown(value: ir.Value, axis: int) -> bool:
+        return not isinstance(_dim(value, axis), int) and (batch if axis == 0 else rest)
+
+    sizes: dict[str, int] = {}
+    for value in _inputs(model):
+        for axis, size in enumerate(feeds[str(value.name)].shape):
+            name = _dim(value, axis)
+            if isinstance(name, str):
+                sizes.setdefault(name, size * (factor if grown(value, axis) else 1))
+    result: dict[str, np.ndarray] = {}
+    for value in _inputs(model):
+        array = feeds[str(value.name)]
+        for axis, size in enumerate(array.shape):
+            name = _dim(value, axis)
+            plain = not isinstance(name, str) or name.isidentifier()
+            wanted = None if plain else _evaluate(str(name), sizes)
+            wanted = (
+                wanted
+                if wanted is not None
+                else sizes[str(name)]
+                if isinstance(name, str)
+                else size * (factor if grown(value, axis) else 1)
+            )
+            if size:
+                array = np.take(array, np.arange(wanted) % size, axis=axis)
+        if rest and array.dtype.kind in "iu" and _is_length(value):
+            array = array * array.dtype.type(factor)
+        result[str(value.name)] = array
+    return result
+
+
+def _dim(value: ir.Value, axis: int) -> int | str | None:
+    dim = value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
+    return dim.value if isinstance(dim, ir.SymbolicDim) else dim
 
 
 def open_sizes(model: ir.Model) -> dict[str, tuple[int, ir.Value]]:
@@ -97,32 +203,38 @@ def check_feeds(model: ir.Model, feeds: Mapping[str, np.ndarray], origin: object
         given, wanted = feeds[name], _numpy_type(value)
         if wanted is not None and given.dtype != wanted:
             raise ConfigError(f"{origin}: the input {name!r} is of type {wanted}, not {given.dtype}.")
-        dims = [d if isinstance(d, int) else None for d in value.shape] if value.shape is not None else None
+        dims = [d if isinstance(d, int) and d >= 0 else None for d in value.shape] if value.shape is not None else None
         if dims is not None and (
             len(dims) != given.ndim or any(d is not None and d != size for d, size in zip(dims, given.shape, strict=True))
         ):
             raise ConfigError(f"{origin}: the input {name!r} is of shape {value.shape}, not {list(given.shape)}.")
 
 
-def _size(name: str, position: int, shape: ir.Shape | None, batch: int, length: int) -> int:
-    rank = len(shape or ())
-    if "past" in name:
-        return _PAST
-    if "total" in name:
-        return _PAST + length
-    if position == 0:
-        return batch
-    return _IMAGE_SIDE if rank == 4 and position >= rank - 2 else length
+def _size(name: str, position: int, shape: ir.Shape | None, guess: Guess) -> int:
+    rank, lower = len(shape or ()), name.lower()
+    if "past" in lower:
+        return guess.past
+    if "total" in lower:
+        return guess.past + guess.length
+    if "batch" in lower:
+        return guess.batch
+    if "channel" in lower:
+        return 3
+    if re.match(r"height|width|h$|w$", lower):
+        return guess.side
+    if position == 0 and not re.search(r"seq|length|time|sample", lower):
+        return guess.batch
+    return guess.side if rank == 4 and position >= rank - 2 else guess.length
 
 
-def _shape(value: ir.Value, sizes: Mapping[str, int], batch: int, length: int) -> list[int]:
+def _shape(value: ir.Value, sizes: Mapping[str, int], guess: Guess) -> list[int]:
     shape: list[int] = []
     for position, dim in enumerate(value.shape or ()):
         if isinstance(dim, int):
             shape.append(dim)
             continue
         size = sizes.get(dim.value) or _evaluate(dim.value, sizes) if dim.value is not None else None
-        shape.append(size if size is not None else _size("", position, value.shape, batch, length))
+        shape.append(max(size, 0) if size is not None else _size("", position, value.shape, guess))
     return shape
 
 
@@ -154,18 +266,41 @@ def _numpy_type(value: ir.Value) -> np.dtype | None:
         return None
 
 
-def _draw(value: ir.Value, shape: list[int], generator: np.random.Generator) -> np.ndarray:
-    kind = _numpy_type(value)
+def _draw(value: ir.Value, shape: list[int], guess: Guess, generator: np.random.Generator) -> np.ndarray:
+    kind, name = _numpy_type(value), str(value.name).lower()
     if kind is None or kind.kind not in "fiub":
         raise ConfigError(f"The input {value.name!r} is of type {value.type}, for which no values are drawn; give them with --inputs.")
     if kind.kind == "f":
+        if "mask" in name:
+            return np.ones(shape, kind)
+        if _is_picture(value, name):
+            return generator.random(shape).astype(kind)
+        if len(shape) < 2 and math.prod(shape) <= _FEW:  # a scale, a speed
+            return generator.uniform(0.5, 1.0, shape).astype(kind)
         return generator.standard_normal(shape).astype(kind)
     bound = _table_size(value)
+    if "position" in name and shape:
+        return np.broadcast_to(np.arange(shape[-1]) % (bound or shape[-1] or 1), shape).astype(kind)
     if bound is not None:
         return generator.integers(0, bound, shape).astype(kind)
-    if kind.kind == "b" or "mask" in str(value.name):
+    if kind.kind == "b" or "mask" in name:
         return np.ones(shape, kind)
+    if _is_length(value):
+        size = guess.past + guess.length if "total" in name else guess.past if "past" in name else guess.length
+        return np.full(shape, guess.past + guess.length - 1 if name.endswith("seqlens_k") else size).astype(kind)
+    if name in ("sr", "rate", "sample_rate", "sampling_rate"):
+        return np.full(shape, 16000).astype(kind)
     return generator.integers(0, 256 if kind == np.uint8 else 2, shape).astype(kind)
+
+
+def _is_picture(value: ir.Value, name: str) -> bool:
+    dims = list(value.shape or ())
+    return "pixel" in name or "image" in name or "img" in name or (len(dims) == 4 and bool({dims[1], dims[3]} & {1, 3, 4}))
+
+
+def _is_length(value: ir.Value) -> bool:
+    """Whether an integer input says how long others are."""
+    return len(value.shape or ()) < 2 and re.search(r"len(gth)?s?(_|\d|$)|seqlens", str(value.name).lower()) is not None
 
 
 def _table_size(value: ir.Value) -> int | None:

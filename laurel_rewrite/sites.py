@@ -22,6 +22,7 @@ from laurel_rewrite.residuals import Refusal, Residual, find_residuals
 from laurel_rewrite.streams import find_places
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir
 
     from laurel_rewrite.dialects.onnx import OnnxFlow
@@ -238,22 +239,44 @@ def sites_of_onnx(model: onnx_ir.Model) -> Sites:
     return read_onnx_sites(model)[0]
 
 
-def read_onnx_sites(model: onnx_ir.Model) -> tuple[Sites, OnnxFlow, onnx_ir.Model]:
+def read_onnx_sites(model: onnx_ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> tuple[Sites, OnnxFlow, onnx_ir.Model]:
     """The sites of an ONNX model, how they hang in its graph, and the graph that was read: a copy where functions had to be inlined or
     shapes inferred.
 
+    Args:
+        model: stays as it is.
+        feeds: inputs that it runs with, by name, for sizes that cannot be inferred. None draws them where they are needed.
+
     Raises:
-        CaptureError: the nodes are not in topological order, or the shapes contradict each other.
+        CaptureError: the nodes are not in topological order.
     """
     from laurel_rewrite.dialects.onnx import dataflow_from_onnx
+    from laurel_rewrite.dialects.onnx_runs import observe_sizes
     from laurel_rewrite.dialects.onnx_shapes import completed
 
+    given = model
     try:
         model = completed(model)
     except Exception as error:  # onnx's, onnx-ir's and the inference's exceptions share no base class
         raise CaptureError(f"The graph could not be read: {type(error).__name__}: {str(error)[:400]}") from error
     read = dataflow_from_onnx(model.graph)
-    return _sites(read.flow, ()), read, model
+    sites = _sites(read.flow, ())
+    if sites.undecided() or _has_unknown_sizes(read.flow):
+        if model is given:
+            model = model.clone()
+        if observe_sizes(model, feeds):
+            read = dataflow_from_onnx(model.graph)
+            sites = _sites(read.flow, ())
+    return sites, read, model
+
+
+def _has_unknown_sizes(flow: Dataflow) -> bool:
+    """Whether a size that nobody knows stands where a stream may flow: it would part streams, or hide their features."""
+    return any(
+        value.shape is None or any(isinstance(size, str) and size.startswith("?") for size in value.shape)
+        for value in flow.values
+        if value.data and value.floating
+    )
 
 
 def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -11,10 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from toys import D
 
-from laurel_rewrite import detect, rewrite_onnx, write_onnx
+from laurel_rewrite import NoSiteError, detect, rewrite_onnx, write_onnx
 from laurel_rewrite.capture import quiet
-from laurel_rewrite.dialects.onnx_shapes import completed, sizes_of
+from laurel_rewrite.dialects.onnx_shapes import completed, is_unknown, sizes_of
 from laurel_rewrite.graph_files import read_onnx
+from laurel_rewrite.sites import read_onnx_sites
 
 
 class Block(nn.Module):
@@ -107,3 +109,56 @@ def test_the_model_that_is_read_stays_as_it_is():
     assert str(model.graph.outputs[0].shape) == str(read.graph.outputs[0].shape) == "[Addy_dim_0,Addy_dim_1]"
     assert sizes_of(read.graph.outputs[0]) == ("n", D)
     assert model.graph.node("product").outputs[0].shape is None
+
+
+# Sizes that no inference knows
+
+
+def _reshaped():
+    """x + reshape(x W), where the shape goes through a comparison, as the older exporter writes `expand`."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Shape", ["m"], ["s"]),
+        helper.make_node("Equal", ["s", "minus"], ["e"]),
+        helper.make_node("Where", ["e", "ones", "s"], ["t"]),
+        helper.make_node("Reshape", ["m", "t"], ["f"]),
+        helper.make_node("Add", ["x", "f"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", D])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", "c"])],
+        [numpy_helper.from_array(torch.randn(D, D).numpy(), "w"), *(numpy_helper.from_array(np.full(3, n), name) for name, n in (("minus", -1), ("ones", 1)))],
+    )  # fmt: skip
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def test_two_runs_settle_what_inference_leaves_unknown():
+    model = _reshaped()
+    reshape = next(node for node in completed(model).graph if node.op_type == "Reshape").outputs[0]
+    assert all(is_unknown(size) for size in sizes_of(reshape))
+    (site,) = detect(model)
+    assert (site.shape, site.axis, site.dim) == (("batch", "length", D), -1, D)
+    assert str(model.graph.outputs[0].shape) == "[a,b,c]"
+
+
+def test_inputs_of_ones_own_settle_sizes():
+    feeds = {"x": np.ones((3, 5, D), np.float32)}
+    sites, _, _ = read_onnx_sites(_reshaped(), feeds)
+    assert [site.dim for site in sites] == [D]
+    wrong = {"x": np.ones((3, 5, D + 1), np.float32)}
+    sites, _, _ = read_onnx_sites(_reshaped(), wrong)
+    assert [rejected.reason for rejected in sites.rejected] == ["open sizes"]
+
+
+def test_sums_whose_sizes_stay_open_are_not_called_different():
+    """A graph that onnxruntime cannot load: whether the sizes are equal cannot be seen."""
+    model = onnx_graph([helper.make_node("Mix", ["x"], ["f"], domain="mine"), helper.make_node("Add", ["x", "f"], ["y"])], {"x": ("n", D)})
+    model.opset_imports["mine"] = 1
+    value = model.graph[0].outputs[0]
+    value.shape, value.dtype = ir.Shape(["m", D]), ir.DataType.FLOAT
+    (rejected,) = detect(model).rejected
+    assert rejected.reason == "open sizes"
+    with pytest.raises(NoSiteError, match=r"1 of 1 other additions were refused only because .*--inputs"):
+        rewrite_onnx(model, rank=4)
+    value.shape = ir.Shape([1, D])
+    assert [rejected.reason for rejected in detect(model).rejected] == ["broadcast"]

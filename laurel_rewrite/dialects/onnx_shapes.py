@@ -137,10 +137,9 @@ def _learn(model: ir.Model, shapes: Sequence[ir.Shape | None], given: frozenset[
     came = False
     for value, shape in zip(_inner(model), shapes, strict=True):
         mine, theirs = _without_foreign(value.shape, given), _without_foreign(shape, given)
+        both = theirs if mine is None else mine
         if mine is not None and theirs is not None and len(mine) == len(theirs):
             both = [b if a is None else a for a, b in zip(mine, theirs, strict=True)]
-        else:
-            both = theirs if mine is None else mine
         came = came or both != mine
         merged.append(both)
     if came:
