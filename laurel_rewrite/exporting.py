@@ -202,8 +202,8 @@ def marked(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules.values():
             del module.forward, module.branch
-            if module.slot is not None:
-                module.slot.clear()
+            if module.link is not None:
+                module.link.stream.end()
 
 
 class _Marker:

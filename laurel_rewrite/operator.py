@@ -10,33 +10,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from laurel_rewrite.errors import ConfigError, LaurelError
+from laurel_rewrite.state import Link
 from laurel_rewrite.variants import SiteConfig
-
-
-class Slot:
-    """Where a site leaves the skip it read, for the sites after it in the stream.
-
-    One slot a site, not a list that is pushed to: a block that activation checkpointing runs a second time finds in the slots
-    of the earlier sites what it found there the first time.
-    """
-
-    __slots__ = ("graded", "value")
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-        self.graded = False
-
-    def clear(self) -> None:
-        self.value = None
-
-    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
-        return Slot, ()  # a copy or a pickle of a model carries no activations
 
 
 class Laurel(nn.Module):
@@ -44,8 +25,8 @@ class Laurel(nn.Module):
 
     Called with the skip `x` and the branch `f`, tensors of one shape whose axis `config.axis` has size `config.dim`; returns
     their learned sum, of that shape. A sum of several branches, `x + f1 + f2`, is `laurel(x, f1, f2)`, or
-    `laurel(x, f1) + laurel.branch(f2)` where the source adds them one by one. The earlier states that PA reads come from the slots
-    of the earlier sites, or are given as `past`, nearest first (None where there is none).
+    `laurel(x, f1) + laurel.branch(f2)` where the source adds them one by one. The result has the dtype and the strides of the plain sum.
+    The earlier states that PA reads come by `link` from the earlier sites, or are given as `past`, nearest first.
 
     Children: `mix` (the scalars of a and b), `down` and `up` (V, [r, D], and U, [D, r], as Linear or 1x1 Conv layers; lists with
     one pair a lag for LR+PA), `g` (one weight a lag).
@@ -54,11 +35,13 @@ class Laurel(nn.Module):
         config: variant and sizes.
         site: id of the site; with `seed` it seeds this module's own generator, so that no site changes another's start.
         seed: the user's seed.
+        side: which operand of the source's sum is the skip, 0 or 1; only the memory layout of the result depends on it.
         device, dtype: of the parameters. On the meta device nothing is initialised.
     """
 
-    down: Any  # a layer, or a ModuleList of one a lag
-    up: Any
+    if TYPE_CHECKING:
+        down: Any  # a layer, or a ModuleList of one a lag
+        up: Any
 
     def __init__(
         self,
@@ -66,14 +49,15 @@ class Laurel(nn.Module):
         *,
         site: str = "",
         seed: int = 0,
+        side: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.site = site
-        self.slot: Slot | None = None
-        self.past: tuple[Slot, ...] = ()
+        self.sides = (side,)  # and of each further branch's sum
+        self.link: Link | None = None
         self._low_rank = config.maps > 0
         self._normalize = config.normalize if "rw" in config.terms else None
         self._lags = config.lags
@@ -123,18 +107,18 @@ class Laurel(nn.Module):
         return weights(self.mix, self._normalize or "none")
 
     def forward(self, x: Tensor, f: Tensor, *more: Tensor, past: Sequence[Tensor | None] | None = None) -> Tensor:
+        window = self.states(x) if past is None else _window(x, past)
         skip = x
         if self._lags:
-            skip = x + self._augment(self.states(x) if past is None else _window(x, past))
+            skip = x + self._augment(window)
         elif self._low_rank:
             skip = x + _apply(self.down, self.up, x)
-        if self._normalize is None:
-            out = f + skip
-        else:
-            a, b = self.weights()
-            out = a.to(f.dtype) * f + b.to(x.dtype) * skip
-        for branch in more:
-            out = out + self.branch(branch)
+        if self._normalize is not None:
+            skip = weights(self.mix, self._normalize)[1].to(x.dtype) * skip
+        out = laid_out(add(skip, self.branch(f), self.sides[0]), x, f, self.sides[0])
+        for position, branch in enumerate(more, start=1):
+            side = self.sides[position] if position < len(self.sides) else 0
+            out = laid_out(add(out, self.branch(branch), side), out, branch, side)
         return out
 
     def branch(self, f: Tensor) -> Tensor:
@@ -142,14 +126,18 @@ class Laurel(nn.Module):
         return f if self._normalize is None else weighted(f, self.mix, self._normalize)
 
     def states(self, x: Tensor) -> list[tuple[int, Tensor]]:
-        """The window of PA: (lag, state of the stream) from lag 0, the skip itself, as far as this pass has states."""
-        if self.slot is not None and not torch.compiler.is_compiling() and _recomputing():
-            self._check_recomputation(x)
-        window = _window(x, [slot.value for slot in self.past])
-        if self.slot is not None:  # after reading: a shared module reads its own former call
-            self.slot.value = x
-            self.slot.graded = torch.is_grad_enabled()
-        return window
+        """The window of PA: (lag, state of the stream) from lag 0, the skip itself, and x is left for the sites after this one.
+
+        Raises:
+            LaurelError: an earlier state is missing, or of another pass.
+        """
+        if self.link is None:
+            if self._lags > 1:
+                raise LaurelError(f"{self.site or 'This LAuReL module'}: PA reads {self._lags - 1} earlier states, and none were given.")
+            return [(0, x)]
+        past = self.link.read(x)
+        self.link.write(x)
+        return _window(x, past)
 
     def _augment(self, window: list[tuple[int, Tensor]]) -> Tensor:
         """sum_j g_j U_j V_j x_{i-j}, or h(sum_j g_j x_{i-j}) where the lags share one map h."""
@@ -161,23 +149,6 @@ class Laurel(nn.Module):
             total = term if total is None else total + term
         assert total is not None
         return _apply(self.down, self.up, total) if self._low_rank and not self._per_lag else total
-
-    def _check_recomputation(self, x: Tensor) -> None:
-        """Refuse an activation checkpoint that would give wrong gradients without a word."""
-        assert self.slot is not None
-        earlier = self.slot.value
-        if any(slot.value is not None and not slot.graded for slot in self.past):
-            raise LaurelError(
-                f"{self.site}: PA reads the states of earlier blocks, and reentrant activation checkpointing keeps no gradient for "
-                "them. Use checkpoint(..., use_reentrant=False)."
-            )
-        # Another pass has other values altogether; the bounds only let through what kernels that are not deterministic change.
-        same = earlier is None or (earlier.shape == x.shape and torch.allclose(earlier, x, rtol=1e-2, atol=1e-3, equal_nan=True))
-        if not same:
-            raise LaurelError(
-                f"{self.site}: activation checkpointing runs this block again for an earlier forward pass, whose states PA no "
-                "longer has. Run backward before the next forward pass, and do not checkpoint a layer that is shared."
-            )
 
     def extra_repr(self) -> str:
         c = self.config
@@ -211,15 +182,45 @@ def weighted(f: Tensor, mix: Tensor, normalize: str) -> Tensor:
 
 
 def _window(x: Tensor, past: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
-    """(lag, state) from the skip backwards, without the states that there are not."""
-    return [(0, x)] + [(lag, state.reshape(x.shape)) for lag, state in enumerate(past, start=1) if state is not None]
+    """(lag, state) from the skip backwards, in its shape and dtype, without the states that there are not."""
+    return [(0, x)] + [(lag, state.reshape(x.shape).to(x.dtype)) for lag, state in enumerate(past, start=1) if state is not None]
+
+
+def add(x: Tensor, f: Tensor, side: int) -> Tensor:
+    """x + f, or f + x where side is 1: the same numbers, in the memory layout of the first."""
+    return f + x if side else x + f
+
+
+@fx.wrap
+def laid_out(out: Tensor, x: Tensor, f: Tensor, side: int) -> Tensor:
+    """`out` with the strides that `add(x, f, side)` has, whatever operator computed it from them.
+
+    Mostly it has them: this mends what torch's rules make of expanded, strided and broadcast operands. A compiled graph has its own layouts.
+    """
+    if torch.compiler.is_compiling() or x.stride() == f.stride() == out.stride():
+        return out
+    strides = _strides_of_sum(x, f, side)
+    return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
+
+
+def _strides_of_sum(x: Tensor, f: Tensor, side: int) -> tuple[int, ...]:
+    """By torch's rules: a memory format that both operands have, else what its general rule says, which the meta device knows alone."""
+    formats = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.ndim, [])]
+    for layout in formats:
+        if x.shape == f.shape and x.is_contiguous(memory_format=layout) and f.is_contiguous(memory_format=layout):
+            return torch.empty(x.shape, device="meta", memory_format=layout).stride()
+    return add(*(torch.empty_strided(t.shape, t.stride(), device="meta") for t in (x, f)), side).stride()
 
 
 class PlainResidual(nn.Module):
     """x + f: a turn of a loop that keeps its plain residual connection."""
 
+    def __init__(self, side: int = 0) -> None:
+        super().__init__()
+        self.side = side
+
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
-        return x + f
+        return add(x, f, self.side)
 
 
 def _projection(config: SiteConfig, inputs: int, outputs: int, kind: dict[str, Any]) -> nn.Module:
@@ -237,13 +238,10 @@ def _projection(config: SiteConfig, inputs: int, outputs: int, kind: dict[str, A
 
 def _apply(down: Any, up: Any, x: Tensor) -> Tensor:
     """U V x in the maps' own dtype, returned in the skip's: a skip may be kept in float32 beside a bfloat16 branch."""
-    low: Tensor = up(down(x.to(down.weight.dtype)))
+    weight = down.weight  # of a quantised layer it is packed, or a method
+    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
+    low: Tensor = up(down(x.to(dtype)))
     return low.to(x.dtype)
-
-
-def _recomputing() -> bool:
-    """Whether this runs inside a backward pass, as the second run of a checkpointed block does."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def sites_of(model: nn.Module) -> dict[str, Laurel]:

@@ -89,7 +89,9 @@ class PlanSite:
         calls: how often the model runs it in one forward pass; more than 1 where modules are shared.
         dim: D; 0 where it is unknown, and the variant needs none.
         turns: how many turns its loop has, where the site is one turn of a loop; else 0.
-        holder: path of the module whose call begins the stream.
+        holder: path of the module whose call is one pass of the stream.
+        side: which operand of the sum is the skip, 0 or 1.
+        repeats: how often one pass of the stream comes to it; more than 1 where it comes back to a shared module (ALBERT).
     """
 
     id: str
@@ -110,6 +112,8 @@ class PlanSite:
     calls: int = 1
     turns: int = 0
     holder: str = ""
+    side: int = 0
+    repeats: int = 1
 
     @property
     def attribute(self) -> str:
@@ -131,21 +135,31 @@ class Plan:
     model: str = ""
     left_out: tuple[str, ...] = ()
 
+    def streams(self) -> list[list[PlanSite]]:
+        """The sites of each stream, in its order."""
+        return list(self._streams.values())
+
     def past(self, site: PlanSite) -> tuple[str, ...]:
-        """Ids of the sites whose skips a PA site reads, nearest first; the window ends where the stream begins."""
-        if not variants.operator(site.variant).uses_history:
-            return ()
+        """Ids of the sites whose skips a PA site reads in its first call, nearest first; the window ends where the stream begins."""
         stream = self._streams[site.stream]
-        at = stream.index(site.id)
-        # A shared module reads, from its second call on, those after it in its former call, and itself.
-        window = stream[:at][::-1] + (stream[at:][::-1] if site.calls > 1 else [])
-        return tuple(window[: site.history - 1])
+        at = stream.index(site)
+        return tuple(row.id for row in stream[max(at - site.history + 1, 0) : at][::-1]) if self._reads_history(site) else ()
+
+    def lags(self, site: PlanSite) -> int:
+        """How many states a site reads at most, the skip included; 1 without PA."""
+        stream = self._streams[site.stream]
+        before = stream.index(site) + (site.repeats - 1) * sum(row.repeats > 1 for row in stream)
+        return 1 + min(site.history - 1, before) if self._reads_history(site) else 1
+
+    @staticmethod
+    def _reads_history(site: PlanSite) -> bool:
+        return variants.operator(site.variant).uses_history
 
     @cached_property
-    def _streams(self) -> dict[int, list[str]]:
-        streams: dict[int, list[str]] = {}
+    def _streams(self) -> dict[int, list[PlanSite]]:
+        streams: dict[int, list[PlanSite]] = {}
         for site in self.sites:
-            streams.setdefault(site.stream, []).append(site.id)
+            streams.setdefault(site.stream, []).append(site)
         return streams
 
     def config(self, site: PlanSite) -> SiteConfig:
@@ -156,7 +170,7 @@ class Plan:
                 variant=site.variant,
                 dim=site.dim,
                 rank=site.rank,
-                lags=1 + len(self.past(site)),
+                lags=self.lags(site),
                 history=site.history,
                 axis=site.axis,
                 ndim=len(site.shape),
@@ -169,7 +183,7 @@ class Plan:
     def build(self, site: PlanSite, like: torch.Tensor | None) -> Laurel:
         """The LAuReL module of a site, on the device and of the dtype of a parameter beside it."""
         kind = {"device": like.device, "dtype": like.dtype} if like is not None else {}
-        module: Laurel = variants.operator(site.variant).module(self.config(site), site=site.id, seed=self.seed, **kind)
+        module: Laurel = variants.operator(site.variant).module(self.config(site), site=site.id, seed=self.seed, side=site.side, **kind)
         return module
 
     def parameters(self) -> int:
@@ -189,6 +203,7 @@ class Plan:
         if not sites.sites:
             raise NoSiteError(_nothing(sites))
         calls = Counter(site.module for site in sites)
+        repeats = Counter((site.module, site.stream) for site in sites)
         unique = [site for site in sites if site.id == site.module]
         chosen = _select(unique, config)
         uses_rank = variants.operator(config.variant).uses_rank
@@ -207,9 +222,11 @@ class Plan:
         for site in chosen:
             binding = sites.bindings[site.id]
             turns = binding.turns if binding.turn is not None else 0
-            rows.append(
-                PlanSite(**{**asdict(site), "dim": site.dim or 0}, **given, calls=calls[site.module], turns=turns, holder=binding.holder)
-            )
+            found = {
+                "dim": site.dim or 0, "calls": calls[site.module], "turns": turns, "holder": binding.holder, "side": binding.adds[0][1],
+                "repeats": repeats[site.module, site.stream],
+            }  # fmt: skip
+            rows.append(PlanSite(**{**asdict(site), **given, **found}))
         return Plan(tuple(rows), seed=config.seed, left_out=left_out)
 
     def check(self, sites: Sites) -> None:
@@ -252,7 +269,7 @@ class Plan:
         names = {f.name for f in fields(PlanSite)}
         for number, row in enumerate(data.get("site", ()), start=1):
             label = f"{origin}, site {row.get('id', number)}"
-            unknown, missing = set(row) - names, names - set(row) - {"calls", "turns", "holder"}
+            unknown, missing = set(row) - names, names - set(row) - {"calls", "turns", "holder", "side", "repeats"}
             if unknown:
                 raise ConfigError(f"{label}: unknown key {sorted(unknown)[0]!r}. {nearest(sorted(unknown)[0], names)}")
             if missing:
@@ -263,7 +280,7 @@ class Plan:
                 raise ConfigError(f"{label}: {error}") from error
             if not 1 <= row["rank"] <= row["dim"] and variants.operator(checked.variant).uses_rank:
                 raise ConfigError(f"{label}: rank {row['rank']} is not between 1 and its feature size {row['dim']}.")
-            rows.append(PlanSite(**{**row, "shape": tuple(row["shape"]), "variant": checked.variant}))
+            rows.append(PlanSite(**{"repeats": row.get("calls", 1), **row, "shape": tuple(row["shape"]), "variant": checked.variant}))
         if not rows:
             raise ConfigError(f"{origin} has no site.")
         twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]

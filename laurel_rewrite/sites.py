@@ -80,7 +80,7 @@ class Binding:
         adds: the binary adds from the skip outwards: graph node, operand (0 or 1) that holds the skip, recorded call or None.
         turn: which execution of its source line in one call of the owner this is, None where there is one only.
         turns: how many executions there are.
-        holder: path of the module whose call begins the site's stream.
+        holder: path of the module whose call is one pass of the site's stream.
     """
 
     residual: Residual
@@ -223,7 +223,7 @@ def sites_of_program(program: torch.export.ExportedProgram, calls: Sequence[Call
     """The sites of an exported program, with source positions where its calls were recorded."""
     parameters = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT"}
     flow, _ = dataflow_from_fx(program.graph, parameters=parameters)
-    return _sites(flow, calls, _called_once(program.graph))
+    return _sites(flow, calls, program.graph)
 
 
 @_uncollected()
@@ -300,30 +300,24 @@ def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
         raise CaptureError(f"The graph could not be run with the given inputs: {type(error).__name__}: {error}") from error
 
 
-def _called_once(graph: fx.Graph) -> frozenset[str]:
-    """Paths of the modules that one forward pass calls exactly once; a Sequential may be looped over instead."""
-    calls: dict[str, set[str]] = defaultdict(set)
-    for node in graph.nodes:
-        for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
-            if not str(cls).endswith("Sequential"):
-                calls[path].add(key)
-    return frozenset(path for path, keys in calls.items() if len(keys) == 1)
+def _stack(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """The calls of modules that a node was computed in, from the model inwards: which call, and the module's path. A Sequential may be
+    looped over instead of called."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple((str(key), path) for key, (path, cls) in stack.items() if not str(cls).endswith("Sequential"))
 
 
-def _holder(owners: Sequence[str], called_once: frozenset[str]) -> str:
-    """The deepest module that is called once and holds all these."""
-    parts = [owner.split(".") if owner else [] for owner in owners]
-    holder, path = "", ""
-    for names in zip(*parts, strict=False):
-        if len(set(names)) > 1:
+def _holder(stacks: Sequence[tuple[tuple[str, str], ...]]) -> str:
+    """The deepest module that computes all these in one call."""
+    holder = ""
+    for calls in zip(*stacks, strict=False):
+        if len(set(calls)) > 1:
             break
-        path = f"{path}.{names[0]}".lstrip(".")
-        if path in called_once:
-            holder = path
+        holder = calls[0][1]
     return holder
 
 
-def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = frozenset()) -> Sites:
+def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None) -> Sites:
     residuals, refusals = find_residuals(flow)
     places = find_places(flow, residuals)
     values = flow.values
@@ -344,7 +338,7 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
             runs[key][index] = len(runs[key])
     ordinals: dict[str, dict[Any, int]] = defaultdict(dict)
     tied: dict[str, int] = defaultdict(int)
-    owners: dict[int, list[str]] = defaultdict(list)
+    added: dict[int, list[str]] = defaultdict(list)
     for residual, place in zip(residuals, places, strict=True):
         adds = tuple((values[node].name, side, sites.call(node)) for node, side in residual.adds)
         inner = residual.adds[0][0]  # where the skip is added
@@ -362,8 +356,9 @@ def _sites(flow: Dataflow, calls: Sequence[Call], called_once: frozenset[str] = 
         tied[path] += 1
         sites.sites.append(Site(name, residual.kind, owner, where, shape, place.axis, place.dim, place.stream, place.index))
         sites.bindings[name] = Binding(residual, adds, turn, turns)
-        owners[place.stream].append(owner)
-    holders = {stream: _holder(paths, called_once) for stream, paths in owners.items()}
+        added[place.stream].append(values[inner].name)
+    nodes = {node.name: node for node in graph.nodes} if graph is not None else {}
+    holders = {stream: _holder([_stack(nodes[name]) for name in names]) if nodes else "" for stream, names in added.items()}
     for site in sites:
         sites.bindings[site.id] = replace(sites.bindings[site.id], holder=holders[site.stream])
     sites.rejected = [Rejected(sites.where(r.output), sites.owner(r.output), r.reason, r.detail) for r in refusals]

@@ -17,10 +17,11 @@ from torch import fx, nn
 
 from laurel_rewrite.capture import Call
 from laurel_rewrite.errors import ConfigError, RewriteError
-from laurel_rewrite.operator import Laurel, PlainResidual, Slot, refuse_second_time, sites_of
+from laurel_rewrite.operator import Laurel, PlainResidual, refuse_second_time, sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.sites import Sites, detect
 from laurel_rewrite.source import BASE, Change, Rewritten, rewrite_class
+from laurel_rewrite.state import connect, disconnect
 
 RECORD = "_laurel_rewriting"
 """Attribute of a rewritten model: its `Rewriting`."""
@@ -47,18 +48,6 @@ class Rewriting:
     def __reduce__(self) -> tuple[Any, ...]:
         # Classes made here cannot be pickled; `save` writes their source.
         return Rewriting, (self.plan, {}, self.text, self.names)
-
-
-class StreamReset:
-    """Forward hooks on the module that holds a stream: it begins without states, and keeps none where nobody will go backward."""
-
-    def __init__(self, slots: list[Slot]) -> None:
-        self.slots = slots
-
-    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
-        if output is None or not torch.is_grad_enabled():
-            for slot in self.slots:
-                slot.clear()
 
 
 def rewrite(
@@ -204,34 +193,13 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
         laurel.train(owner.training)
         if row.turns:
             if not hasattr(owner, row.attribute):
-                setattr(owner, row.attribute, nn.ModuleList(PlainResidual() for _ in range(row.turns)))
+                setattr(owner, row.attribute, nn.ModuleList(PlainResidual(row.side) for _ in range(row.turns)))
             getattr(owner, row.attribute)[int(row.id.rsplit(".", 1)[1])] = laurel
         else:
             setattr(owner, row.attribute, laurel)
     for name, cls in classes.items():
         model.get_submodule(name).__class__ = cls
     connect(model, plan)
-
-
-def connect(model: nn.Module, plan: Plan) -> None:
-    """Give the sites that PA reads a slot, the readers the slots of their window, and each stream a reset where it begins."""
-    slots: dict[str, Slot] = defaultdict(Slot)
-    streams: dict[int, list[str]] = defaultdict(list)
-    for row in plan.sites:
-        laurel: Any = model.get_submodule(row.id)
-        past = plan.past(row)
-        laurel.past = tuple(slots[name] for name in past)
-        if past:
-            streams[row.stream] += [row.id, *past]
-    for name, slot in slots.items():
-        laurel = model.get_submodule(name)
-        laurel.slot = slot
-    for ids in streams.values():
-        used = [slots[name] for name in dict.fromkeys(ids) if name in slots]
-        reset = StreamReset(used)
-        holder = model.get_submodule(next(row.holder for row in plan.sites if row.id == ids[0]))
-        holder.register_forward_pre_hook(reset)
-        holder.register_forward_hook(reset)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -249,9 +217,7 @@ def remove(model: nn.Module) -> nn.Module:
             turns = isinstance(child, nn.ModuleList) and any(isinstance(m, Laurel) for m in child)
             if isinstance(child, Laurel) or turns:
                 delattr(module, name)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, StreamReset)]:
-                del hooks[key]
+        disconnect(module)
         base = vars(type(module)).get(BASE)
         if base is not None:
             module.__class__ = base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -51,15 +52,18 @@ class InsertLaurel(Pass[fx.GraphModule]):
         nodes = {node.name: node for node in graph.graph.nodes}
         like = next((p for p in graph.parameters() if p.is_floating_point()), None)
         rows = {row.id: row for row in self.plan.sites}
-        states: dict[str, fx.Node] = {}  # the latest skip of each site: PA's history, as edges of the graph
+        states: dict[int, list[fx.Node]] = defaultdict(list)  # the skips of each stream: PA's history, as edges of the graph
         for row in rows.values():
             module = self.plan.build(row, like)
             module.train(graph.training)
             graph.add_submodule(row.id, module)
         for site in self._sites:
             if site.module in rows:
-                past = [states.get(name) for name in self.plan.past(rows[site.module])]
-                states[site.module] = _replace(graph.graph, nodes, self._sites.bindings[site.id], site.module, past)
+                module, earlier = graph.get_submodule(site.module), states[site.stream]
+                lags = self.plan.lags(rows[site.module])
+                past = tuple(earlier[::-1][: lags - 1]) if lags > 1 else None
+                module.sides = tuple(side for _, side, _ in self._sites.bindings[site.id].adds)
+                earlier.append(_replace(graph.graph, nodes, self._sites.bindings[site.id], site.module, past))
         graph.graph.lint()
         graph.recompile()
         return PassResult(graph, tuple(row.id for row in self.plan.sites))
@@ -71,14 +75,14 @@ class InsertLaurel(Pass[fx.GraphModule]):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
 
 
-def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], binding: Binding, target: str, past: list[fx.Node | None]) -> fx.Node:
+def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], binding: Binding, target: str, past: tuple[fx.Node, ...] | None) -> fx.Node:
     """Put one call in the place of the sum's binary adds, in the order of operands in which they added; returns the skip."""
     adds = [(nodes[name], side) for name, side, _ in binding.adds]
     skip = adds[0][0].args[adds[0][1]]
     branches = [add.args[1 - side] for add, side in adds]
     root = adds[-1][0]
     with graph.inserting_after(root):
-        call = graph.call_module(target, (skip, *branches), {"past": tuple(past)} if any(past) else {})
+        call = graph.call_module(target, (skip, *branches), {} if past is None else {"past": past})
     call.meta = {key: value for key, value in root.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
     root.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
     for add, _ in reversed(adds):

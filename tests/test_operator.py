@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from laurel_rewrite import ConfigError, LaurelConfig, param_groups
-from laurel_rewrite.operator import Laurel, Slot
+from laurel_rewrite.operator import Laurel
+from laurel_rewrite.state import Link, Slot, Stream
 from laurel_rewrite.variants import SiteConfig, canonical, operator, operators
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
@@ -61,9 +62,10 @@ def test_formula(variant, axis):
     shape = (2, 5, D) if axis == -1 else (2, D, 3, 5)
     window = [torch.randn(shape, dtype=torch.float64) for _ in range(K)]
     f = torch.randn(shape, dtype=torch.float64)
-    module.past = (Slot(), Slot())
-    for slot, state in zip(module.past, window[1:], strict=True):
-        slot.value = state
+    slots = [Slot(), Slot()]
+    for slot, state in zip(slots, window[1:], strict=True):
+        slot.value, slot.fresh = state, True
+    module.link = Link("site", Stream(slots), None, slots, needs=2, first=False)
     last = [np.moveaxis(t.numpy(), axis, -1) for t in (*window, f)]
     # Both in float64: what is left is the order of sums.
     found = np.moveaxis(module(window[0], f).detach().numpy(), axis, -1)
