@@ -56,7 +56,7 @@ class Laurel(nn.Module):
         super().__init__()
         self.config = config
         self.site = site
-        self.sides = (side,)  # and of each further branch's sum
+        self.sides: tuple[int, ...] = (side,)  # and of each further branch's sum
         self.link: Link | None = None
         self._low_rank = config.maps > 0
         self._normalize = config.normalize if "rw" in config.terms else None
@@ -150,6 +150,12 @@ class Laurel(nn.Module):
         assert total is not None
         return _apply(self.down, self.up, total) if self._low_rank and not self._per_lag else total
 
+    def __prepare_scriptable__(self) -> Laurel:
+        raise LaurelError(
+            f"{self.site or 'LAuReL'} cannot be compiled by torch.jit.script, whose language has no functions of any number of branches. Use "
+            "torch.jit.trace, torch.compile or torch.export, or script the model that laurel_rewrite.remove gives back."
+        )
+
     def extra_repr(self) -> str:
         c = self.config
         parts = [f"variant={c.variant}", f"dim={c.dim}"]
@@ -209,7 +215,8 @@ def _strides_of_sum(x: Tensor, f: Tensor, side: int) -> tuple[int, ...]:
     for layout in formats:
         if x.shape == f.shape and x.is_contiguous(memory_format=layout) and f.is_contiguous(memory_format=layout):
             return torch.empty(x.shape, device="meta", memory_format=layout).stride()
-    return add(*(torch.empty_strided(t.shape, t.stride(), device="meta") for t in (x, f)), side).stride()
+    left, right = (torch.empty_strided(t.shape, t.stride(), device="meta") for t in (x, f))
+    return add(left, right, side).stride()
 
 
 class PlainResidual(nn.Module):

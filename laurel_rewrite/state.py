@@ -303,7 +303,7 @@ def _backward() -> int:
 
 
 def _at_end_of_backward(call: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[no-untyped-call]  # torch's own
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def _tensors(output: Any, depth: int = 4) -> Iterator[Tensor]:

@@ -56,13 +56,13 @@ class InsertLaurel(Pass[fx.GraphModule]):
         for row in rows.values():
             module = self.plan.build(row, like)
             module.train(graph.training)
+            module.sides = tuple(side for _, side, _ in self._sites.bindings[row.id].adds)
             graph.add_submodule(row.id, module)
         for site in self._sites:
             if site.module in rows:
-                module, earlier = graph.get_submodule(site.module), states[site.stream]
+                earlier = states[site.stream]
                 lags = self.plan.lags(rows[site.module])
                 past = tuple(earlier[::-1][: lags - 1]) if lags > 1 else None
-                module.sides = tuple(side for _, side, _ in self._sites.bindings[site.id].adds)
                 earlier.append(_replace(graph.graph, nodes, self._sites.bindings[site.id], site.module, past))
         graph.graph.lint()
         graph.recompile()

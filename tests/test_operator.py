@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from laurel_rewrite import ConfigError, LaurelConfig, param_groups
+from laurel_rewrite import ConfigError, LaurelConfig, LaurelError, param_groups
 from laurel_rewrite.operator import Laurel
 from laurel_rewrite.state import Link, Slot, Stream
 from laurel_rewrite.variants import SiteConfig, canonical, operator, operators
@@ -174,6 +178,74 @@ def test_a_float32_skip_beside_a_bfloat16_branch():
     x, f = torch.randn(2, 5, D), torch.randn(2, 5, D, dtype=torch.bfloat16)
     assert module(x, f).dtype == torch.float32
     assert torch.equal(module(x, f), x + f)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_result_has_the_dtype_of_the_sum(variant):
+    """Skip, branch and states of every pair of types."""
+    kinds = [torch.bfloat16, torch.float32, torch.float64]
+    module = Laurel(site(variant))
+    for x_kind, f_kind, state_kind in itertools.product(kinds, kinds, kinds):
+        x, f = torch.randn(2, 5, D).to(x_kind), torch.randn(2, 5, D).to(f_kind)
+        past = [torch.randn(2, 5, D).to(state_kind) for _ in range(K - 1)]
+        found = module(x, f, past=past)
+        assert found.dtype == (x + f).dtype
+        assert torch.equal(found, x + f)
+
+
+def operand(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor as models have them: permuted, channels last, a slice of a larger one, or spread over an axis."""
+    how = random.choice(["contiguous", "permuted", "permuted", "slice", "spread", "channels last"])
+    if how == "permuted":
+        order = random.sample(range(len(shape)), len(shape))
+        return torch.randn([shape[i] for i in order]).permute([order.index(i) for i in range(len(shape))])
+    if how == "slice":
+        return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if how == "spread":
+        axis = random.randrange(len(shape))
+        return torch.randn([1 if i == axis else n for i, n in enumerate(shape)]).expand(shape)
+    wanted = torch.channels_last if how == "channels last" and len(shape) == 4 else torch.contiguous_format
+    return torch.randn(shape).contiguous(memory_format=wanted)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_result_has_the_memory_layout_of_the_sum(variant, axis):
+    random.seed(0)
+    module = Laurel(site(variant, axis))
+    for _ in range(60):
+        shape = [random.choice([1, 2, 3]) for _ in range(4 if axis == 1 else 3)]
+        shape[axis] = D
+        x, f, more, *past = (operand(tuple(shape)) for _ in range(5))
+        module.sides = (random.choice([0, 1]), random.choice([0, 1]))
+        two = f + x if module.sides[0] else x + f
+        three = more + two if module.sides[1] else two + more
+        for found, expected in ((module(x, f, past=past), two), (module(x, f, more, past=past), three)):
+            assert torch.equal(found, expected)
+            assert found.stride() == expected.stride(), (shape, x.stride(), f.stride(), module.sides)
+        out = module(x.double(), f.double().requires_grad_(), past=past)
+        out.sum().backward()  # through a copy, where there is one
+
+
+def test_a_branch_keeps_its_memory_layout():
+    module = Laurel(site("rw", axis=1))
+    for f in (torch.randn(2, D, 3, 5).to(memory_format=torch.channels_last), torch.randn(5, 3, D, 2).permute(3, 2, 1, 0)):
+        assert module.branch(f).stride() == f.stride()
+
+
+def test_quantised_maps():
+    module = torch.nn.Sequential(shuffled(Laurel(site("rw+lr+pa"))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have us use another package
+        small = torch.ao.quantization.quantize_dynamic(module, {torch.nn.Linear})[0]
+    x, f, *past = (torch.randn(2, 5, D) for _ in range(4))
+    torch.testing.assert_close(small(x, f, past=past), module[0](x, f, past=past), rtol=0.05, atol=0.1)  # int8 weights
+
+
+def test_torchscript_is_refused_with_the_reason():
+    with pytest.raises(LaurelError, match="torch.jit.script"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have us use another compiler
+        torch.jit.script(torch.nn.Sequential(torch.nn.Linear(D, D), Laurel(site("rw"))))
 
 
 def test_param_groups_leave_scalars_without_decay():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import REAL, Example, away_from_start, output, real
 from torch import nn
-from toys import CASES, Branch, D, Helper, Plain
+from toys import CASES, Branch, D, Helper, Plain, TwoBranches
 
 from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, load, remove, rewrite, save
 from laurel_rewrite.operator import Laurel, sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.surgery import rewriting_of
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 
@@ -276,6 +277,58 @@ def test_a_taken_name_is_refused():
     model.laurel_0 = nn.Identity()
     with pytest.raises(RewriteError, match="has an attribute 'laurel_0' already"):
         rewrite(model, (torch.randn(2, 5, D),), rank=4)
+
+
+class Positions(nn.Module):
+    """Skip and branch of different memory layouts, each first once, and readers that mind: a view, and dropout's mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(D, D, 3, padding=1), nn.Conv1d(D, D, 3, padding=1)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = x + self.one(x.transpose(1, 2)).transpose(1, 2)
+        x = self.dropout(x).view(-1, D).view(x.shape)
+        y = self.two(x.transpose(1, 2)).transpose(1, 2) + x
+        return self.dropout(y), x, y
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_memory_layout_is_the_sums(variant):
+    model, x = Positions(), torch.randn(2, 6, D)
+    better = rewrite(model, (x,), variant=variant, rank=4)
+    assert [row.side for row in rewriting_of(better).plan.sites] == [0, 1]
+    graph = rewrite(torch.fx.symbolic_trace(model), (x,), variant=variant, rank=4)
+    other = torch.randn(3, 7, D)
+    for train in (False, True):
+        outputs = []
+        for net in (model, better, graph):
+            torch.manual_seed(0)
+            outputs.append(net.train(train)(other))
+        for found in outputs[1:]:
+            for a, b in zip(found, outputs[0], strict=True):
+                assert torch.equal(a, b)
+                assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stream_of_two_dtypes(variant):
+    class Wide(TwoBranches):
+        def forward(self, x):
+            x = (x.double() + self.f(x).double()).float()
+            return x.double() + self.g(x)
+
+    model, x = Wide().eval(), torch.randn(2, 5, D)
+    better = rewrite(model, (x,), variant=variant, rank=4).eval()
+    assert better(x).dtype == torch.float64
+    assert torch.equal(better(x), model(x))
+
+
+def test_an_old_plan_is_read():
+    plan = Plan.from_sites(detect(CASES["tied"].make(), (torch.randn(2, 5, D),)), LaurelConfig(variant="pa", rank=4))
+    text = "".join(line for line in plan.to_toml().splitlines(True) if not line.startswith(("side", "repeats")))
+    assert [(row.side, row.repeats) for row in Plan.from_toml(text).sites] == [(0, 3), (0, 3)]
 
 
 def test_helpers_keep_their_keyword_arguments():

@@ -43,7 +43,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, variant):
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     again = gradients(model)
     for key, gradient in plain.items():
-        torch.testing.assert_close(again[key], gradient, rtol=0, atol=0)
+        # float32: the model without LAuReL differs by 6e-8 under checkpointing, too.
+        torch.testing.assert_close(again[key], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_reentrant_checkpointing_with_history_is_refused():
@@ -53,19 +54,23 @@ def test_reentrant_checkpointing_with_history_is_refused():
         gradients(model)
 
 
-def test_two_forwards_before_a_checkpointed_backward_are_refused():
-    model = rewritten("gpt2", "rw+lr+pa").train()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    first = model(input_ids=IDS, labels=IDS).loss
-    second = model(input_ids=IDS.flip(0), labels=IDS).loss
-    with pytest.raises(LaurelError, match="earlier forward pass"):
-        (first + second).backward()
-
-
-def test_two_forwards_before_a_backward_are_fine_without_checkpointing():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_forwards_before_a_backward(checkpointing):
     model = rewritten("gpt2", "rw+lr+pa").eval()
-    total = model(input_ids=IDS, labels=IDS).loss + model(input_ids=IDS.flip(0), labels=IDS).loss
-    total.backward()
+    apart = {name: gradient.double() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    model(input_ids=IDS.flip(0), labels=IDS).loss.backward()
+    if checkpointing:
+        model.train()  # without its dropout, which transformers' checkpointing needs the mode for
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    expected = {name: apart[name] + p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    (model(input_ids=IDS, labels=IDS).loss + model(input_ids=IDS.flip(0), labels=IDS).loss).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.double(), expected[name], rtol=1e-4, atol=1e-6)  # float32 in another order of sums
 
 
 def test_checkpointing_inside_a_loop_of_ones_own():
