@@ -35,15 +35,16 @@ if TYPE_CHECKING:
     from laurel_rewrite.operator import param_groups
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
+    from laurel_rewrite.rewriting import rewrite
     from laurel_rewrite.saving import load, save
     from laurel_rewrite.sites import detect
-    from laurel_rewrite.surgery import remove, rewrite
+    from laurel_rewrite.surgery import remove
 
 _HOMES = {
     "detect": "sites",
     "explain": "explaining",
     "draw": "drawing",
-    "rewrite": "surgery",
+    "rewrite": "rewriting",
     "remove": "surgery",
     "rewrite_onnx": "onnx_surgery",
     "write_onnx": "graph_files",

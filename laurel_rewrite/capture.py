@@ -203,7 +203,8 @@ def training(model: nn.Module, mode: bool) -> Iterator[None]:
     """Every module in train or eval mode for a while, each put back as it was."""
     before = [(module, module.training) for module in model.modules()]
     try:
-        model.train(mode)
+        with contextlib.suppress(NotImplementedError):  # an exported graph has one mode
+            model.train(mode)
         yield
     finally:
         for module, was in before:

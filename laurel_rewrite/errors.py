@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LaurelError(Exception):
@@ -13,9 +14,20 @@ class LaurelError(Exception):
 
 
 class VerificationError(LaurelError):
-    """The rewritten model does not compute what it must."""
+    """The rewritten model does not compute what it must.
+
+    Attributes:
+        checks: what was verified until then.
+    """
 
     exit_code = 1
+    checks: tuple[Any, ...] = ()
+
+
+class TooManyTurnsError(LaurelError):
+    """A loop of a rewritten model runs more turns than it has LAuReL modules for."""
+
+    exit_code = 2
 
 
 class LimitError(LaurelError):

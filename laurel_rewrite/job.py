@@ -14,13 +14,14 @@ from laurel_rewrite.drafts import replacing, writable
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.models import Built, build, require_file
 from laurel_rewrite.onnx_runs import IN_FLOAT32, session_of, write_in_float32
+from laurel_rewrite.owners import Skipped
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report import count as number
 from laurel_rewrite.sites import Sites, detect
-from laurel_rewrite.verify import Check, check_gradients, check_start, failure, randomized
+from laurel_rewrite.verify import Check, check_gradients, failure, randomized
 from laurel_rewrite.verify_export import array_of, check_export, widened
 from laurel_rewrite.verify_onnx import check_moves
 
@@ -62,6 +63,7 @@ class Report:
     plan: Plan
     sites: Sites
     parameters: dict[str, int]
+    skipped: tuple[Skipped, ...] = ()
     checks: list[Check] = field(default_factory=list)
     profile: Profile | None = None
     training: Training | None = None
@@ -80,6 +82,7 @@ class Report:
             "model": self.model,
             **self.sites.to_dict(),
             "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites], "left_out": self.plan.left_out},
+            "skipped": [asdict(site) for site in self.skipped],
             "parameters": self.parameters,
             "notes": self.notes,
             "verification": [check.to_dict() for check in self.checks],
@@ -163,21 +166,24 @@ def run(
     skip: tuple[str, ...] = (),
     seconds: float = 10.0,
     train: bool = False,
+    unsupported: str = "skip",
     listener: Listener = silent,
 ) -> Report:
     """Do the main job for a model in Python; `graph_job.run` does it for an ONNX file.
 
-    The files appear in `out` when everything has passed; else nothing does.
+    The files appear in `out` when everything has passed; else nothing does. Sites that cannot be rewritten keep their plain sum and are
+    reported, or with `unsupported="refuse"` stop the job.
 
     Raises:
         VerificationError: a check failed; the report is its `args[1]`.
+        NoSiteError: there is no residual connection, or none that can be rewritten.
     """
     import torch
 
     from laurel_rewrite.exporting import export
     from laurel_rewrite.operator import refuse_second_time
+    from laurel_rewrite.rewriting import apply_plan
     from laurel_rewrite.saving import save
-    from laurel_rewrite.surgery import apply_plan
 
     writable(out)
     with listener("build") as stage:
@@ -189,14 +195,18 @@ def run(
     with listener("detect") as stage:
         sites = detect(model, args, kwargs)
         stage.done(counts(sites))
-    with listener("rewrite") as stage:
+    with listener("rewrite, verify") as stage:
         chosen = make_plan(sites, config, plan, spec)
-        rewritten = apply_plan(model, sites, chosen)
         report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out))
-        stage.done(insertion(report))
-    with listener("verify the start") as stage:
-        report.checks += check_start(model, rewritten, args, kwargs, seed=config.seed)
-        stage.done(verdict(report.checks))
+        try:
+            applied = apply_plan(model, sites, chosen, args, kwargs, unsupported=unsupported)
+        except VerificationError as error:
+            report.checks = list(error.checks)
+            raise VerificationError(error.args[0], report) from error
+        rewritten, report.plan, report.skipped = applied.model, applied.plan, applied.skipped
+        report.parameters = parameters(built.parameters, applied.plan)
+        report.checks += applied.checks
+        stage.done(f"{insertion(report)}, {verdict(report.checks)}" + (f", {len(report.skipped)} skipped" if report.skipped else ""))
     with listener("verify gradients") as stage:
         report.checks.append(check_gradients(rewritten, args, kwargs, seed=config.seed))
         stage.done(verdict(report.checks[-1:]))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
+import tokenize
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
 from laurel_rewrite.errors import RewriteError
-from laurel_rewrite.source import Function, Rewritten, without_fast_path
+from laurel_rewrite.functions import Function, Rewritten, mangled, without_fast_path
+
+_Swap = tuple[int, int, int, str]  # line, column, length and new text, in UTF-8 bytes
 
 
-def module_text(rewritten: Iterable[Rewritten], header: str) -> tuple[str, dict[type, str]]:
+def module_text(rewritten: Iterable[Rewritten], header: str) -> tuple[str, dict[Rewritten, str]]:
     """The text of a module with all rewritten classes, and the name of each there.
 
     Raises:
@@ -24,7 +28,7 @@ def module_text(rewritten: Iterable[Rewritten], header: str) -> tuple[str, dict[
     for item in rewritten:
         text, name = writer.write(item)
         blocks.append(text)
-        names[item.cls] = name
+        names[item] = name
     return header + writer.imports() + "\n\n" + "\n\n\n".join(blocks), names
 
 
@@ -33,7 +37,7 @@ class _ModuleWriter:
         self.names: dict[str, Any] = {}  # name in the module -> object
         self.lines: dict[str, str] = {}  # name -> import
         self.defined: set[str] = set()
-        self.helpers: dict[tuple[FunctionType, str], str] = {}
+        self.helpers: dict[Function, str] = {}
 
     def imports(self) -> str:
         plain = sorted(line for line in self.lines.values() if line.startswith("import "))
@@ -55,17 +59,16 @@ class _ModuleWriter:
         helpers = []
         renames: dict[str, str] = {}
         for helper in item.helpers:
-            key = (helper.original, helper.text)
-            known = key in self.helpers  # it serves another class already
-            renames[helper.name] = self.helpers.setdefault(key, "") or self._define(helper.name)
-            self.helpers[key] = renames[helper.name]
-            if known:
-                continue
-            helpers.append(self._function(helper, renames))
+            known = helper in self.helpers  # it serves another class already
+            renames[helper.name] = self.helpers.setdefault(helper, "") or self._define(helper.name)
+            self.helpers[helper] = renames[helper.name]
+            if not known:
+                helpers.append(self._function(helper, renames, "", None))
         name = self._define(item.base.__name__)
-        body = "\n".join(
-            "".join(f"    {line}" if line.strip() else line for line in self._function(m, renames).splitlines(True)) for m in item.methods
-        )
+        body = "\n".join(self._function(method, renames, "    ", name) for method in item.methods)
+        for method in item.methods:
+            aliases = [alias for alias in method.aliases if alias not in (method.name, mangled(method.name, method.owner))]
+            body += "".join(f"\n    {alias} = {method.name}\n" for alias in aliases)
         extra = (
             "\n    # Its fused kernel for eval mode knows no LAuReL.\n    activation_relu_or_gelu = property(lambda self: 0)\n"
             if without_fast_path(item.base)
@@ -83,7 +86,7 @@ class _ModuleWriter:
         return chosen
 
     def _import_class(self, cls: type) -> str:
-        return self._import(f"_{cls.__name__}", cls, cls.__module__, cls.__qualname__)
+        return self._import(f"_{cls.__name__.lstrip('_')}", cls, cls.__module__, cls.__qualname__)
 
     def _import(self, wanted: str, thing: Any, module: str, attribute: str) -> str:
         if "<locals>" in attribute:
@@ -113,25 +116,74 @@ class _ModuleWriter:
             self.lines[name] = f"from {module} import {attribute}" + ("" if attribute == name else f" as {name}")
         return name
 
-    def _function(self, function: Function, renames: dict[str, str]) -> str:
-        """The function's text with every global name bound by an import, renamed where two modules' names collide."""
-        tree = ast.parse(function.text)
-        scope = function.original.__globals__
+    def _function(self, function: Function, renames: dict[str, str], indent: str, cls: str | None) -> str:
+        """The function's text with every name of its surroundings bound by an import, and with what stands for its class said by name."""
+        text = reindented(function.text, "")
+        tree = ast.parse(text)
+        swaps = [*self._names(function, tree, renames), *self._class_words(function, tree)]
+        if function.owner is not None and (cls is None or cls.lstrip("_") != function.owner.lstrip("_")):
+            swaps += _private(tree, function.owner)
+        text = reindented(_swapped(text, swaps), indent)
+        return "".join(f"{indent}{decorator}\n" for decorator in self._decorators(function)) + text
+
+    def _decorators(self, function: Function) -> Iterator[str]:
+        for decorator in function.decorators:
+            stub = f"{decorator}\ndef f(): ..."
+            swaps = self._names(function, ast.parse(stub), {})
+            yield _swapped(stub, swaps).rpartition("\n")[0]
+
+    def _names(self, function: Function, tree: ast.Module, renames: dict[str, str]) -> list[_Swap]:
+        original = function.original.function()
+        scope, holder = original.__globals__, function.original.holder
+        free = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
         local = _local_names(tree)
-        swaps: dict[str, str] = dict(renames)
+        defaults = {id(n) for f in tree.body for d in _defaults(f) for n in ast.walk(d)}
+        swaps: list[_Swap] = []
+        if any(isinstance(node, ast.Global) for node in ast.walk(tree)):
+            raise RewriteError(f"{original.__qualname__} sets a global variable of its module, so that it cannot be saved")
         for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id not in local and node.id not in swaps:
-                if node.id in function.needs:
-                    thing = function.needs[node.id]
-                    if isinstance(thing, type):
-                        swaps[node.id] = self._import_class(thing)
-                    elif not isinstance(thing, FunctionType) or thing.__qualname__ == "" or "<locals>" in thing.__qualname__:
-                        raise RewriteError(
-                            f"{function.original.__qualname__} uses {node.id} from the function around it, so that it cannot be saved"
-                        )
-                elif node.id in scope:
-                    swaps[node.id] = self._import(node.id, scope[node.id], scope["__name__"], node.id)
-        return _renamed(function.text, tree, local, {a: b for a, b in swaps.items() if a != b})
+            if isinstance(node, ast.FunctionDef) and node.name in renames and node in tree.body and not function.method:
+                at = len(f"{'async ' if isinstance(node, ast.AsyncFunctionDef) else ''}def ")
+                swaps.append((node.lineno, node.col_offset + at, len(node.name.encode()), renames[node.name]))
+            if not isinstance(node, ast.Name) or (node.id in local and id(node) not in defaults):
+                continue
+            new = None
+            if node.id in renames:
+                new = renames[node.id]
+            elif id(node) in defaults and isinstance(holder, type) and node.id in vars(holder):
+                new = f"{self._import_class(holder)}.{node.id}"
+            elif node.id in free and node.id != "__class__":
+                new = self._captured(original, node.id, free[node.id].cell_contents)
+            elif node.id in scope:
+                new = self._import(node.id, scope[node.id], scope["__name__"], node.id)
+            if new is not None and new != node.id:
+                swaps.append((node.lineno, node.col_offset, len(node.id.encode()), new))
+        return swaps
+
+    def _captured(self, original: FunctionType, name: str, thing: Any) -> str:
+        if isinstance(thing, type):
+            return self._import_class(thing)
+        if isinstance(thing, FunctionType) and "<" not in thing.__qualname__:
+            return self._import(thing.__name__, thing, thing.__module__, thing.__qualname__)
+        raise RewriteError(f"{original.__qualname__} uses {name} from the function around it, so that it cannot be saved")
+
+    def _class_words(self, function: Function, tree: ast.Module) -> list[_Swap]:
+        """`super()` and `__class__` mean the class that the original was written in."""
+        holder = function.original.holder
+        swaps: list[_Swap] = []
+        this = function.original.function().__code__.co_varnames[:1]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id == "__class__" and isinstance(holder, type):
+                swaps.append((node.lineno, node.col_offset, len("__class__"), self._import_class(holder)))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
+                assert isinstance(holder, type) and node.end_lineno is not None and node.end_col_offset is not None
+                swaps.append((node.end_lineno, node.end_col_offset - 1, 0, f"{self._import_class(holder)}, {this[0]}"))
+        return swaps
+
+
+def _defaults(node: ast.stmt) -> list[ast.expr]:
+    arguments = getattr(node, "args", None)
+    return [d for d in (*arguments.defaults, *arguments.kw_defaults) if d is not None] if arguments is not None else []
 
 
 def _local_names(tree: ast.AST) -> set[str]:
@@ -139,22 +191,48 @@ def _local_names(tree: ast.AST) -> set[str]:
     return names | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
 
 
-def _renamed(text: str, tree: ast.AST, local: set[str], swaps: dict[str, str]) -> str:
-    if not swaps:
-        return text
+def _private(tree: ast.Module, owner: str) -> list[_Swap]:
+    """Private names as the class that the text comes from knew them."""
+    swaps: list[_Swap] = []
+    for node in ast.walk(tree):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        new = mangled(name, owner)
+        if new != name and isinstance(node, ast.expr):
+            assert node.end_lineno is not None and node.end_col_offset is not None
+            length = len(name.encode())
+            swaps.append((node.end_lineno, node.end_col_offset - length, length, new))
+    return swaps
+
+
+def _swapped(text: str, swaps: Iterable[_Swap]) -> str:
     data = text.encode()
     starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line.encode()))
-    for node in sorted(_names(tree), key=lambda n: (n.lineno, n.col_offset), reverse=True):
-        name = node.id if isinstance(node, ast.Name) else node.name
-        if name in swaps and name not in local:
-            at = starts[node.lineno - 1] + node.col_offset
-            if isinstance(node, ast.FunctionDef):
-                at = data.index(name.encode(), at + 4)
-            data = data[:at] + swaps[name].encode() + data[at + len(name.encode()) :]
+    for line in text.split("\n"):
+        starts.append(starts[-1] + len(line.encode()) + 1)
+    for number, column, length, new in sorted(set(swaps), reverse=True):
+        at = starts[number - 1] + column
+        data = data[:at] + new.encode() + data[at + length :]
     return data.decode()
 
 
-def _names(tree: ast.AST) -> Iterator[ast.Name | ast.FunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.FunctionDef))
+def reindented(text: str, indent: str) -> str:
+    """A definition at another indentation; the lines of strings that run over several lines stay as they are."""
+    lines = text.split("\n")
+    had = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
+    if had == indent:
+        return text
+    inside = _inside_strings(("if 1:\n" if had else "") + text)
+    shift = 1 if had else 0
+    for number, line in enumerate(lines):
+        if number + 1 + shift not in inside and line.strip():
+            lines[number] = indent + line.removeprefix(had) if line.startswith(had) else line
+    return "\n".join(lines)
+
+
+def _inside_strings(text: str) -> set[int]:
+    """Numbers of the lines that begin inside a string."""
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.STRING or tokenize.tok_name[token.type].startswith("FSTRING"):
+            found |= set(range(token.start[0] + 1, token.end[0] + 1))
+    return found

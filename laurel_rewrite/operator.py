@@ -125,6 +125,12 @@ class Laurel(nn.Module):
         """a f: one more branch of the same sum, of the skip's shape."""
         return f if self._normalize is None else weighted(f, self.mix, self._normalize)
 
+    def add_(self, x: Tensor, f: Tensor) -> Tensor:
+        """The learned sum in the memory of the operand that the source added to, for those who see that tensor under another name."""
+        if self.sides[0]:
+            return f.copy_(self(x, f.clone()))
+        return x.copy_(self(x.clone(), f))
+
     def states(self, x: Tensor) -> list[tuple[int, Tensor]]:
         """The window of PA: (lag, state of the stream) from lag 0, the skip itself, and x is left for the sites after this one.
 

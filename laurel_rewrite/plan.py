@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from laurel_rewrite import variants
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.sites import Site, Sites
+from laurel_rewrite.turns import EXTRA_TURNS
 from laurel_rewrite.variants import SiteConfig
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class LaurelConfig:
             (free) or "paper" (softmax(w), which starts at 1/2 and so does not keep the function of the model).
         init_down: start of V: "orthogonal" (the paper's for LLMs) or "xavier" (its for ResNet).
         history_map: h of PA without LR: "low-rank", one map shared by the lags, or "identity".
+        extra_turns: what turns of a loop beyond those that were seen do: "refuse", or "share" the last turn's LAuReL.
         include: patterns over site ids, owners or kinds; a site must match one. Empty: every identity and projection site.
         exclude: patterns; a site must match none.
         seed: of the initialisation; each site draws from (seed, site id).
@@ -53,6 +55,7 @@ class LaurelConfig:
     normalize: str = "softmax"
     init_down: str = "orthogonal"
     history_map: str = "low-rank"
+    extra_turns: str = "refuse"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -67,6 +70,7 @@ class LaurelConfig:
             ("normalize", variants.NORMALIZE),
             ("init_down", variants.INIT_DOWN),
             ("history_map", variants.HISTORY_MAP),
+            ("extra_turns", EXTRA_TURNS),
         ):
             if getattr(self, name) not in known:
                 problems.append(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
@@ -127,12 +131,14 @@ class Plan:
     """The sites to rewrite, in order of execution, and the seed of their start.
 
     Attributes:
+        extra_turns: see `LaurelConfig`.
         left_out: sites that could not be chosen because the size of their feature axis is unknown.
     """
 
     sites: tuple[PlanSite, ...]
     seed: int = 0
     model: str = ""
+    extra_turns: str = "refuse"
     left_out: tuple[str, ...] = ()
 
     def streams(self) -> list[list[PlanSite]]:
@@ -227,7 +233,7 @@ class Plan:
                 "repeats": repeats[site.module, site.stream],
             }  # fmt: skip
             rows.append(PlanSite(**{**asdict(site), **given, **found}))
-        return Plan(tuple(rows), seed=config.seed, left_out=left_out)
+        return Plan(tuple(rows), seed=config.seed, extra_turns=config.extra_turns, left_out=left_out)
 
     def check(self, sites: Sites) -> None:
         """Raise ConfigError unless every site of the plan is one of these, with the same feature axis."""
@@ -249,6 +255,8 @@ class Plan:
         head: dict[str, Any] = {"version": 1, "seed": self.seed}
         if self.model:
             head["model"] = self.model
+        if self.extra_turns != "refuse":
+            head["extra_turns"] = self.extra_turns
         rows = [{**asdict(site), "shape": list(site.shape)} for site in self.sites]
         return _HEADER + "\n" + tomlkit.dumps({**head, "site": rows})
 
@@ -286,7 +294,10 @@ class Plan:
         twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
         if twice:
             raise ConfigError(f"{origin} has the site {twice[0]!r} twice.")
-        return Plan(tuple(rows), seed=int(data.get("seed", 0)), model=str(data.get("model", "")))
+        beyond = str(data.get("extra_turns", "refuse"))
+        if beyond not in EXTRA_TURNS:
+            raise ConfigError(f"{origin}: extra_turns must be one of {', '.join(EXTRA_TURNS)}, not {beyond!r}.")
+        return Plan(tuple(rows), seed=int(data.get("seed", 0)), model=str(data.get("model", "")), extra_turns=beyond)
 
     @staticmethod
     def read(path: Path | str) -> Plan:
@@ -295,6 +306,12 @@ class Plan:
             return Plan.from_toml(Path(path).read_text(), str(path))
         except OSError as error:
             raise ConfigError(f"The plan {path} cannot be read: {error.strerror}.") from error
+
+    def without(self, ids: Collection[str]) -> Plan:
+        """The plan less these sites, and less what shares a stream with one of them where the operator reads the stream's history."""
+        streams = {row.stream for row in self.sites if row.id in ids and variants.operator(row.variant).uses_history}
+        dropped = {row.id for row in self.sites if row.id in ids or (row.stream in streams and variants.operator(row.variant).uses_history)}
+        return replace(self, sites=tuple(row for row in self.sites if row.id not in dropped))
 
     def with_model(self, model: str) -> Plan:
         return replace(self, model=model)

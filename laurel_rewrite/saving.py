@@ -22,10 +22,10 @@ from torch import fx, nn
 from laurel_rewrite import __version__, models
 from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import CaptureError, ConfigError
+from laurel_rewrite.functions import BASE, unheard
 from laurel_rewrite.modeling import module_text
 from laurel_rewrite.models import Built
 from laurel_rewrite.plan import Plan
-from laurel_rewrite.source import BASE
 from laurel_rewrite.surgery import RECORD, Rewriting, install, rewriting_of
 
 MODELING, WEIGHTS, PLAN, CONFIG, SKELETON = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "skeleton.pt"
@@ -112,8 +112,8 @@ def source_of(record: Rewriting, name: str) -> tuple[str, dict[str, str]]:
     if not record.classes:
         raise ConfigError("The source of the rewritten classes was lost, as it is in a pickled model.")
     header = _HEADER.format(name=name, version=__version__)
-    text, by_class = module_text({id(r): r for r in record.classes.values()}.values(), header)
-    return text, {owner: by_class[rewritten.cls] for owner, rewritten in record.classes.items()}
+    text, by_class = module_text(dict.fromkeys(record.classes.values()), header)
+    return text, {owner: by_class[rewritten] for owner, rewritten in record.classes.items()}
 
 
 def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Module:
@@ -149,7 +149,8 @@ def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Mod
     meta = device is not None and torch.device(device).type == "meta"
     with _importable(folder):
         model = _base(folder, recipe, meta=meta)
-        module = _import_modeling(folder)
+        with unheard({type(model.get_submodule(owner)) for owner in names}):
+            module = _import_modeling(folder)
     classes: dict[str, type] = {}
     for owner, name in names.items():
         base = type(model.get_submodule(owner))
@@ -252,7 +253,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
             else parameter.detach()
         )
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    return remove(copy.deepcopy(model, memo))
+    return remove(copy.deepcopy(model, memo), inplace=True)
 
 
 def _base(folder: Path, origin: Mapping[str, Any], *, meta: bool) -> nn.Module:

@@ -1,30 +1,23 @@
-"""`x + f` becomes `self.laurel_0(x, f)` in a class's own source: text edits at exact positions, nothing else touched.
+"""From the sites of one class to the class in which LAuReL modules are called: who edits which function, and how a module gets there.
 
-The capture says which operation of which code object every add is, down to the column. Here that place is found in the syntax tree,
-and the class gets a subclass of the same name whose method has that one expression replaced; comments and layout stay. The
-same text is what runs and what is saved, so that a person can read and diff it.
+The capture says which operation of which code object every add is, down to the column, and by which calls it was reached. The class gets
+a subclass of the same name whose functions have those expressions replaced; comments and layout stay. The same text is what runs and
+what is saved, so that a person can read and diff it.
 """
 
 from __future__ import annotations
-import __future__
 
-import ast
-import linecache
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any
 
 from laurel_rewrite.capture import Call, Span
+from laurel_rewrite.edits import FunctionEditor, Term
 from laurel_rewrite.errors import RewriteError
-from laurel_rewrite.source_file import SourceFile, place
+from laurel_rewrite.functions import Function, Place, Rewritten, contains, find_in_class, find_in_module
+from laurel_rewrite.source_file import place
 
-_BRANCH = "branch"
-
-BASE = "_laurel_base"
-"""Attribute of a rewritten class: the class it was made from."""
+_GENERATOR = 0x20  # flag of a code object
 
 
 @dataclass(frozen=True)
@@ -34,35 +27,28 @@ class Change:
     Attributes:
         name: attribute of the owner, such as "laurel_0".
         adds: (steps, side) of each binary add; the first holds the skip itself.
-        loop: the line runs several times in one call, and the attribute is a list with one module a turn.
+        loop: the line runs several times in one call, and the attribute holds one module a turn.
+        by_turn: where a turn of the loop may pass the sum by, count turns; else count how often the sum runs.
+        keep: an add in place stays one, for somebody sees the tensor under another name.
     """
 
     name: str
     adds: tuple[tuple[tuple[Span, ...], int], ...]
     loop: bool = False
+    by_turn: bool = True
+    keep: bool = False
 
 
-@dataclass
-class Function:
-    """The rewritten text of one function, and what it needs to run: the original, and names beyond the original's globals."""
+@dataclass(frozen=True)
+class Edited:
+    """What became of a class: the rewritten class, the changes whose add in place is none any more, and those that count turns."""
 
-    original: FunctionType
-    name: str
-    text: str
-    needs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Rewritten:
-    """A subclass of `base` with some methods replaced, and the helper functions they call."""
-
-    base: type
-    cls: type
-    methods: list[Function]
-    helpers: list[Function]
+    rewritten: Rewritten
+    loose: frozenset[str]
+    by_turn: frozenset[str]
 
 
-def rewrite_class(base: type, changes: Iterable[Change], calls: Iterable[Call]) -> Rewritten:
+def rewrite_class(base: type, changes: Iterable[Change], calls: Iterable[Call]) -> Edited:
     """Make the subclass of `base` in which the changes are made.
 
     Args:
@@ -73,7 +59,7 @@ def rewrite_class(base: type, changes: Iterable[Change], calls: Iterable[Call]) 
     Raises:
         RewriteError: an add stands where its text cannot be replaced; the message says why.
     """
-    return _ClassEditor(base, tuple(changes), tuple(calls)).rewrite()
+    return _ClassEditor(base, tuple(changes), tuple(calls)).edited()
 
 
 class _ClassEditor:
@@ -83,364 +69,119 @@ class _ClassEditor:
         self.ways: dict[Span, set[tuple[Span, ...]]] = {}
         for call in calls:
             self.ways.setdefault(call.steps[-1], set()).add(call.steps)
-        self.editors: dict[tuple[CodeType, str, bool], _FunctionEditor] = {}
-        self.alias = f"_{base.__name__}"
+        self.editors: dict[tuple[Place, bool], FunctionEditor] = {}
+        self.found: dict[CodeType, tuple[Place, FunctionType, tuple[str, ...]] | None] = {}
+        self.by_turn: set[str] = set()
 
-    def rewrite(self) -> Rewritten:
+    def edited(self) -> Edited:
         for change in self.changes:
             for position, (steps, side) in enumerate(change.adds):
                 self._apply(change, steps, side, inner=position == 0)
-        methods: list[Function] = []
-        helpers: list[Function] = []
-        for editor in self.editors.values():
-            function = editor.finish(self.base, self.alias)
-            (methods if editor.is_method else helpers).append(function)
-        live: dict[str, FunctionType] = {}
-        for helper in reversed(helpers):  # a helper's helper was found after it
-            live[helper.name] = _compile(helper, {**helper.needs, **live})
-        for function in methods:
-            function.needs |= {name: value for name, value in live.items() if re.search(rf"\b{name}\b", function.text)}
-        namespace: dict[str, Any] = {function.name: _compile(function, function.needs) for function in methods}
-        namespace |= {"__module__": self.base.__module__, "__qualname__": self.base.__qualname__, "__doc__": self.base.__doc__}
-        namespace[BASE] = self.base
-        namespace |= without_fast_path(self.base)
-        return Rewritten(self.base, type(self.base)(self.base.__name__, (self.base,), namespace), methods, list(reversed(helpers)))
+        functions = {editor: editor.finish() for editor in self.editors.values()}
+        methods = tuple(function for function in functions.values() if function.method)
+        helpers = [function for function in functions.values() if not function.method]
+        ordered: list[Function] = []
+        while helpers:  # a helper stands behind those that it calls
+            ready = [h for h in helpers if all(name in {o.name for o in ordered} or name == h.name for name in h.helpers)] or helpers
+            ordered += ready
+            helpers = [h for h in helpers if h not in ready]
+        rewritten = Rewritten(self.base, methods, tuple(ordered))
+        _ = rewritten.cls  # compiled now, where a mistake can still be told
+        loose = frozenset().union(*(editor.loose for editor in functions))
+        return Edited(rewritten, loose, frozenset(self.by_turn))
 
     def _apply(self, change: Change, steps: tuple[Span, ...], side: int, *, inner: bool) -> None:
         last = steps[-1]
-        if len(steps) > 1 and len(self.ways.get(last, ())) == 1 and _method_of(self.base, last.code) is not None and not change.loop:
-            steps = steps[-1:]  # reached in one way: no need to pass the module down
-        if change.loop and (len(steps) > 1 or len(change.adds) > 1):
-            raise RewriteError(f"{place(last)}: a sum in a loop must stand in one expression of the looping method itself")
-        entry = self._editor(steps[0].code)
-        owner = steps[0].code.co_varnames[0]
-        laurel = f"{owner}.{change.name}"
+        steps = self._shortened(steps, loop=change.loop)
+        editors = [self._editor(steps[0].code), *(self._editor(span.code, helper=True) for span in steps[1:])]
+        laurel = editors[0].reach(steps[0], change.name)
         if change.loop:
-            entry.iterate(change.name, owner)
-            laurel = f"next({change.name})"
-        for step, callee in pairwise(steps):
-            helper = self._editor(callee.code, helper=True)
-            entry.pass_down(step, laurel, helper)
-            entry, laurel = helper, "laurel"
-        entry.replace(last, laurel, side, inner=inner)
+            laurel = self._in_turn(change, steps, editors)
+        else:
+            for editor, step, helper in zip(editors, steps, editors[1:], strict=False):
+                editor.pass_down(step, laurel, helper)
+                laurel = "laurel"
+        editors[-1].replace(last, Term(laurel, side, inner, change.keep), change.name)
 
-    def _editor(self, code: CodeType, *, helper: bool = False) -> _FunctionEditor:
-        key = (code, code.co_filename, helper)
-        if key not in self.editors:
-            method = _method_of(self.base, code)
-            if method is None and not helper:
+    def _in_turn(self, change: Change, steps: tuple[Span, ...], editors: list[FunctionEditor]) -> str:
+        """Hand the iterator over the turns' modules down to the loop, and one turn's module from there on; the expression for it at the add."""
+        loops = [editor.in_loop(step) for editor, step in zip(editors, steps, strict=True)]
+        at = next((n for n in reversed(range(len(steps))) if loops[n][0]), len(steps) - 1)
+        skipped = (
+            loops[at][0]
+            and change.by_turn
+            and any(skipped or editors[n].may_skip(steps[n]) for n, (_, skipped) in enumerate(loops) if n >= at)
+        )
+        iterator = editors[0].iterate(change.name)
+        for position in range(at):
+            editors[position].pass_down(steps[position], iterator, editors[position + 1])
+            iterator = "laurel"
+        if skipped:
+            self.by_turn.add(change.name)
+        if skipped or (len(change.adds) > 1 and at == len(steps) - 1):
+            laurel = editors[at].turn(steps[at], iterator, head=skipped)
+        elif len(change.adds) > 1:
+            raise RewriteError(f"{place(steps[-1])}: several additions of one turn stand in a helper of the loop")
+        else:
+            laurel = editors[at].next_of(iterator)
+        for position in range(at, len(steps) - 1):
+            editors[position].pass_down(steps[position], laurel, editors[position + 1])
+            laurel = "laurel"
+        return laurel
+
+    def _shortened(self, steps: tuple[Span, ...], *, loop: bool) -> tuple[Span, ...]:
+        """The calls through which the module must be handed down: not those inside one function, nor those that lead to a method of the owner
+        which nothing else reaches, for there the owner is at hand."""
+        kept: list[Span] = []
+        for step in steps:
+            if kept and self._holder(kept[-1].code) is not None and self._holder(kept[-1].code) == self._holder(step.code):
+                kept.pop()  # a nested function, a lambda, a comprehension
+            kept.append(step)
+        for position in reversed(range(1, len(kept))):
+            code = kept[position].code
+            if self._has_self(code) and (bool(code.co_flags & _GENERATOR) if loop else len(self._reached(steps)) == 1):
+                return tuple(kept[position:])
+        return tuple(kept)
+
+    def _reached(self, steps: tuple[Span, ...]) -> set[tuple[Span, ...]]:
+        return self.ways.get(steps[-1], {steps})
+
+    def _lookup(self, code: CodeType) -> tuple[Place, FunctionType, tuple[str, ...]] | None:
+        if code not in self.found:
+            self.found[code] = find_in_class(self.base, code)
+        return self.found[code]
+
+    def _holder(self, code: CodeType) -> CodeType | None:
+        """The code of the owner's method that this is, or stands in."""
+        found = self._lookup(code)
+        return found[1].__code__ if found is not None else None
+
+    def _has_self(self, code: CodeType) -> bool:
+        """Whether the owner is the first parameter of the method that this code is, or stands in."""
+        found = self._lookup(code)
+        return found is not None and not isinstance(found[0].value(), staticmethod | classmethod)
+
+    def _editor(self, code: CodeType, *, helper: bool = False) -> FunctionEditor:
+        found = self._lookup(code)
+        if found is None:
+            if not helper:
                 raise RewriteError(f"{code.co_filename}:{code.co_firstlineno}: {code.co_name} is no method of {self.base.__qualname__}")
-            self.editors[key] = _FunctionEditor(code, method, helper=helper)
+            beside = find_in_module(code)
+            if beside is None or not contains(beside[1].__code__, code):
+                raise RewriteError(
+                    f"{code.co_filename}:{code.co_firstlineno}: the helper {code.co_qualname} cannot be found by name, "
+                    "so no copy of it can be made"
+                )
+            found = (*beside, ())
+        where, function, names = found
+        key = (where, helper)
+        if key not in self.editors:
+            name = ""
+            if helper:
+                name = "_".join(part.strip("_") if n else part for n, part in enumerate(where.attribute.split(".")))
+                name = f"{name if not isinstance(where.holder, type) else function.__name__}_laurel"
+                while any(editor.name == name for editor in self.editors.values()):
+                    name += "_"
+            method = isinstance(where.holder, type)
+            self.editors[key] = FunctionEditor(function, where, method=method, aliases=() if helper else names, helper=name)
         return self.editors[key]
-
-
-class _FunctionEditor:
-    """Edits of one function's text, each a position and what is put there, sorted at the end."""
-
-    def __init__(self, code: CodeType, method: FunctionType | None, *, helper: bool) -> None:
-        self.code = code
-        self.is_method = method is not None
-        self.original = method
-        self.source = SourceFile.of(code.co_filename)
-        self.node = self.source.function(code)
-        self.helper = helper
-        self.holds: Span | None = None
-        self.name = f"{code.co_name}_laurel" if helper else code.co_name
-        self.edits: list[tuple[int, int, int, int, str]] = []  # start, order, extent, end, text
-        self.loops: set[str] = set()
-        self.taken: dict[Span, str] = {}
-        self.done: set[Span] = set()
-        if helper:
-            self._take_parameter()
-
-    # What can be done to a function
-
-    def replace(self, span: Span, laurel: str, side: int, *, inner: bool) -> None:
-        """Put the LAuReL module in the place of the add (`inner`), or weight the branch that a further add brings."""
-        if not self._take(span, laurel):
-            return
-        if self.helper and inner:
-            if self.holds is not None:
-                raise RewriteError(f"{place(span)}: the helper {self.code.co_name} holds more than one site")
-            self.holds = span
-        node = self.source.find(self.node, span)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            self._binary(node, laurel, side, inner)
-        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
-            self._augmented(node, laurel, side, inner)
-        elif isinstance(node, ast.Call):
-            self._call(node, laurel, side, inner, span)
-        else:
-            raise RewriteError(f"{place(span)}: no addition was found at this place in the source")
-
-    def iterate(self, name: str, owner: str) -> None:
-        """Begin the function with an iterator over the turns' modules: local to the call, so a second run starts anew."""
-        if name in self.loops:
-            return
-        self.loops.add(name)
-        body = self.node.body
-        first = body[1] if _is_docstring(body[0]) and len(body) > 1 else body[0]
-        start = self.source.line_start(first.lineno)
-        indent = " " * first.col_offset
-        self._insert(start, f"{indent}{name} = iter({owner}.{name})\n")
-
-    def pass_down(self, span: Span, laurel: str, helper: _FunctionEditor) -> None:
-        """Call the rewritten helper in the place of the original, with the LAuReL module as its first argument."""
-        node = self.source.find(self.node, span)
-        func = node.func if isinstance(node, ast.Call) else None
-        if isinstance(func, ast.Name) and not helper.is_method:
-            helper.original = self._global(func.id, helper.code)
-            start, end = self.source.extent(func)
-        elif isinstance(func, ast.Attribute) and helper.is_method:
-            end = self.source.extent(func)[1]
-            start = end - len(func.attr.encode())
-        else:
-            raise RewriteError(f"{place(span)}: the helper {helper.code.co_name} is called in a way that cannot be rewritten")
-        if self._take(span, laurel):
-            assert isinstance(node, ast.Call)
-            self._put(start, end, helper.name)
-            paren = self.source.text.index(b"(", end) + 1
-            broken = self.source.text[paren : paren + 1] == b"\n"
-            self._insert(paren, laurel + ("," if broken else ", ") if node.args or node.keywords else laurel)
-
-    def finish(self, base: type, alias: str) -> Function:
-        """The edited text, dedented, with what it needs."""
-        if self.original is None:
-            raise RewriteError(f"{self.code.co_filename}:{self.code.co_firstlineno}: {self.code.co_name} cannot be found by name")
-        needs: dict[str, Any] = {}
-        defining = next((c for c in base.__mro__ if any(_unwrap(v, self.code) for v in vars(c).values())), base)
-        for node in ast.walk(self.node):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
-                this = self.code.co_varnames[0]
-                name = alias if defining is base else f"_{defining.__name__}"
-                start = self.source.extent(node)[1] - 1
-                self._insert(start, f"{name}, {this}")
-                needs[name] = defining
-            elif isinstance(node, ast.Name) and node.id == "__class__":
-                raise RewriteError(f"{self.code.co_filename}:{node.lineno}: uses __class__")
-        free = dict(zip(self.code.co_freevars, self.original.__closure__ or (), strict=False))
-        needs |= {name: cell.cell_contents for name, cell in free.items() if name != "__class__"}
-        lines = [d.lineno for d in self._drop_idle_decorators(defining)] + [self.node.lineno]
-        start = self.source.line_start(min(lines))
-        end = self.source.extent(self.node)[1]
-        text = self._edited(start, end)
-        return Function(self.original, self.name, _dedent(text, self.node.col_offset), needs)
-
-    def _take(self, span: Span, laurel: str) -> bool:
-        """Whether an expression is still to be edited; one expression cannot serve two sites."""
-        if self.taken.setdefault(span, laurel) != laurel:
-            raise RewriteError(f"{place(span)}: one expression serves two sites here")
-        done = span in self.done
-        self.done.add(span)
-        return not done
-
-    def _drop_idle_decorators(self, defining: type) -> list[ast.expr]:
-        """Leave out decorators that gave the function itself back (documentation, registration), and return the others.
-
-        They have done their work on the original, and some look at the file that the function stands in.
-        """
-        decorators = self.node.decorator_list
-        wrappers: set[str] = set()
-        candidate = vars(defining).get(self.code.co_name) if self.is_method else None
-        while isinstance(candidate, FunctionType) and candidate.__code__ is not self.code:
-            wrappers.add(candidate.__code__.co_qualname.partition(".")[0])
-            candidate = getattr(candidate, "__wrapped__", None)
-        wrappers -= {c.__name__ for c in defining.__mro__}  # put there by a base class
-        names = {id(d): _last_name(d) for d in decorators}
-        if not decorators or not self.is_method or wrappers - set(names.values()):
-            return decorators
-        kept = [d for d in decorators if names[id(d)] in wrappers]
-        first = min((d.lineno for d in kept), default=self.node.lineno)
-        following = [*[d.lineno for d in decorators[1:]], self.node.lineno]
-        for decorator, line in zip(decorators, following, strict=True):
-            if decorator not in kept and decorator.lineno > first:
-                self._put(self.source.line_start(decorator.lineno), self.source.line_start(line), "")
-        return kept
-
-    # The forms an add can have
-
-    def _binary(self, node: ast.BinOp, laurel: str, side: int, inner: bool) -> None:
-        source = self.source
-        if not inner:
-            self._wrap(node.left if side == 1 else node.right, f"{laurel}.{_BRANCH}(", ")")
-            return
-        start, end = source.extent(node)
-        plus = source.find_operator(source.extent(node.left)[1], source.extent(node.right)[0], b"+")
-        self._open(start, end, f"{laurel}(" if side == 0 else f"{laurel}(f=")
-        self._comma(plus, "" if side == 0 else "x=")
-        self._close(start, end, ")")
-
-    def _augmented(self, node: ast.AugAssign, laurel: str, side: int, inner: bool) -> None:
-        source = self.source
-        target = source.segment(node.target)
-        plus = source.find_operator(source.extent(node.target)[1], source.extent(node.value)[0], b"+=")
-        if inner:
-            self._put(plus, plus + 2, "=")
-            self._wrap(node.value, f"{laurel}({target}, " if side == 0 else f"{laurel}(f={target}, x=", ")")
-        elif side == 0:
-            self._wrap(node.value, f"{laurel}.{_BRANCH}(", ")")
-        else:
-            self._put(plus, plus + 2, f"= {laurel}.{_BRANCH}({target}) +")
-            self._wrap(node.value, "(", ")")
-
-    def _call(self, node: ast.Call, laurel: str, side: int, inner: bool, span: Span) -> None:
-        source = self.source
-        function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if function not in ("add", "add_") or node.keywords or not 1 <= len(node.args) <= 2:
-            raise RewriteError(
-                f"{place(span)}: the addition is written as {source.segment(node.func)}(...), which is not rewritten; write it with +"
-            )
-        start, end = source.extent(node)
-        method = len(node.args) == 1 and isinstance(node.func, ast.Attribute)
-        left = node.func.value if method else node.args[0]  # type: ignore[attr-defined]  # an Attribute has a value
-        right = node.args[-1]
-        if not inner:
-            self._wrap(left if side == 1 else right, f"{laurel}.{_BRANCH}(", ")")
-            return
-        prefix = ""
-        if function == "add_" and isinstance(left, ast.Name):
-            statement = isinstance(source.parent(self.node, node), ast.Expr)
-            prefix = f"{left.id} = " if statement else f"({left.id} := "
-            self._close(start, end, "" if statement else ")")
-        self._open(start, end, f"{prefix}{laurel}(" + ("f=" if side == 1 else ""))
-        if method:
-            dot = source.find_operator(source.extent(left)[1], source.extent(node.func)[1], b".")
-            paren = source.text.index(b"(", source.extent(node.func)[1])
-            self._put(dot, paren + 1, ", " if side == 0 else ", x=")
-        else:
-            func_start, func_end = source.extent(node.func)
-            self._put(func_start, source.text.index(b"(", func_end) + 1, "")
-            if side == 1:
-                self._open(*source.extent(right), "x=")
-
-    # Edits
-
-    def _wrap(self, node: ast.expr, before: str, after: str) -> None:
-        start, end = self.source.extent(node)
-        self._open(start, end, before)
-        self._close(start, end, after)
-
-    def _open(self, start: int, end: int, text: str) -> None:
-        self.edits.append((start, 1, start - end, start, text))  # of two that open at one place the longer is the outer one
-
-    def _close(self, start: int, end: int, text: str) -> None:
-        self.edits.append((end, 0, end - start, end, text))  # of two that close at one place the shorter is the inner one
-
-    def _insert(self, at: int, text: str) -> None:
-        self.edits.append((at, 0, 0, at, text))
-
-    def _put(self, start: int, end: int, text: str) -> None:
-        self.edits.append((start, 2, 0, end, text))
-
-    def _comma(self, plus: int, after: str) -> None:
-        """A comma for the plus, at the end of what precedes it, without moving a line break or a comment."""
-        text = self.source.text
-        start, end = plus, plus + 1
-        while start > 0 and text[start - 1 : start].isspace():
-            start -= 1
-        while text[end : end + 1] == b" ":
-            end += 1
-        blank = text[start:plus]
-        line = text[text.rfind(b"\n", 0, start) + 1 : start]
-        if b"\n" in blank and b"#" not in line:
-            self._put(start, end, "," + blank.decode() + after)
-        elif b"\n" in blank:
-            self._put(plus, end, ", " + after)
-        else:
-            follows = text[end : end + 1] in (b"\n", b"\\")
-            self._put(start, end, "," + ("" if follows else " ") + after)
-
-    def _take_parameter(self) -> None:
-        """Give the function a first parameter `laurel`, and its own name."""
-        text, node = self.source.text, self.node
-        start, _ = self.source.extent(node)
-        name = text.index(node.name.encode(), text.index(b"def", start) + 3)
-        self._put(name, name + len(node.name.encode()), self.name)
-        positional = [*node.args.posonlyargs, *node.args.args]
-        if "laurel" in self.code.co_varnames:
-            raise RewriteError(f"{self.code.co_filename}:{node.lineno}: {node.name} has a variable called laurel")
-        if self.is_method:
-            if node.decorator_list or not positional:
-                raise RewriteError(f"{self.code.co_filename}:{node.lineno}: the method {node.name} is decorated")
-            self._insert(self.source.extent(positional[0])[1], ", laurel")
-        else:
-            paren = text.index(b"(", name) + 1
-            self._insert(paren, "laurel, " if self.code.co_argcount or self.code.co_flags & 0x0C else "laurel")
-
-    def _global(self, name: str, code: CodeType) -> FunctionType:
-        function = _unwrap(self.original.__globals__.get(name), code) if self.original is not None else None
-        if function is None:
-            raise RewriteError(f"{code.co_filename}:{code.co_firstlineno}: the helper {code.co_name} is not the module's {name}")
-        return function
-
-    def _edited(self, start: int, end: int) -> str:
-        pieces: list[bytes] = []
-        at = start
-        for begin, _, _, stop, text in sorted(self.edits):
-            pieces += [self.source.text[at:begin], text.encode()]
-            at = max(at, stop)
-        return b"".join([*pieces, self.source.text[at:end]]).decode()
-
-
-def _method_of(cls: type, code: CodeType) -> FunctionType | None:
-    """The method of a class, its own or inherited, that a code object belongs to; a method that another overrides is refused."""
-    overridden = None
-    for base in cls.__mro__:
-        function = _unwrap(vars(base).get(code.co_name), code)
-        if function is not None and overridden is not None:
-            raise RewriteError(
-                f"{code.co_filename}:{code.co_firstlineno}: the sum stands in {base.__qualname__}.{code.co_name}, which {cls.__qualname__} "
-                "overrides and calls through super()"
-            )
-        if function is not None:
-            return function
-        overridden = overridden or vars(base).get(code.co_name)
-    return None
-
-
-def _unwrap(candidate: Any, code: CodeType) -> FunctionType | None:
-    """The function with this code behind decorators."""
-    seen = 0
-    while candidate is not None and seen < 20:
-        if isinstance(candidate, FunctionType) and candidate.__code__ is code:
-            return candidate
-        candidate = getattr(candidate, "__wrapped__", None)
-        seen += 1
-    return None
-
-
-def _compile(function: Function, needs: dict[str, Any]) -> FunctionType:
-    """Run the text as a definition in the original's globals, with the further names as its closure."""
-    body = "".join(f"    {line}" if line.strip() else line for line in function.text.splitlines(keepends=True))
-    text = f"def _define({', '.join(needs)}):\n{body}\n    return {function.name}\n"
-    filename = f"<laurel {function.original.__qualname__} {abs(hash(text)):x}>"
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = {}
-    code = compile(text, filename, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
-    exec(code, function.original.__globals__, scope)
-    made: FunctionType = scope["_define"](**needs)
-    made.__qualname__ = function.original.__qualname__
-    return made
-
-
-def without_fast_path(base: type) -> dict[str, Any]:
-    """torch.nn.TransformerEncoderLayer computes its sums in a fused kernel in eval mode, unless its activation is unknown."""
-    from torch import nn
-
-    return {"activation_relu_or_gelu": property(lambda self: 0)} if issubclass(base, nn.TransformerEncoderLayer) else {}
-
-
-def _last_name(node: ast.expr) -> str:
-    """`c` of the decorators a.b.c and a.b.c(...)."""
-    if isinstance(node, ast.Call):
-        return _last_name(node.func)
-    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-def _dedent(text: str, columns: int) -> str:
-    blank = " " * columns
-    return "".join(line.removeprefix(blank) for line in text.splitlines(keepends=True)).rstrip() + "\n"

@@ -1,4 +1,4 @@
-"""The module back end: put LAuReL into a live `nn.Module`, and take it out again.
+"""What is done to a live module: LAuReL modules go in, classes change, streams are connected; and out again.
 
 The module that owns a site changes its class for a subclass of the same name whose `forward` has that one add replaced, and gets the
 LAuReL module as a child. Parameter names, hooks, keyword arguments, caches and checkpointing stay as they were.
@@ -7,21 +7,20 @@ LAuReL module as a child. Parameter names, hooks, keyword arguments, caches and 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from laurel_rewrite.capture import Call
 from laurel_rewrite.errors import ConfigError, RewriteError
-from laurel_rewrite.operator import Laurel, PlainResidual, refuse_second_time, sites_of
-from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.sites import Sites, detect
-from laurel_rewrite.source import BASE, Change, Rewritten, rewrite_class
+from laurel_rewrite.functions import BASE, Rewritten
+from laurel_rewrite.operator import Laurel, PlainResidual, sites_of
+from laurel_rewrite.plan import Plan
 from laurel_rewrite.state import connect, disconnect
+from laurel_rewrite.turns import Turns
 
 RECORD = "_laurel_rewriting"
 """Attribute of a rewritten model: its `Rewriting`."""
@@ -46,81 +45,7 @@ class Rewriting:
         return Rewriting(self.plan, self.classes, self.text, self.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Classes made here cannot be pickled; `save` writes their source.
-        return Rewriting, (self.plan, {}, self.text, self.names)
-
-
-def rewrite(
-    model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    variant: str = "rw+lr",
-    rank: int = 16,
-    history: int = 3,
-    normalize: str = "softmax",
-    init_down: str = "orthogonal",
-    history_map: str = "low-rank",
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    plan: Plan | str | None = None,
-    inplace: bool = False,
-    seed: int = 0,
-) -> nn.Module:
-    """Replace the residual connections of a model by LAuReL. At the start it computes what it computed, bit for bit.
-
-    Args:
-        model: a module on any device (meta included) whose classes have their source at hand, or an `fx.GraphModule`.
-        args, kwargs: inputs of its forward, for the capture; a batch of 2 or more.
-        variant, rank, history, normalize, init_down, history_map, include, exclude, seed: see `LaurelConfig`.
-        plan: an edited plan, or the path of one, instead of the above.
-        inplace: change `model` itself; else a copy.
-
-    Returns:
-        The model with LAuReL modules as children of the sites' owners; they are on the owner's device and of its dtype. An old
-        state dict loads with `strict=False`, and only LAuReL keys are missing.
-
-    Raises:
-        ConfigError: the request cannot be meant (`LaurelConfig`), or the model was rewritten already.
-        NoSiteError: no residual connection.
-        CaptureError: the model cannot be captured with these inputs.
-        RewriteError: a site stands where it cannot be rewritten. The model is as it was.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> layer = nn.TransformerEncoderLayer(32, 4, batch_first=True)
-        >>> better = rewrite(layer, (torch.randn(2, 5, 32),), variant="rw+lr", rank=4)
-        >>> [name for name, _ in better.named_children() if name.startswith("laurel")]
-        ['laurel_0', 'laurel_1']
-    """
-    if plan is None:
-        config = LaurelConfig(
-            variant=variant, rank=rank, history=history, normalize=normalize, init_down=init_down, history_map=history_map,
-            include=(include,) if isinstance(include, str) else tuple(include),
-            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude), seed=seed,
-        )  # fmt: skip
-    refuse_second_time(model)
-    sites = detect(model, args, kwargs)
-    if plan is None:
-        plan = Plan.from_sites(sites, config)
-    elif not isinstance(plan, Plan):
-        plan = Plan.read(plan)
-    return apply_plan(model, sites, plan, inplace=inplace)
-
-
-def apply_plan(model: nn.Module, sites: Sites, plan: Plan, *, inplace: bool = False) -> nn.Module:
-    """Carry out a plan on the model that `sites` were found in; see `rewrite`. Everything is checked before anything changes."""
-    plan.check(sites)
-    if isinstance(model, fx.GraphModule):
-        from laurel_rewrite.passes.insert_laurel import InsertLaurel
-
-        return InsertLaurel(plan)(model if inplace else copy.deepcopy(model)).graph_module
-    classes = rewritten_classes(model, sites, plan)
-    target = model if inplace else copy.deepcopy(model)
-    install(target, plan, {owner: rewritten.cls for owner, rewritten in classes.items()})
-    setattr(target, RECORD, Rewriting(plan, classes))
-    return target
+        return Rewriting, (self.plan, self.classes, self.text, self.names)
 
 
 def rewriting_of(model: nn.Module) -> Rewriting:
@@ -129,56 +54,6 @@ def rewriting_of(model: nn.Module) -> Rewriting:
     if not isinstance(record, Rewriting):
         raise ConfigError(f"This {type(model).__name__} was not made by laurel_rewrite.rewrite or load.")
     return record
-
-
-# Classes
-
-
-def rewritten_classes(model: nn.Module, sites: Sites, plan: Plan) -> dict[str, Rewritten]:
-    """For each owner in the plan its new class; owners of one class with the same sites share it.
-
-    Raises:
-        RewriteError: with every site that cannot be rewritten, and why.
-    """
-    changes: dict[str, list[Change]] = defaultdict(list)
-    problems: list[str] = []
-    calls: dict[str, list[Call]] = defaultdict(list)
-    for row in plan.sites:
-        binding = sites.bindings[row.id]
-        adds = [(call.steps, side) for _, side, call in binding.adds if call is not None and call.owner == row.owner]
-        if row.kind == "partial":
-            problems.append(f"{row.id} ({row.where}): the skip is a slice of what the branch reads")
-        elif len(adds) != len(binding.adds):
-            problems.append(f"{row.id} ({row.where}): its sum is spread over several modules, or was not made by Python code")
-        else:
-            change = Change(row.attribute, tuple(adds), binding.turn is not None)
-            others = [c for c in changes[row.owner] if c.name == change.name]
-            if others and others[0] != change:
-                problems.append(f"{row.id} ({row.where}): the turns of its loop differ")
-            elif not others:
-                changes[row.owner].append(change)
-    for call in sites.calls:
-        calls[call.owner].append(call)
-    result: dict[str, Rewritten] = {}
-    cache: dict[tuple[Any, ...], Rewritten] = {}
-    for owner, wanted in changes.items():
-        module = model.get_submodule(owner)
-        key = (type(module), tuple(wanted))
-        try:
-            if "forward" in vars(module):
-                raise RewriteError(f"the forward of {owner or 'the model'} was replaced on the instance, so its class has no say")
-            taken = [change.name for change in wanted if hasattr(module, change.name)]
-            if taken:
-                raise RewriteError(f"{owner or 'the model'} has an attribute {taken[0]!r} already")
-            if key not in cache:
-                cache[key] = rewrite_class(type(module), wanted, calls[owner])
-            result[owner] = cache[key]
-        except RewriteError as error:
-            problems.append(f"{', '.join(f'{owner}.{c.name}'.lstrip('.') for c in wanted)}: {error}")
-    if problems:
-        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise RewriteError(f"{len(problems)} site(s) cannot be rewritten in the source; leave them out with exclude:\n  {shown}")
-    return result
 
 
 # Modules
@@ -193,7 +68,9 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
         laurel.train(owner.training)
         if row.turns:
             if not hasattr(owner, row.attribute):
-                setattr(owner, row.attribute, nn.ModuleList(PlainResidual(row.side) for _ in range(row.turns)))
+                loop = row.id.rsplit(".", 1)[0]
+                plain = (PlainResidual(row.side) for _ in range(row.turns))
+                setattr(owner, row.attribute, Turns(plain, site=loop, share=plan.extra_turns == "share"))
             getattr(owner, row.attribute)[int(row.id.rsplit(".", 1)[1])] = laurel
         else:
             setattr(owner, row.attribute, laurel)
@@ -202,8 +79,12 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
     connect(model, plan)
 
 
-def remove(model: nn.Module) -> nn.Module:
-    """Undo `rewrite`: classes, keys and outputs are again what they were. Changes `model` and returns it.
+def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo `rewrite`: classes, keys and outputs are again what they were.
+
+    Args:
+        model: what `rewrite` or `load` returned.
+        inplace: change `model` itself; else a copy.
 
     Raises:
         ConfigError: the model was not rewritten.
@@ -212,10 +93,10 @@ def remove(model: nn.Module) -> nn.Module:
         raise ConfigError(f"This {type(model).__name__} has no LAuReL module to remove.")
     if isinstance(model, fx.GraphModule):
         raise ConfigError("LAuReL cannot be removed from a graph; keep the graph from before the pass.")
+    model = model if inplace else copied(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            turns = isinstance(child, nn.ModuleList) and any(isinstance(m, Laurel) for m in child)
-            if isinstance(child, Laurel) or turns:
+            if isinstance(child, Laurel | Turns):
                 delattr(module, name)
         disconnect(module)
         base = vars(type(module)).get(BASE)
@@ -224,6 +105,25 @@ def remove(model: nn.Module) -> nn.Module:
     if hasattr(model, RECORD):
         delattr(model, RECORD)
     return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy. Activations that a module keeps (attention maps, for drawing) are copied without their history.
+
+    Raises:
+        RewriteError: something in the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for leaf in pytree.tree_leaves({k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")}):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a member's own copying raises
+        raise RewriteError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {str(error)[:300]}). Change it itself: inplace=True."
+        ) from error
 
 
 def _like(owner: nn.Module, first: torch.Tensor | None) -> torch.Tensor | None:
