@@ -485,7 +485,7 @@ class OneLambdaTwice(Three):
         return join(self.layers[1], join(self.layers[0], x))
 
 
-@refused("called in a way that cannot be rewritten|cannot be rewritten")
+@refused("residual_laurel")  # the copy is called without what the partial object holds
 class Partial(One):
     def __init__(self):
         super().__init__()
