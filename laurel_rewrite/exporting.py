@@ -24,10 +24,10 @@ from laurel_rewrite import __version__
 from laurel_rewrite.capture import describe, quiet, training, without_caches
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.drafts import replacing
-from laurel_rewrite.errors import ConfigError, ExportError
+from laurel_rewrite.errors import ExportError
 from laurel_rewrite.graph_files import place_onnx
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_surgery import FUNCTIONS, inline_laurel, parameters_of
+from laurel_rewrite.onnx_surgery import check_form, inline_laurel, parameters_of
 from laurel_rewrite.operator import Laurel, sites_of
 from laurel_rewrite.operator_onnx import BRANCH, DOMAIN
 from laurel_rewrite.verify import require
@@ -36,10 +36,6 @@ from laurel_rewrite.verify_export import check_export, numbered, widened
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TARGETS = ("ort-cpu", "portable", "none")
-"""ort-cpu: LAuReL lowered to the ops that run fastest in onnxruntime (`laurel_rewrite.lowering`), the graph to deploy.
-portable: LAuReL as local functions of standard ops, with its parameters, which every ONNX runtime inlines. none: the ordinary nodes that
-PyTorch executes, with LAuReL's parameters; nothing is folded."""
 _MARKER = "laurel_rewrite.marker"
 _log = logging.getLogger(__name__)
 
@@ -79,7 +75,7 @@ def export_onnx(
         args, kwargs: example inputs. Batch and sequence become dynamic where the model allows it; a batch of 1 is doubled, because
             an export takes the size 1 for a constant.
         path: of the `.onnx` file; above 1 GiB the weights go into `path` + ".data".
-        target: see `TARGETS`.
+        target: see `onnx_surgery.TARGETS`.
         functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
         skip: passes of "ort-cpu" to leave out.
         verify: whether to compare the file with the model.
@@ -113,10 +109,7 @@ def export(
     skip: Collection[str] = (),
 ) -> Export:
     """Write a model into a draft folder, and compare nothing; see `export_onnx`."""
-    if target not in TARGETS:
-        raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
-    if functions not in FUNCTIONS:
-        raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
+    check_form(target, functions)
     if any(p.is_meta for p in model.parameters()):
         raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
     exported = Export(path)
@@ -251,6 +244,9 @@ def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
     for key in laurel_initializers(model, modules):
         del model.graph.initializers[key]
     InsertLaurelOnnx(sites, __version__)(model)
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            node.outputs[0].name = node.name  # the exporter calls what a marker gives "_symbolic"
     model.opset_imports.pop(_MARKER, None)
     calls: Counter[str] = Counter()
     nodes = [node for node in model.graph if node.domain == DOMAIN and not node.op_type.endswith(BRANCH)]

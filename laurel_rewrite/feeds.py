@@ -159,6 +159,11 @@ def open_sizes(model: ir.Model) -> dict[str, tuple[int, ir.Value]]:
     return found
 
 
+def has_open_sizes(model: ir.Model) -> bool:
+    """Whether an input has a size that is not fixed, with or without a name."""
+    return any(not isinstance(dim, int) for value in _inputs(model) for dim in value.shape or ())
+
+
 def shape_grid(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     """Every combination of sizes, by the full names of the graph's open sizes.
 
@@ -230,10 +235,11 @@ def _size(name: str, position: int, shape: ir.Shape | None, guess: Guess) -> int
 def _shape(value: ir.Value, sizes: Mapping[str, int], guess: Guess) -> list[int]:
     shape: list[int] = []
     for position, dim in enumerate(value.shape or ()):
-        if isinstance(dim, int):
+        if isinstance(dim, int) and dim >= 0:
             shape.append(dim)
             continue
-        size = sizes.get(dim.value) or _evaluate(dim.value, sizes) if dim.value is not None else None
+        name = dim.value if isinstance(dim, ir.SymbolicDim) else None
+        size = sizes.get(name) or _evaluate(name, sizes) if name is not None else None
         shape.append(max(size, 0) if size is not None else _size("", position, value.shape, guess))
     return shape
 

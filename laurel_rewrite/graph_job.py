@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from laurel_rewrite import job
 from laurel_rewrite.drafts import replacing, writable
-from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.errors import ConfigError, ExportError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
 from laurel_rewrite.lowering import lower
@@ -62,7 +62,8 @@ def run(
 
     Raises:
         VerificationError: a check failed; the report is its `args[1]`.
-        CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written.
+        CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written; an ExportError of the PyTorch module
+            alone comes after the rest was written.
     """
     from laurel_rewrite.graph_proof import GraphProof
 
@@ -76,7 +77,7 @@ def run(
     if given is not None:
         check_feeds(model, given, path)
     with listener("detect") as stage:
-        rewrite = GraphRewrite(model)
+        rewrite = GraphRewrite(model, given)
         stage.done(job.counts(rewrite.sites))
     with listener("rewrite") as stage:
         chosen = job.make_plan(rewrite.sites, config, plan, str(path))
@@ -120,12 +121,17 @@ def run(
                     stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
                 job.stop_if_failed(report)
             (draft / PLAN).write_text(chosen.to_toml())
+            unconverted: ExportError | None = None
             if emit_torch:
                 with listener("emit torch") as stage:
-                    module = _torch_module(model, chosen, weights)
-                    save_graph(module, draft, chosen)
-                    proof.torch(module, file)
-                    stage.done("model.pt")
+                    try:
+                        module = _torch_module(rewrite, chosen, weights)
+                        proof.torch(module, file)
+                        save_graph(module, draft, chosen)
+                        stage.done("model.pt")
+                    except ExportError as error:
+                        unconverted = error
+                        stage.done("none")
                 job.stop_if_failed(report)
             feeds = given or (
                 proof.original.draws[0] if proof.original is not None else None if verify else draw_feeds(model, seed=config.seed)
@@ -153,14 +159,16 @@ def run(
         finally:
             for twin in out.glob(f"{draft.name}-*"):
                 twin.unlink()
+    if unconverted is not None:
+        raise ExportError(f"{out / NAME} was written, but no PyTorch module: {unconverted}") from unconverted
     return report
 
 
-def _torch_module(model: ir.Model, plan: Plan, weights: Path | None) -> fx.GraphModule:
+def _torch_module(first: GraphRewrite, plan: Plan, weights: Path | None) -> fx.GraphModule:
     """The same rewrite once more, with whole sums at the sites, which modules can take the place of."""
     from laurel_rewrite.emit_torch import to_torch
 
-    rewrite = GraphRewrite(model)
+    rewrite = first.again()
     rewrite.apply(plan, split=True)
     if weights is not None:
         rewrite.load(weights)

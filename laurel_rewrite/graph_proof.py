@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import fx
 
+from laurel_rewrite.errors import ExportError
 from laurel_rewrite.onnx_runs import NotRun, Ran
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
 from laurel_rewrite.verify import Check
@@ -33,7 +34,7 @@ class GraphProof:
         self, path: Path, rewrite: GraphRewrite, checks: list[Check], *, inputs: Mapping[str, np.ndarray] | None, seed: int, verify: bool
     ) -> None:
         self.path, self.rewrite, self.checks = path, rewrite, checks
-        self.seed = seed
+        self.seed, self.inputs = seed, inputs
         self.original: Ran | None = None
         self._kept: dict[Path | None, Ran] = {}  # by file; None is the one with random parameters
         if not verify:
@@ -88,8 +89,18 @@ class GraphProof:
         self.checks += proved(name, before, file, values=self.rewrite.values, scales=scales)[0]
 
     def torch(self, module: fx.GraphModule, file: Path) -> None:
-        """A PyTorch module made from the same graph computes what a file does."""
-        if self.original is None:
-            return
-        found = attempt("PyTorch against ONNX", file, self.original, {})
-        self.checks += [found] if isinstance(found, Check) else check_torch(module, found, seed=self.seed)
+        """A PyTorch module made from the same graph computes what a file does. Others convert the operators, so that this is always shown.
+
+        Raises:
+            ExportError: the module does not run, or the file does not, which it is to be compared with.
+        """
+        name = "PyTorch against ONNX"
+        try:
+            original = self.original or reference(self.path, values={}, inputs=self.inputs, seed=self.seed)
+        except NotRun as why:
+            raise ExportError(f"it could not be compared with the graph: {why}.") from why
+        found = attempt(name, file, original, {})
+        try:
+            self.checks += [found] if isinstance(found, Check) else check_torch(module, found, seed=self.seed)
+        except Exception as error:  # of foreign modules
+            raise ExportError(f"what onnx2torch made of the graph does not run: {type(error).__name__}: {error}") from error

@@ -22,8 +22,10 @@ from laurel_rewrite import __version__
 from laurel_rewrite.capture import quiet
 from laurel_rewrite.dialects.onnx import METADATA, OnnxFlow, OnnxSum
 from laurel_rewrite.dialects.onnx_ops import PRODUCT_SUMS, SPLIT_LAYOUT
+from laurel_rewrite.dialects.onnx_shapes import twice_named
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, RewriteError, nearest
 from laurel_rewrite.graph_files import external, read_onnx
+from laurel_rewrite.lowering import lower
 from laurel_rewrite.operator import Laurel
 from laurel_rewrite.operator_onnx import DOMAIN, IR_VERSION, FunctionForm
 from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
@@ -35,6 +37,10 @@ from laurel_rewrite.verify import require
 from laurel_rewrite.verify_onnx import check_rewrite
 
 FUNCTIONS = ("keep", "inline")
+TARGETS = ("ort-cpu", "portable", "none")
+"""ort-cpu: LAuReL lowered to the ops that run fastest in onnxruntime (`laurel_rewrite.lowering`), the graph to deploy.
+portable: LAuReL as local functions of standard ops, with its parameters, which every ONNX runtime inlines. none: the ordinary nodes that
+PyTorch executes, with LAuReL's parameters; nothing is folded."""
 _NODE = f"{METADATA}node"
 _LAUREL_KEY = re.compile(r"(^|\.)laurel_\d+(\.\d+)?\.(?P<parameter>mix|g|(down|up)(\.\d+)?\.weight)$")
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -49,6 +55,7 @@ def rewrite_onnx(
     *,
     plan: Plan | str | None = None,
     weights: Path | str | None = None,
+    target: str = "portable",
     functions: str = "keep",
     verify: bool = True,
     **options: Any,
@@ -59,7 +66,8 @@ def rewrite_onnx(
         model: a model, or the path of a file; it stays as it is, and its external weights are not read.
         plan: an edited plan, or the path of one, instead of the options.
         weights: a safetensors file with trained LAuReL parameters, instead of the start.
-        functions: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
+        target: see `TARGETS`.
+        functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
         verify: whether to compare both at the start, on inputs that are drawn; where that cannot be done here, a warning is logged.
         options: variant, rank, ...: see `LaurelConfig`.
 
@@ -70,8 +78,7 @@ def rewrite_onnx(
         ConfigError, NoSiteError, CaptureError, RewriteError, ExportError: see `GraphRewrite`.
         VerificationError: the start is another function; the message names the first site.
     """
-    if functions not in FUNCTIONS:
-        raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
+    check_form(target, functions)
     rewrite = GraphRewrite(model if isinstance(model, ir.Model) else read_onnx(Path(model)))
     if plan is None:
         plan = Plan.from_sites(rewrite.sites, LaurelConfig(**options))
@@ -81,13 +88,27 @@ def rewrite_onnx(
         require(check_rewrite(given, rewrite.exact_start(), rewrite.values, exact=rewrite.exact))
     if weights is not None:
         rewrite.load(Path(weights))
-    if functions == "inline":
+    if target == "ort-cpu":
+        lower(rewrite.model, verify=verify)
+    elif target == "none" or functions == "inline":
         inline_laurel(rewrite.model)
     return rewrite.model
 
 
+def check_form(target: str, functions: str) -> None:
+    """Raise ConfigError unless these are a target and a word for functions."""
+    if target not in TARGETS:
+        raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
+    if functions not in FUNCTIONS:
+        raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
+
+
 class GraphRewrite:
     """One ONNX model on its way: detected, and then rewritten. The model that is given stays as it was.
+
+    Args:
+        model: the graph.
+        feeds: inputs that it runs with, by name, for sizes that cannot be inferred; else they are drawn where they are needed.
 
     Attributes:
         model: a copy with local functions inlined and shapes inferred, into which the plan is carried out.
@@ -101,7 +122,7 @@ class GraphRewrite:
         CaptureError: the graph cannot be read, or its tensors are laid out for one machine.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> None:
         if any(node.domain == DOMAIN or f"{METADATA}site" in node.metadata_props for node in model.graph):
             raise ConfigError("The graph was rewritten already: it has LAuReL nodes. Give the file that it was made from.")
         if SPLIT_LAYOUT in {node.domain for node in model.graph}:
@@ -116,12 +137,20 @@ class GraphRewrite:
             copy = model.clone()
         except Exception as error:  # onnx-ir's
             raise CaptureError(f"The graph could not be copied; are its nodes in topological order? {error.__cause__ or error}") from error
+        again = len(twice_named(copy))
+        self.notes += [f"{again} nodes had the name of another one, and got names of their own."] if again else []
+        self._feeds = feeds
         self._read_sites(copy)
+        self.notes += [undecided] if (undecided := self.sites.undecided()) else []
 
     def _read_sites(self, model: ir.Model) -> None:
         self.sites: Sites
         self._read: OnnxFlow
-        self.sites, self._read, self.model = read_onnx_sites(model)
+        self.sites, self._read, self.model = read_onnx_sites(model, self._feeds)
+
+    def again(self) -> GraphRewrite:
+        """The same model before its rewrite."""
+        return GraphRewrite(self.given, self._feeds)
 
     def apply(self, plan: Plan, *, split: bool = False) -> None:
         """Insert the LAuReL nodes of a plan, at their start.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import variants
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
+from laurel_rewrite.residuals import REASONS
 from laurel_rewrite.sites import Site, Sites
 from laurel_rewrite.turns import EXTRA_TURNS
 from laurel_rewrite.variants import SiteConfig
@@ -340,7 +341,9 @@ def _nothing(sites: Sites) -> str:
     undecided = sites.undecided()
     if undecided:
         return f"No residual connection was found. {undecided}"
+    common = reasons.most_common(1)
+    rule = f". {REASONS[common[0][0]][0].upper()}{REASONS[common[0][0]][1:]}" if common else ""
     why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
     return "The model has no residual connection. " + (
-        f"Of its {len(sites.rejected)} additions: {why}." if why else "It has no addition at all."
+        f"Of its {len(sites.rejected)} additions: {why}{rule}." if why else "It has no addition at all."
     )

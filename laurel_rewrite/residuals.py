@@ -28,7 +28,8 @@ REASONS = {
     "identity": "x + f(x): the branch reads the skip's value through at least one mixing op",
     "projection": "the operands part at one value; the skip is computed from it by linear ops only, the branch through a non-linearity",
     "partial": "the skip is a slice of a value that the branch reads whole; listed, and rewritten only when a plan says so",
-    "integer": "only floating-point numbers flow through residual connections",
+    "integer": "only floating-point numbers flow through residual connections; where a quantiser wrote sums of integers (QLinearAdd), give the "
+    "file in QDQ format, or the one before",
     "scalar": "adding a number is no residual connection",
     "not data-dependent": "an operand that depends on no model input (a parameter, a buffer, a constant) is no stream",
     "broadcast": "the operands of a residual connection have one shape; a mask, a bias or an embedding is spread",

@@ -251,7 +251,7 @@ def read_onnx_sites(model: onnx_ir.Model, feeds: Mapping[str, np.ndarray] | None
         CaptureError: the nodes are not in topological order.
     """
     from laurel_rewrite.dialects.onnx import dataflow_from_onnx
-    from laurel_rewrite.dialects.onnx_runs import observe_sizes
+    from laurel_rewrite.dialects.onnx_observed import observe_sizes
     from laurel_rewrite.dialects.onnx_shapes import completed
 
     given = model

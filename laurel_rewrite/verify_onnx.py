@@ -8,7 +8,7 @@ magnitude of each tensor, be it 1e-9, and more by what the unchanged model shows
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import fx
 from laurel_rewrite.capture import quiet, training
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import CaptureError, ConfigError
-from laurel_rewrite.feeds import draw_feeds, open_sizes
+from laurel_rewrite.feeds import GUESSES, draw_feeds, has_open_sizes
 from laurel_rewrite.onnx_runs import Feeds, NotRun, Ran, Values, apart, differences, no_kernel, run_graph, run_onnx, session_of
 from laurel_rewrite.operator_onnx import DOMAIN
 from laurel_rewrite.verify import Check, check_gradients, tensors_of
@@ -39,8 +39,6 @@ __all__ = [
 
 ENOUGH = 100
 """LAuReL's parameters must move the values at the sites by so many tolerances, or a comparison of them says little."""
-_SIZES = ((2, 16), (1, 16), (2, 1), (1, 1), (2, 400))
-"""Batch and length to try for what a graph leaves open."""
 
 
 def proved(
@@ -111,10 +109,11 @@ def reference(source: Path | ir.Model, *, values: Mapping[str, str], inputs: Fee
             raise ConfigError(f"{_called(source)} does not run with these inputs: {_said(error)}. Give others with --inputs.") from error
     model = ir.load(source) if isinstance(source, Path) else source
     reason = ""
-    for batch, length in _SIZES if open_sizes(model) else _SIZES[:1]:
-        first = draw_feeds(model, seed=seed, batch=batch, length=length)
-        for sizes in ((batch + (batch > 1), max(1, length * 3 // 4)), (batch, length)):
-            second = draw_feeds(model, seed=seed + 1, batch=sizes[0], length=sizes[1])
+    for number, guess in enumerate(GUESSES if has_open_sizes(model) else GUESSES[:2]):  # without open sizes, only other numbers
+        first = draw_feeds(model, seed=seed + 2 * number, **asdict(guess))
+        smaller = replace(guess, batch=guess.batch + (guess.batch > 1), length=max(1, guess.length * 3 // 4))
+        for other in (smaller, guess):
+            second = draw_feeds(model, seed=seed + 2 * number + 1, **asdict(other))
             try:
                 return _numbers(run_graph(source, [first, second], values))
             except NotRun:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import close, light, onnx_graph, trained, yolo
-from onnx import helper
+from onnx import TensorProto, helper
 from toys import CASES, D
 
 from laurel_rewrite import (
@@ -112,3 +112,44 @@ def test_emit_torch_by_the_command(exported, tmp_path, here, monkeypatch):
     assert result.returncode == 5
     assert "pip install 'laurel-rewrite[emit-torch]'" in result.stderr
     assert not (tmp_path / "other").exists()
+
+
+def _saved(nodes, shapes, path, **weights):
+    onnx.save(ir.to_proto(onnx_graph(nodes, shapes, **weights)), path)
+    return path
+
+
+def test_a_module_that_does_not_run_leaves_the_onnx_result(tmp_path, here):
+    """onnx2torch makes a Flatten of one dimension into one that raises."""
+    nodes = [
+        helper.make_node("Flatten", ["v"], ["r"], axis=0),
+        helper.make_node("MatMul", ["x", "w"], ["f"]),
+        helper.make_node("Mul", ["f", "r"], ["g"]),
+        helper.make_node("Relu", ["g"], ["h"]),
+        helper.make_node("Add", ["x", "h"], ["y"]),
+    ]
+    _saved(nodes, {"x": (2, D), "v": (D,)}, tmp_path / "model.onnx", w=(D, D))
+    result = here("model.onnx", "--rank", "4", "--profile-seconds", "0", "--emit-torch")
+    assert result.returncode == 4
+    assert "laurel.onnx was written, but no PyTorch module: " in result.stderr
+    assert (tmp_path / "laurel_out" / "laurel.onnx").exists()
+    assert not (tmp_path / "laurel_out" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--no-verify",)])
+def test_a_module_is_compared_in_every_case(words, tmp_path, here):
+    """onnx2torch gets CumSum wrong."""
+    nodes = [
+        helper.make_node("Cos", ["x"], ["c"]),
+        helper.make_node("CumSum", ["c", "axis"], ["s"], exclusive=1, reverse=1),
+        helper.make_node("Softmax", ["s"], ["f"]),
+        helper.make_node("Add", ["x", "f"], ["y"]),
+    ]
+    model = onnx_graph(nodes, {"x": (2, D)})
+    proto = ir.to_proto(model)
+    proto.graph.initializer.append(helper.make_tensor("axis", TensorProto.INT64, (), [1]))
+    onnx.save(proto, tmp_path / "model.onnx")
+    result = here("model.onnx", "--rank", "4", "--profile-seconds", "0", "--emit-torch", *words)
+    assert result.returncode in (1, 4)
+    assert "PyTorch" in result.stderr
+    assert not (tmp_path / "laurel_out" / "model.pt").exists()

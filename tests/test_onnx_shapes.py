@@ -12,10 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from toys import D
 
-from laurel_rewrite import NoSiteError, detect, rewrite_onnx, write_onnx
+from laurel_rewrite import ConfigError, NoSiteError, detect, rewrite_onnx, write_onnx
 from laurel_rewrite.capture import quiet
 from laurel_rewrite.dialects.onnx_shapes import completed, is_unknown, sizes_of
+from laurel_rewrite.feeds import draw_feeds, fitting_feeds
 from laurel_rewrite.graph_files import read_onnx
+from laurel_rewrite.onnx_surgery import GraphRewrite
 from laurel_rewrite.sites import read_onnx_sites
 
 
@@ -162,3 +164,78 @@ def test_sums_whose_sizes_stay_open_are_not_called_different():
         rewrite_onnx(model, rank=4)
     value.shape = ir.Shape([1, D])
     assert [rejected.reason for rejected in detect(model).rejected] == ["broadcast"]
+
+
+def test_nodes_that_share_a_name_get_names_of_their_own():
+    first, second = _pair()
+    first.name = second.name = "node"
+    rewriting = GraphRewrite(onnx_graph([first, second], {"x": ("n", D)}, w=(D, D)))
+    assert [node.name for node in rewriting.model.graph] == ["node", "node_2"]
+    assert rewriting.notes == ["1 nodes had the name of another one, and got names of their own."]
+
+
+def test_a_quantised_sum_says_what_to_give_instead():
+    nodes = [
+        helper.make_node("QLinearAdd", ["x", "s", "z", "x", "s", "z", "s", "z"], ["q"], domain="com.microsoft"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.UINT8, [2, D])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, D])],
+        [numpy_helper.from_array(np.float32(0.1), "s"), numpy_helper.from_array(np.uint8(3), "z")],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    with pytest.raises(NoSiteError, match=r"1 integer\. .*QLinearAdd.*QDQ"):
+        rewrite_onnx(ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=8)))
+
+
+def test_a_target_from_python():
+    given = onnx_graph(_pair(), {"x": ("n", D)}, w=(D, D))
+    assert rewrite_onnx(given, rank=4).functions
+    for target in ("ort-cpu", "none"):
+        assert {node.domain for node in rewrite_onnx(given, rank=4, target=target).graph} == {""}
+    with pytest.raises(ConfigError, match="Unknown target 'tpu'"):
+        rewrite_onnx(given, target="tpu")
+
+
+def test_inputs_are_drawn_by_names_and_kinds():
+    inputs = {
+        "pixel_values": (TensorProto.FLOAT, ["batch", 3, "height", "width"]), "position_ids": (TensorProto.INT64, ["batch", "length"]),
+        "input_lengths": (TensorProto.INT64, ["batch"]), "past": (TensorProto.FLOAT, ["batch", 2, "past_length", 4]),
+        "sr": (TensorProto.INT64, []), "attention_mask": (TensorProto.FLOAT, ["batch", "total_length"]),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [name], [f"{name}_"]) for name in inputs], "graph",
+        [helper.make_tensor_value_info(name, *of) for name, of in inputs.items()],
+        [helper.make_tensor_value_info(f"{name}_", of[0], None) for name, of in inputs.items()],
+    )  # fmt: skip
+    feeds = draw_feeds(ir.from_proto(helper.make_model(graph)), past=0, length=5)
+    assert feeds["pixel_values"].min() >= 0 and feeds["pixel_values"].max() <= 1
+    assert feeds["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert feeds["input_lengths"].tolist() == [5, 5]
+    assert feeds["past"].shape == (2, 2, 0, 4)
+    assert feeds["sr"] == 16000
+    assert feeds["attention_mask"].tolist() == [[1.0] * 5] * 2
+
+
+def test_inputs_that_fit_are_found_among_guesses():
+    model = onnx_graph(_pair(), {"x": ("batch", "length")}, w=(D, D))
+    tried = []
+
+    def run(feeds):
+        tried.append(feeds["x"].shape)
+        if feeds["x"].shape[0] != 1:
+            raise ValueError("batch_size must be 1")
+        return [np.full(1, np.nan if len(tried) < 3 else 0.0)]
+
+    assert fitting_feeds(model, run)["x"].shape[0] == 1
+    assert len(tried) > 2
+
+    def never(feeds):
+        raise ValueError("never")
+
+    with pytest.raises(ConfigError, match=r"No inputs were found .*: never"):
+        fitting_feeds(model, never)
+    huge = onnx_graph(_pair(), {"x": (2**40, D)}, w=(D, D))
+    with pytest.raises(ConfigError, match=r"'x' of shape \[1099511627776, 16\] is too large"):
+        draw_feeds(huge)
