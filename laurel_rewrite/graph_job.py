@@ -114,7 +114,7 @@ def run(
                         unlowered = ir.load(source)
                         done = lower(unlowered, skip=skip, verify=False)
                         measured = place_onnx(unlowered, draft / name, external_data=external_data)
-                        proof.lowered(check, source, measured, done.scales, random=source == random)
+                        proof.lowered(check, source, measured, done.scales, random=source == random, skip=skip)
                         if name == NAME:
                             file = measured
                     report.notes.append(job.lowered(measured))

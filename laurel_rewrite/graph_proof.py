@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 from torch import fx
 
 from laurel_rewrite.errors import ExportError
-from laurel_rewrite.onnx_runs import NotRun, Ran
+from laurel_rewrite.lowering import lower
+from laurel_rewrite.onnx_runs import FLOAT32, NotRun, Ran, in_float32
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
 from laurel_rewrite.verify import Check
 from laurel_rewrite.verify_onnx import attempt, check_moves, check_optimiser, check_torch, proved, reference
@@ -78,8 +82,13 @@ class GraphProof:
         self._kept[file] = found
         self.checks.append(check_optimiser("trained LAuReL, optimised against not", found, self.original))
 
-    def lowered(self, name: str, source: Path, file: Path, scales: Mapping[str, float], *, random: bool) -> None:
-        """A lowered file computes what the file that it was made from does."""
+    def lowered(
+        self, name: str, source: Path, file: Path, scales: Mapping[str, float], *, random: bool, skip: Collection[str] = ()
+    ) -> None:
+        """A lowered file computes what the file that it was made from does.
+
+        In half precision rounding would hide faults, so that the same lowering of the copy in float32 must show that, too.
+        """
         if self.original is None:
             return
         before = self._kept.pop(None if random else source, None) or attempt(name, source, self.original, self.rewrite.values)
@@ -87,6 +96,13 @@ class GraphProof:
             self.checks.append(before)
             return
         self.checks += proved(name, before, file, values=self.rewrite.values, scales=scales)[0]
+        if before.half:
+            wide = ir.from_proto(in_float32(onnx.load(source, load_external_data=False), source.parent))
+            done = lower(wide, skip=skip, verify=False)
+            rtol, atol = FLOAT32
+            outputs = [{key: run[key] for key in before.optimised[0]} for run in before.plain]
+            exact = replace(before, optimised=outputs, rtol=rtol, atol=atol, noise={})
+            self.checks += proved(f"{name}, as a copy in float32", exact, wide, values=self.rewrite.values, scales=done.scales)[0]
 
     def torch(self, module: fx.GraphModule, file: Path) -> None:
         """A PyTorch module made from the same graph computes what a file does. Others convert the operators, so that this is always shown.

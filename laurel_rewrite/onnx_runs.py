@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Feeds = Mapping[str, np.ndarray]
 Values = dict[str, np.ndarray]
 HALVES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
+FLOAT32 = (1e-4, 1e-5)
+"""rtol and atol of a graph in float32."""
 _TYPES = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
 """Attributes that name a type."""
 _PROTO_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
@@ -45,6 +47,7 @@ class Ran:
             depends on the graph around.
         optimised: the outputs of each run of the graph as it is, optimised.
         rtol, atol: what its coarsest type lets differ, of each number and of a tensor's largest magnitude.
+        half: the graph is in half precision, at least in part.
         in_float32: onnxruntime has no kernel for the graph as it is, and `optimised` is of a float32 copy.
     """
 
@@ -53,6 +56,7 @@ class Ran:
     optimised: Sequence[Values]
     rtol: float
     atol: float
+    half: bool = False
     in_float32: bool = False
     noise: Mapping[str, float] = field(default_factory=dict)
     """How far plain and optimised are apart, by output: what the model shows against itself."""
@@ -85,7 +89,7 @@ def run_graph(source: Path | ir.Model, draws: Sequence[Feeds], values: Collectio
     for one, other in zip(plain, optimised, strict=True):
         for name, array in other.items():
             noise[name] = max(noise.get(name, 0.0), apart(array, one[name]))
-    return Ran(draws, plain, optimised, rtol, atol, copied, noise)
+    return Ran(draws, plain, optimised, rtol, atol, half, copied, noise)
 
 
 def run_onnx(path: Path, feeds: Feeds, *, optimised: bool) -> list[np.ndarray]:
@@ -135,7 +139,7 @@ def tolerance(proto: onnx.ModelProto) -> tuple[float, float]:
     types = _types(proto)
     if TensorProto.BFLOAT16 in types:
         return 8e-2, 16e-3
-    return (1e-2, 2e-3) if TensorProto.FLOAT16 in types else (1e-4, 1e-5)
+    return (1e-2, 2e-3) if TensorProto.FLOAT16 in types else FLOAT32
 
 
 # Half precision

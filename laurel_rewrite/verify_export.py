@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import quiet, training, without_caches
-from laurel_rewrite.onnx_runs import NotRun, Ran, Values, apart
+from laurel_rewrite.onnx_runs import FLOAT32, NotRun, Ran, Values, apart
 from laurel_rewrite.operator import sites_of
 from laurel_rewrite.verify import Check, tensors_of
 from laurel_rewrite.verify_onnx import proved
@@ -114,8 +114,8 @@ def _computed(
             plain = [_run(wide, _widened(one), interface, values) for one in draws]
     outputs = [{key: run[key] for key in interface.outputs} for run in optimised]
     noise = {key: max(apart(a[key], b[key]) for a, b in zip(plain, outputs, strict=True)) for key in interface.outputs}
-    rtol, atol = (8e-2, 16e-3) if torch.bfloat16 in types else (1e-2, 2e-3) if half else (1e-4, 1e-5)
-    return draws, Ran([one.feeds for one in draws], plain, outputs, rtol, atol, noise=noise)
+    rtol, atol = (8e-2, 16e-3) if torch.bfloat16 in types else (1e-2, 2e-3) if half else FLOAT32
+    return draws, Ran([one.feeds for one in draws], plain, outputs, rtol, atol, half, noise=noise)
 
 
 def _run(model: nn.Module, inputs: Inputs, interface: Interface, values: Mapping[str, str]) -> Values:

@@ -20,7 +20,7 @@ from laurel_rewrite.capture import quiet, training
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.feeds import GUESSES, draw_feeds, has_open_sizes
-from laurel_rewrite.onnx_runs import Feeds, NotRun, Ran, Values, apart, differences, no_kernel, run_graph, run_onnx, session_of
+from laurel_rewrite.onnx_runs import FLOAT32, Feeds, NotRun, Ran, Values, apart, differences, no_kernel, run_graph, run_onnx, session_of
 from laurel_rewrite.operator_onnx import DOMAIN
 from laurel_rewrite.verify import Check, check_gradients, tensors_of
 
@@ -231,7 +231,8 @@ def _distance(expected: np.ndarray, found: np.ndarray, rtol: float, atol: float,
 def _moved(before: Ran, random: Ran, key: str) -> float:
     """How many tolerances a value moves by, at most."""
     pairs = ((a[key], b[key]) for a, b in zip(before.plain, random.plain, strict=True) if key in b)
-    return max((_distance(a, b, before.rtol, before.atol) for a, b in pairs), default=0.0)
+    tolerance = FLOAT32 if before.half else (before.rtol, before.atol)  # plain is in float32 there, and what is told by it
+    return max((_distance(a, b, *tolerance) for a, b in pairs), default=0.0)
 
 
 def _finite(array: np.ndarray) -> np.ndarray:
