@@ -231,6 +231,16 @@ def test_what_cannot_be_written(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"model.onnx"}
 
 
+def test_what_onnxruntime_refuses_is_not_written(tmp_path):
+    """onnx's checker passes two nodes of one name."""
+    model = ir.from_proto(
+        graph([helper.make_node("MatMul", ["x", "w"], ["f"], name="n"), helper.make_node("Add", ["x", "f"], ["y"], name="n")])
+    )
+    with pytest.raises(ExportError, match=r"onnxruntime does not load it: .* two nodes with same node name"):
+        write_onnx(model, tmp_path / "laurel.onnx")
+    assert not any(tmp_path.iterdir())
+
+
 def test_profile_leaves_a_folder_with_weights_as_it_was(tmp_path):
     with_data(tmp_path)
     write_onnx(rewrite_onnx(tmp_path / "model.onnx", rank=16), tmp_path / "laurel.onnx")
