@@ -175,7 +175,7 @@ def test_no_verify_is_no_pass(tmp_path, here):
     assert [check["outcome"] for check in checks_of(tmp_path).values()] == ["not run"]
 
 
-# Mutations: what `tools/mutate_verification.py` does to every initializer, here to some
+# Mutations: what `tools/mutate_verification.py` does to every initializer, here to a small graph; its table under `tools/results` has ResNet-18, a ViT and GPT-2
 
 
 @pytest.fixture(scope="module")
@@ -191,15 +191,6 @@ def tool():
 def test_no_mutation_is_missed_where_outputs_are_small(tool):
     result = tool.mutate(tool.small_outputs())
     assert (result.tried, result.caught) == (40, 40)
-
-
-@pytest.mark.parametrize(("name", "every", "inert"), [("resnet50", 24, 0), ("vit_small", 16, 4), ("gpt2", 5, 4)])
-def test_no_mutation_is_missed(name, every, inert, exported, tool):
-    """Inert are zero biases, which these untrained models have, and what nobody reads any more."""
-    result = tool.mutate(exported(name), every=every)
-    assert result.tried >= 8
-    assert not result.missed
-    assert len(result.inert) <= inert
 
 
 # Half precision and quantised

@@ -70,6 +70,7 @@ def mutate(given: Path | ir.Model, *, variant: str = "rw+lr", every: int = 1, se
     checks, _ = proved("as it is", expected, after, values=rewrite.values, scales=done.scales)
     assert all(check.passed for check in checks), checks
     names = [name for name, value in after.graph.initializers.items() if value.const_value.dtype.is_floating_point()]
+    intact = after.clone()
     result = Mutated()
     other = Other(after, list(rewrite.values))
     for name in names[::every]:
@@ -81,7 +82,7 @@ def mutate(given: Path | ir.Model, *, variant: str = "rw+lr", every: int = 1, se
         if any(check.failed for check in checks):
             result.caught += 1
         else:
-            moved = other.moved(after)
+            moved = other.moved(intact, after)
             (result.missed if moved > ENOUGH else result.inert)[name] = moved
         value.const_value = kept
     return result
@@ -108,7 +109,7 @@ class Other:
     def __init__(self, model: ir.Model, values: Sequence[str]) -> None:
         self.values = values
         self.feeds = draw_feeds(model, seed=1234, batch=2, length=9)
-        self.before = self.run(model)
+        self.before: list[np.ndarray] = []
 
     def run(self, model: ir.Model) -> list[np.ndarray]:
         proto = in_float64(ir.to_proto(model))
@@ -117,8 +118,9 @@ class Other:
         wide = {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in self.feeds.items()}
         return [np.asarray(array) for array in ReferenceEvaluator(proto).run(None, wide)]
 
-    def moved(self, model: ir.Model) -> float:
+    def moved(self, before: ir.Model, model: ir.Model) -> float:
         """How many tolerances the value that moves most moves by."""
+        self.before = self.before or self.run(before)
         return max(_tolerances(a, b) for a, b in zip(self.before, self.run(model), strict=True))
 
 
