@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError
+from laurel_rewrite.onnx_weights import parameters_of
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +88,8 @@ def external(model: ir.Model) -> list[ir.ExternalTensor]:
 
 
 def weight_count(model: ir.Model) -> int:
-    """Number of floating-point weights in the initializers."""
-    kept = (value.const_value for value in model.graph.initializers.values())
-    return sum(tensor.size for tensor in kept if tensor is not None and tensor.dtype.is_floating_point())
+    """Number of parameters in the initializers."""
+    return sum(map(parameters_of, model.graph.initializers.values()))
 
 
 def _check_external(model: ir.Model, path: Path) -> None:

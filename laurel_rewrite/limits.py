@@ -1,13 +1,15 @@
-"""Limits on a profile that a user sets: `latency_ratio > 1.05` fails a build."""
+"""Limits on a result that a user sets: `latency_ratio > 1.05` or `verdict == unresolved` fails a build."""
 
 from __future__ import annotations
 
 import ast
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.profiling import ITSELF, ONE_MORE, Profile, Row
+from laurel_rewrite.profiling.latency import VERDICTS, Latency
 
 _COMPARED = {
     ast.Lt: operator.lt,
@@ -20,18 +22,26 @@ _COMPARED = {
 _COMPUTED = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def figures(row: Row, baseline: Row) -> dict[str, float]:
-    """What a limit can name, for one model: ratios to the baseline, and counts."""
+_WORDS = {verdict.replace(" ", "_"): verdict for verdict in VERDICTS}
+"""How a limit names a verdict."""
+SKIPPED = "skipped"
+"""The figure that needs no profile: how many sites the plan has and the result has not."""
+VERDICT = "verdict"
+
+
+def figures(row: Row, baseline: Row, time: Latency) -> dict[str, Any]:
+    """What a limit can name, for one model at one shape of inputs: ratios to the baseline, counts, and the verdict."""
     fusions = row.ops.against(baseline.ops)
 
     def ratio(mine: float, theirs: float) -> float:
         return mine / theirs if theirs else 1.0
 
     return {
-        "latency_ratio": max(time.ratio for time in row.latencies),
-        "latency_low": max(time.low for time in row.latencies),
-        "latency_high": max(time.high for time in row.latencies),
-        "latency_ms": max(time.median_ms for time in row.latencies),
+        VERDICT: time.verdict,
+        "latency_ratio": time.ratio,
+        "latency_low": time.low,
+        "latency_high": time.high,
+        "latency_ms": time.median_ms,
         "activation_ratio": ratio(row.memory.activation_bytes, baseline.memory.activation_bytes),
         "resident_ratio": ratio(row.resident_bytes, baseline.resident_bytes),
         "file_ratio": ratio(row.file_bytes, baseline.file_bytes),
@@ -45,32 +55,57 @@ def figures(row: Row, baseline: Row) -> dict[str, float]:
 
 
 NAMES = (
-    "latency_ratio latency_low latency_high latency_ms activation_ratio resident_ratio file_ratio flops_ratio parameter_ratio moved_ratio load_ratio "
-    "fusions_lost ops"
+    "verdict latency_ratio latency_low latency_high latency_ms activation_ratio resident_ratio file_ratio flops_ratio parameter_ratio moved_ratio "
+    "load_ratio fusions_lost ops"
 ).split()
 
 
 def check_limit(text: str) -> None:
-    """Raise ConfigError unless a limit can be evaluated: comparisons of `NAMES` and numbers, with and, or, not, + - * /."""
-    _value(_parsed(text), dict.fromkeys(NAMES, 1.0), text)
+    """Raise ConfigError unless a limit can be evaluated: comparisons of `NAMES`, `skipped` and numbers, with and, or, not, + - * /.
+
+    The verdict is equal, or not equal, to a word: faster, slower, unresolved, within_noise.
+    """
+    _value(_parsed(text), dict.fromkeys((*NAMES, SKIPPED), 1.0), text)
 
 
-def exceeded(text: str, profile: Profile) -> list[str]:
-    """For each model that a limit holds for, a sentence with the figures it names. Several shapes count with their worst.
+def needs_profile(text: str) -> bool:
+    """Whether a limit names what only a profile says."""
+    return bool(set(_named(_parsed(text))) - {SKIPPED})
+
+
+def exceeded(text: str, profile: Profile | None, skipped: int = 0) -> list[str]:
+    """For each model that a limit holds for, at any of the shapes it was measured at, a sentence with the figures it names.
+
+    Args:
+        text: the limit.
+        profile: None where nothing was measured: only a limit on `skipped` can hold then.
+        skipped: number of sites that could not be rewritten.
 
     Raises:
         ConfigError: see `check_limit`.
     """
-    tree, baseline = _parsed(text), profile.rows[0]
+    tree, known = _parsed(text), {SKIPPED: skipped}
+    if not needs_profile(text):
+        return [f"{text} ({SKIPPED} {skipped})"] if _value(tree, known, text) else []
+    if profile is None:
+        return []
+    timed = any(name.startswith(("latency", VERDICT)) for name in _named(tree))  # other figures are of the first shape alone
     found = []
     for row in profile.rows[1:]:
         if row.name in (ONE_MORE, ITSELF):
             continue
-        known = figures(row, baseline)
-        if _value(tree, known, text):
-            named = dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
-            found.append(f"{row.name}: {text} ({', '.join(f'{name} {known[name]:.4g}' for name in named)})")
+        for time, shape in list(zip(row.latencies, profile.shapes, strict=True))[: None if timed else 1]:
+            values = known | figures(row, profile.rows[0], time)
+            if _value(tree, values, text):
+                named = ", ".join(f"{name} {values[name]:{'' if name == VERDICT else '.4g'}}" for name in _named(tree))
+                at = f" at {', '.join(f'{name} {size}' for name, size in shape.items())}" if timed and len(profile.shapes) > 1 else ""
+                found.append(f"{row.name}{at}: {text} ({named})")
     return found
+
+
+def _named(tree: ast.expr) -> list[str]:
+    """The figures that a limit names, once each."""
+    return list(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id not in _WORDS))
 
 
 def _parsed(text: str) -> ast.expr:
@@ -80,14 +115,18 @@ def _parsed(text: str) -> ast.expr:
         raise ConfigError(f"--fail-if {text!r} is no comparison such as 'latency_ratio > 1.05'.") from error
 
 
-def _value(node: ast.expr, known: Mapping[str, float], text: str) -> float:
+def _value(node: ast.expr, known: Mapping[str, Any], text: str) -> float:
     match node:
         case ast.Constant(value=int() | float()):
             return float(node.value)  # type: ignore[arg-type]  # the pattern says so
         case ast.Name(id=name):
+            if name in (VERDICT, *_WORDS):
+                raise ConfigError(
+                    f"--fail-if {text!r}: the verdict is compared with a word: 'verdict == unresolved'. Words: {', '.join(_WORDS)}."
+                )
             if name not in known:
-                raise ConfigError(f"--fail-if {text!r}: there is no figure {name!r}. {nearest(name, NAMES)}")
-            return known[name]
+                raise ConfigError(f"--fail-if {text!r}: there is no figure {name!r}. {nearest(name, (*NAMES, SKIPPED))}")
+            return float(known[name])
         case ast.BoolOp(op=op, values=parts):
             found = [_value(one, known, text) for one in parts]  # all of them: an unknown name is an error wherever it stands
             return float(all(found) if isinstance(op, ast.And) else any(found))
@@ -100,6 +139,10 @@ def _value(node: ast.expr, known: Mapping[str, float], text: str) -> float:
                 return float(_COMPUTED[type(op)](_value(left, known, text), _value(right, known, text)))
             except ZeroDivisionError as error:
                 raise ConfigError(f"--fail-if {text!r} divides by 0.") from error
+        case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq() | ast.NotEq() as op], comparators=[ast.Name(id=word)]) if name == VERDICT:
+            if word not in _WORDS:
+                raise ConfigError(f"--fail-if {text!r}: there is no verdict {word!r}. {nearest(word, _WORDS)}")
+            return float(_COMPARED[type(op)](known[VERDICT], _WORDS[word]))
         case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARED for op in ops):
             found = [_value(one, known, text) for one in (left, *others)]
             return float(all(_COMPARED[type(op)](a, b) for op, a, b in zip(ops, found, found[1:], strict=False)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from laurel_rewrite import ConfigError, profile
-from laurel_rewrite.limits import NAMES, check_limit, exceeded, figures
+from laurel_rewrite.limits import NAMES, check_limit, exceeded, figures, needs_profile
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +16,7 @@ def result(exported):
 
 
 def test_every_figure_that_can_be_named(result):
-    assert list(figures(result.rows[1], result.rows[0])) == NAMES
+    assert list(figures(result.rows[1], result.rows[0], result.rows[1].latency)) == NAMES
 
 
 @pytest.mark.parametrize(
@@ -41,9 +43,61 @@ def test_the_sentence_names_the_figures(result):
     assert line.endswith(": flops_ratio + fusions_lost >= 1 (flops_ratio 1, fusions_lost 0)")
 
 
+def at_two_shapes(result, **changes):
+    """The same profile as if the second model had been measured at two shapes: [0.98, 1.01], and what is given."""
+    first = replace(result.rows[1].latency, ratio=1.0, low=0.98, high=1.01, verdict="within noise")
+    row = replace(result.rows[1], latencies=(first, replace(first, **changes)))
+    baseline = replace(result.rows[0], latencies=result.rows[0].latencies * 2)
+    return replace(result, rows=(baseline, row), shapes=({"x": "float32[1]"}, {"x": "float32[8]"}))
+
+
+WIDE = {"ratio": 1.01, "low": 0.904, "high": 1.139, "verdict": "unresolved"}
+SLOW = {"ratio": 1.1, "low": 1.06, "high": 1.139, "verdict": "slower"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "changes", "holds"),
+    [
+        ("latency_low > 1.05", WIDE, False),
+        ("verdict == unresolved", WIDE, True),
+        ("latency_low > 1.05 or verdict == unresolved", WIDE, True),
+        ("verdict != within_noise", WIDE, True),
+        ("verdict == slower", WIDE, False),
+        ("verdict == slower", SLOW, True),
+        ("verdict == unresolved", SLOW, False),
+        ("not verdict == faster", SLOW, True),
+        ("verdict == within_noise", SLOW, True),
+        ("latency_ratio < 0.99", SLOW, False),
+    ],
+)
+def test_a_limit_can_name_the_verdict_and_holds_where_it_does_at_any_shape(limit, changes, holds, result):
+    check_limit(limit)
+    assert bool(exceeded(limit, at_two_shapes(result, **changes))) == holds
+
+
+def test_the_sentence_names_the_shape(result):
+    (line,) = exceeded("verdict == unresolved or latency_high > 2", at_two_shapes(result, **WIDE))
+    assert line.endswith(" at x float32[8]: verdict == unresolved or latency_high > 2 (verdict unresolved, latency_high 1.139)")
+    (line,) = exceeded("ops > 1", at_two_shapes(result, **WIDE))  # which is known for the first alone
+    assert " at " not in line
+
+
+def test_skipped_sites_need_no_profile():
+    check_limit("skipped > 0")
+    assert not needs_profile("skipped > 0")
+    assert needs_profile("skipped > 0 or verdict == slower")
+    assert exceeded("skipped > 0", None, 3) == ["skipped > 0 (skipped 3)"]
+    assert exceeded("skipped > 0", None, 0) == exceeded("verdict == slower", None, 3) == []
+
+
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
+        ("verdict == slowr", "no verdict 'slowr'. Nearest: slower"),
+        ("verdict > slower", "the verdict is compared with a word"),
+        ("verdict", "the verdict is compared with a word"),
+        ("latency_ratio == slower", "the verdict is compared with a word"),
+        ("verdict == 1", "the verdict is compared with a word"),
         ("latency_ratio >", "is no comparison such as"),
         ("latency > 1", "no figure 'latency'. Nearest: latency_"),
         ("flops_ratio > 0 or speed > 2", "no figure 'speed'"),

@@ -23,7 +23,7 @@ from laurel_rewrite.feeds import draw_feeds
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import away_from_start
 from laurel_rewrite.profiling import ITSELF, _doubts
-from laurel_rewrite.profiling.latency import ratio
+from laurel_rewrite.profiling.latency import BLOCKS, VERDICTS, Effort, measure, ratio, summarised, verdict_of
 from laurel_rewrite.profiling.sessions import settings
 
 
@@ -43,7 +43,7 @@ def test_rows_and_conditions(graphs):
     baseline, laurel = (row.latency for row in result.rows)
     assert (baseline.ratio, baseline.low, baseline.high, baseline.verdict) == (1, 1, 1, "baseline")
     assert laurel.low <= laurel.ratio <= laurel.high
-    assert laurel.verdict in ("faster", "slower", "within noise")
+    assert laurel.verdict in VERDICTS
     assert all(r.p10_ms <= r.median_ms <= r.p90_ms for r in (baseline, laurel))
     assert all(r.load_ms > 0 for r in result.rows)
     assert all(r.resident_bytes > 1 << 20 and r.file_bytes > 1000 and r.memory.activation_bytes > 0 for r in result.rows)
@@ -73,6 +73,62 @@ def test_sessions_that_differ_widen_the_interval():
     blocks = list(np.array([0.99, 1.01, 0.99, 1.01, 0.99, 1.01])[:, None] + noise)
     _, low, high = ratio(blocks, seed=0)
     assert low < 1 < high
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((1.0, 0.99, 1.02), "within noise"),
+        ((1.02, 0.999, 1.06), "within noise"),
+        ((1.014, 0.904, 1.139), "unresolved"),
+        ((1.04, 0.705, 1.585), "unresolved"),
+        ((0.97, 0.9, 1.0), "unresolved"),
+        ((1.3, 1.05, 1.6), "slower"),
+        ((0.5, 0.3, 0.7), "faster"),
+    ],
+)
+def test_an_interval_that_is_wide_says_nothing(interval, verdict):
+    assert verdict_of(*interval) == verdict
+
+
+def test_more_makings_of_the_sessions_narrow_the_interval():
+    noise = np.random.default_rng(0).normal(1, 0.03, (40, 2, 10))
+    few, many = (summarised(list(noise[:number]), seed=0)[1] for number in (BLOCKS, 40))
+    assert many.precision < few.precision
+    assert many.precision == max(many.high - many.ratio, many.ratio - many.low) / many.ratio
+
+
+def test_measuring_goes_on_until_the_precision_is_reached(graphs, monkeypatch):
+    widths = iter([0.2, 0.1, 0.04])
+
+    def narrower(blocks, seed):
+        made.append(len(blocks))
+        width = next(widths)
+        return [replace(one, ratio=1.0, low=1 - width, high=1 + width / 2) for one in summarised(blocks, seed)]
+
+    made: list[int] = []
+    monkeypatch.setattr("laurel_rewrite.profiling.latency.summarised", narrower)
+    feeds = {"x": np.zeros((1, 2, D), np.float32)}
+    latencies, loads = measure(graphs, settings(1), feeds, Effort(0, 6, 0.05, 1000), seed=0)
+    assert made == [BLOCKS, BLOCKS + 1, BLOCKS + 2]
+    assert len(latencies) == len(loads) == 2
+    widths = iter([0.2, 0.1])
+    made.clear()
+    measure(graphs, settings(1), feeds, Effort(0, 6, 0.05, 0), seed=0)  # the time is out
+    assert made == [BLOCKS]
+
+
+def test_a_precision_that_was_not_reached_is_said(graphs):
+    result = profile(graphs, seconds=0, min_rounds=6, threads=1, precision=1e-6, max_seconds=0)
+    assert any("a precision of 0.0001 % was not reached in 0 seconds" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    "options", [{"seconds": float("nan")}, {"seconds": -1}, {"max_seconds": float("inf")}, {"precision": 0}, {"precision": 2}]
+)
+def test_times_and_precisions_that_are_none(graphs, options):
+    with pytest.raises(ConfigError, match=r"must (be a number of 0 or more|lie between 0 and 1)"):
+        profile(graphs, **options)
 
 
 def test_the_start_is_not_what_is_measured(graphs):
@@ -193,7 +249,7 @@ def test_the_self_check_is_a_model_against_itself(graphs, monkeypatch):
     assert [row.name for row in result.rows] == ["baseline.onnx", "laurel.onnx", ITSELF]
     assert result.rows[2].ops == result.rows[0].ops
     noisy = replace(result.rows[2], latencies=(replace(result.rows[2].latency, ratio=1.1, low=1.05, high=1.2, verdict="slower"),))
-    assert any("too noisy" in doubt for doubt in _doubts([*result.rows[:2], noisy], settings()))
+    assert any("too noisy" in doubt for doubt in _doubts([*result.rows[:2], noisy], settings(), Effort()))
 
 
 def test_a_provider_that_falls_back_is_reported(graphs):

@@ -21,17 +21,17 @@ from laurel_rewrite.onnx_surgery import away_from_start
 from laurel_rewrite.profiling import latency
 from laurel_rewrite.profiling.attribution import Attribution, against, attribute
 from laurel_rewrite.profiling.costs import Costs, costs_of
+from laurel_rewrite.profiling.flops import count_flops
 from laurel_rewrite.profiling.fusions import Ops, count_ops
-from laurel_rewrite.profiling.latency import Latency
+from laurel_rewrite.profiling.latency import MOST_SECONDS, RESOLVED, Effort, Latency
 from laurel_rewrite.profiling.memory import Memory, memory_of, resident_bytes
 from laurel_rewrite.profiling.sessions import CPU, Settings, check_runs, conditions, processor, session_of, settings
-from laurel_rewrite.profiling.traces import record
+from laurel_rewrite.profiling.traces import graph_of_run, record
 
 __all__ = ["Profile", "Row", "processor", "profile"]
 
 ONE_MORE = "one more layer"
 ITSELF = "the same again"
-_WIDE = 0.1  # an interval that says little
 _TRACED = 0.2  # of the time, for profiled runs
 
 
@@ -128,6 +128,8 @@ def profile(
     shapes: Mapping[str, Sequence[int]] | None = None,
     seconds: float = 10.0,
     min_rounds: int = 20,
+    precision: float | None = None,
+    max_seconds: float = MOST_SECONDS,
     threads: int | None = None,
     provider: str = CPU,
     control: bool = False,
@@ -147,6 +149,8 @@ def profile(
         inputs: by name. None draws them (`draw_feeds`): dynamic dimensions are 1 for the batch and 128 for a sequence.
         shapes: sizes to measure at, all combinations, by the names of open sizes: {"batch": [1, 8]}.
         seconds: time for the rounds at each shape, after warm-up. There are at least `min_rounds`.
+        precision: measure on until every 95 % interval reaches no farther from its ratio than this fraction of it (0.02 is 2 %), or
+            `max_seconds` are over at that shape; then a warning says so.
         threads: of one run. None: as many as the process may use, at most 4.
         provider: execution provider.
         control: add the first model with one more layer.
@@ -156,8 +160,10 @@ def profile(
         progress: is called with the fraction done.
 
     Raises:
-        ConfigError: a file is missing or cannot be loaded, or the inputs do not fit; there is no such provider or open size.
+        ConfigError: a file is missing or cannot be loaded, or the inputs do not fit; there is no such provider or open size; seconds or
+            precision are no such numbers.
     """
+    effort = Effort(seconds, min_rounds, precision, max_seconds)
     files = [Path(path) for path in paths]
     for file in files:
         if not file.is_file():
@@ -200,13 +206,13 @@ def profile(
         timings = []
         for number, one in enumerate(feeds):
             step = None if progress is None else lambda done, number=number: progress((number + done) / len(feeds))
-            timings.append(latency.measure(measured, options, one, seconds=seconds, min_rounds=min_rounds, seed=seed, progress=step))
+            timings.append(latency.measure(measured, options, one, effort, seed=seed, progress=step))
         rows = _rows(rows_of, files, measured, timings, options, feeds[0], folder, seconds, seed)
         if traces is not None:
             for number, name in enumerate(rows_of):
                 (folder / f"trace{number}.json").replace(traces / f"trace-{_file_name(name)}.json")
     described = tuple({name: f"{value.dtype}{list(value.shape)}" for name, value in one.items()} for one in feeds)
-    warnings += _doubts(rows, options)
+    warnings += _doubts(rows, options, effort)
     made_with = conditions(options) | {"rounds": rows[0].latency.rounds, "inputs": described[0], "seed": seed}
     return Profile(rows, described, made_with, tuple(warnings))
 
@@ -222,11 +228,16 @@ def _rows(
     seconds: float,
     seed: int,
 ) -> tuple[Row, ...]:
+    models = [ir.load(copy) for copy in measured]
     plain = record(measured, options, feeds, folder, seconds=0, seed=seed, level="none")
+    flops = [
+        count_flops(graph_of_run(folder / f"optimised{number}.onnx", model), trace, feeds)
+        for number, (model, trace) in enumerate(zip(models, plain, strict=True))
+    ]
     traces = record(measured, options, feeds, folder, seconds=seconds * _TRACED, seed=seed)
     rows: list[Row] = []
     for number, (name, file, copy) in enumerate(zip(names, files, measured, strict=True)):
-        model, optimised = ir.load(copy), ir.load(folder / f"optimised{number}.onnx")
+        model, optimised = models[number], graph_of_run(folder / f"optimised{number}.onnx", models[number])
         attribution = attribute(model, optimised, traces[number], timings[0][0][number].median_ms)
         rows.append(
             Row(
@@ -238,7 +249,7 @@ def _rows(
                 resident_bytes=resident_bytes(copy, options, feeds, folder),
                 file_bytes=_file_bytes(file),
                 ops=count_ops(model, optimised),
-                costs=costs_of(model, plain[number], traces[number], attribution),
+                costs=costs_of(model, flops[number], plain[number], traces[number], attribution),
                 attribution=against(attribution, rows[0].attribution) if rows else attribution,
                 providers=traces[number].providers,
             )
@@ -280,25 +291,37 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name.removesuffix(".onnx"))[-80:]
 
 
-def _doubts(rows: Sequence[Row], options: Settings) -> list[str]:
+def _doubts(rows: Sequence[Row], options: Settings, effort: Effort) -> list[str]:
     """What makes the figures doubtful."""
     found = []
     for row in rows:
-        if row.name == ITSELF and row.latency.verdict != "within noise":
-            found.append(
-                f"A model against itself is {row.latency.ratio:.3f} [{row.latency.low:.3f}, {row.latency.high:.3f}]: the machine is too noisy "
-                "to say more. Measure longer, or on a quiet machine."
-            )
-        elif row.latency.high - row.latency.low > _WIDE:
-            found.append(
-                f"{row.name}: the ratio is only known to lie between {row.latency.low:.3f} and {row.latency.high:.3f}. Measure longer."
-            )
+        for time in row.latencies:
+            found += _doubt(row.name, time, effort)
         elsewhere = sum(count for provider, count in row.providers.items() if provider != options.provider)
         if elsewhere:
             found.append(f"{row.name}: {elsewhere} of {sum(row.providers.values())} nodes ran on {CPU}, not on {options.provider}.")
         if row.costs.uncounted:
-            found.append(f"{row.name}: the FLOPs of {', '.join(row.costs.uncounted)} are not counted.")
+            names = ", ".join(row.costs.uncounted)
+            found.append(f"{row.name}: the FLOPs of {names} are not counted, so that there are at least {row.costs.flops:,}.")
     return found
+
+
+def _doubt(name: str, time: Latency, effort: Effort) -> list[str]:
+    between = f"[{time.low:.3f}, {time.high:.3f}]"
+    if name == ITSELF and time.verdict != "within noise":
+        return [
+            f"A model against itself is {time.ratio:.3f} {between}, {time.verdict}: the machine is too noisy to say more. Measure longer, or on a "
+            "quiet machine."
+        ]
+    if effort.precision is not None and time.precision > effort.precision:
+        return [
+            f"{name}: the ratio lies in {between}; a precision of {100 * effort.precision:g} % was not reached in {effort.max_seconds:g} seconds."
+        ]
+    if time.precision > RESOLVED:
+        return [
+            f"{name}: {time.verdict}, and the ratio is only known to lie in {between}. Measure longer, or until a precision is reached."
+        ]
+    return []
 
 
 def _file_bytes(path: Path) -> int:

@@ -7,13 +7,15 @@ optimisation. Bytes moved are what the optimised graph's ops read and write, cac
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from laurel_rewrite.dialects.onnx import METADATA
+from laurel_rewrite.onnx_weights import parameters_of
 from laurel_rewrite.profiling.attribution import Attribution
-from laurel_rewrite.profiling.flops import PRODUCTS, UNKNOWN
+from laurel_rewrite.profiling.flops import count_flops
 from laurel_rewrite.profiling.traces import Trace
 
 
@@ -22,10 +24,10 @@ class Costs:
     """Static costs of a model for one shape of inputs.
 
     Attributes:
-        parameters: floating-point numbers in initializers.
-        flops: of one run.
+        parameters: numbers in initializers, see `parameters_of`.
+        flops: of one run; at least so many where some are `uncounted`.
         moved_bytes: that the ops onnxruntime runs read and write.
-        uncounted: ops with products whose FLOPs are not known here, by type.
+        uncounted: ops with products whose FLOPs are not known, by type.
         sites: the same of each LAuReL site.
     """
 
@@ -52,12 +54,13 @@ class SiteCosts:
     activation_bytes: int = 0
 
 
-def costs_of(model: ir.Model, plain: Trace, optimised: Trace, attribution: Attribution) -> Costs:
+def costs_of(model: ir.Model, flops: Mapping[str, int | None], plain: Trace, optimised: Trace, attribution: Attribution) -> Costs:
     """Static costs of a file.
 
     Args:
         model: the file.
-        plain: a trace without optimisation, for the shapes.
+        flops: of its ops, see `count_flops`.
+        plain: a trace without optimisation, which names these ops.
         optimised: a trace with it, for the bytes.
         attribution: of the same.
     """
@@ -65,24 +68,21 @@ def costs_of(model: ir.Model, plain: Trace, optimised: Trace, attribution: Attri
     sites = {site: SiteCosts() for site in sorted(set(owners.values()) - {""})}
     nothing = SiteCosts()  # takes what belongs to no site
     uncounted: Counter[str] = Counter()
-    parameters = flops = 0
+    parameters = 0
     for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None or not tensor.dtype.is_floating_point():
-            continue
+        numbers = parameters_of(value)
         readers = {owners.get(str(node.name), "") for node in value.consumers()}
-        parameters += int(tensor.size)
-        sites.get(min(readers, default="") if len(readers) == 1 else "", nothing).parameters += int(tensor.size)
-    for name, node in plain.nodes.items():
-        if node.op in PRODUCTS:
-            count = PRODUCTS[node.op](node.inputs, node.outputs)
-            flops += count
+        parameters += numbers
+        sites.get(min(readers, default="") if len(readers) == 1 else "", nothing).parameters += numbers
+    for name, count in flops.items():
+        if count is None:
+            uncounted[plain.nodes[name].op] += 1
+        else:
             sites.get(owners.get(name, ""), nothing).flops += count
-        elif node.op in UNKNOWN:
-            uncounted[node.op] += 1
     for timed in attribution.nodes:
         if timed.own:
             traced = optimised.nodes[timed.name]
             sites[timed.site].moved_bytes += traced.moved_bytes
             sites[timed.site].activation_bytes += traced.output_bytes
-    return Costs(parameters, flops, sum(node.moved_bytes for node in optimised.nodes.values()), uncounted, sites)
+    total = sum(count or 0 for count in flops.values())
+    return Costs(parameters, total, sum(node.moved_bytes for node in optimised.nodes.values()), uncounted, sites)

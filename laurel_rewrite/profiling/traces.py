@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from laurel_rewrite.profiling.sessions import Settings, session_of
 
-_CONTAINERS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+CONTAINERS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 """Ops whose time includes that of the nodes in them, which have events of their own."""
 _KERNEL = "_kernel_time"
 _WARM_UP = 2
@@ -103,6 +104,23 @@ def record(
     return traces
 
 
+def graph_of_run(path: Path, model: ir.Model) -> ir.Model:
+    """The graph that a session ran, its nodes named as in the trace.
+
+    A node without a name is called by its op and its number among the nodes of the file there, constants aside.
+
+    Args:
+        path: of the graph that the session wrote.
+        model: the file that it read.
+    """
+    graph = ir.load(path)
+    numbers = {node.outputs[0].name: n for n, node in enumerate(node for node in model.graph if node.op_type != "Constant")}
+    for node in graph.graph:
+        if not node.name and node.outputs[0].name in numbers:
+            node.name = f"{node.op_type}_{numbers[node.outputs[0].name]}"
+    return graph
+
+
 def _read(events: list[dict[str, Any]]) -> Trace:
     runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == "model_run")[_WARM_UP:]
     kernels = sorted((e for e in events if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)), key=lambda e: (e["ts"], -e["dur"]))
@@ -117,7 +135,7 @@ def _read(events: list[dict[str, Any]]) -> Trace:
         if run == len(runs) or event["ts"] < runs[run][0] or event["ts"] < container_ends:
             continue
         name, node = event["name"].removesuffix(_KERNEL), _traced(event["args"])
-        if node.op in _CONTAINERS:
+        if node.op in CONTAINERS:
             container_ends = event["ts"] + event["dur"]
         if name in nodes:
             node.requested_bytes = max(node.requested_bytes, nodes[name].requested_bytes)
