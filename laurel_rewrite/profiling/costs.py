@@ -15,7 +15,6 @@ import onnx_ir as ir
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.onnx_weights import parameters_of
 from laurel_rewrite.profiling.attribution import Attribution
-from laurel_rewrite.profiling.flops import count_flops
 from laurel_rewrite.profiling.traces import Trace
 
 
