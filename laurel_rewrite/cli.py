@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from laurel_rewrite import __version__
+from laurel_rewrite.command_help import EPILOG, Command
 from laurel_rewrite.errors import ConfigError, LaurelError, LimitError, NoSiteError, VerificationError
 
 if TYPE_CHECKING:
@@ -23,26 +24,6 @@ _SITE_OPTIONS = ("variant", "rank", "history", "normalize", "init_down", "histor
 _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
 _VARIANTS = "rw, lr, pa, rw+lr, rw+pa, lr+pa, rw+lr+pa"
 
-_EPILOG = """\b
-Other commands:
-  laurel-rewrite sites MODEL      list the residual connections, and why other additions are none
-  laurel-rewrite profile A B ...  latency, memory and more of ONNX files in onnxruntime, side by side
-
-\b
-MODEL:
-  model.py                        offers build_model() and example_inputs()
-  model.py:FACTORY                the same with another name
-  package.module:FACTORY          from an installed package
-  hf:NAME                         a transformers architecture, from its configuration
-  timm:NAME, torchvision:NAME     an architecture with random weights
-  model.onnx                      a graph; the result is a graph too
-
-\b
-Exit status: 0 done, 1 a verification failed or --fail-if held, 2 usage or configuration, 3 no
-residual connection, 4 capture or export failed, 5 an optional package is missing.
-"""
-
-
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the factory, or field of the architecture's configuration."
 )
@@ -51,8 +32,19 @@ _FAIL_IF = click.option(
     "limits",
     multiple=True,
     metavar="LIMIT",
-    help="Exit with 1 where this holds for a profiled graph: 'latency_ratio > 1.05'. Also latency_low, latency_high, activation_ratio, "
-    "resident_ratio, file_ratio, flops_ratio, fusions_lost, ...",
+    help="Exit with 1 where this holds for a profiled graph: 'latency_ratio > 1.05', or 'verdict == unresolved' for an interval too wide to say "
+    "more. Also latency_low, latency_high, activation_ratio, resident_ratio, file_ratio, flops_ratio, fusions_lost, ..., and 'skipped > 0'.",
+)
+
+
+_PRECISION = click.option(
+    "--precision",
+    type=float,
+    metavar="FRACTION",
+    help="Measure on until every interval reaches no farther from its ratio: 0.02 is 2 %. At most for --max-time.",
+)
+_MAX_TIME = click.option(
+    "--max-time", "max_seconds", default=120.0, show_default=True, help="With --precision: seconds to measure at most at each shape."
 )
 
 
@@ -67,7 +59,7 @@ def _common(function: Any) -> Any:
     return function
 
 
-@click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, sections=EPILOG)
 @click.argument("model")
 @click.option("--variant", default="rw+lr", show_default=True, help=f"LAuReL terms: {_VARIANTS}.")
 @click.option("--rank", default=16, show_default=True, help="Rank r of the low-rank maps.")
@@ -79,10 +71,12 @@ def _common(function: Any) -> Any:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No sites whose id, owner or kind matches.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Carry out an edited plan.")
 @click.option("--plan-out", type=click.Path(path_type=Path), help="Write the plan to this file, and stop.")
-@click.option("--dry-run", is_flag=True, help="Show the plan, and stop.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, and what other variants and ranks would add, and stop.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
 @click.option("--profile-seconds", default=10.0, show_default=True, help="Time to measure latency; 0 for no profile.")
+@_PRECISION
+@_MAX_TIME
 @click.option("--train", is_flag=True, help="Measure training steps too, eager and compiled.")
 @_FAIL_IF
 @click.option(
@@ -132,6 +126,8 @@ def rewrite(
     seed: int,
     out: Path,
     profile_seconds: float,
+    precision: float | None,
+    max_seconds: float,
     train: bool,
     limits: tuple[str, ...],
     functions: str,
@@ -162,24 +158,31 @@ def rewrite(
         raise ConfigError(f"--{given[0].replace('_', '-')} is for ONNX files, and {model} is none.")
     if train and model.endswith(".onnx"):
         raise ConfigError("--train is for models in PyTorch, and an ONNX file is none.")
-    if limits and profile_seconds <= 0:
-        raise ConfigError("--fail-if needs a profile, and --profile-seconds 0 leaves it out.")
-    _check_limits(limits)
+    measured = _check_limits(limits)
+    if profile_seconds == 0 and (measured or precision is not None):
+        raise ConfigError(f"{'--fail-if' if measured else '--precision'} needs a profile, and --profile-seconds 0 leaves it out.")
     from laurel_rewrite.plan import LaurelConfig
 
     config = LaurelConfig(**options, seed=seed)
     from laurel_rewrite import job, terminal
     from laurel_rewrite.models import parse_settings
+    from laurel_rewrite.profiling.latency import Effort
 
+    effort = Effort(profile_seconds, precision=precision, max_seconds=max_seconds)
     listener = terminal.Stages(_console(stderr=True), quiet=quiet)
     if dry_run or plan_out is not None:
+        if plan_out is not None:
+            _check_writable(plan_out)
         report = job.plan_only(model, config, plan=plan, settings=parse_settings(settings), listener=listener)
+        others = job.configurations(report, config) if dry_run and plan is None else []
         if plan_out is not None:
             _write_plan(plan_out, report.plan.to_toml())
         if as_json:
-            _print_json(report.to_dict())
+            _print_json(report.to_dict() | ({"configurations": others} if others else {}))
         else:
             terminal.show_plan(_console(), report)
+            if others:
+                terminal.show_configurations(_console(), others)
             if plan_out is not None:
                 click.echo(f"Written to {plan_out}. Edit it, then: laurel-rewrite {model} --plan {plan_out}")
         return
@@ -189,13 +192,13 @@ def rewrite(
 
             report = graph_job.run(
                 job.graph_file(model, parse_settings(settings)), config, out, plan=plan, functions=functions, target=target, skip=skip,
-                seconds=profile_seconds,
+                effort=effort,
                 listener=listener, **for_graphs,
             )  # fmt: skip
         else:
             report = job.run(
                 model, config, out, plan=plan, settings=parse_settings(settings), functions=functions, target=target, skip=skip,
-                seconds=profile_seconds, train=train, listener=listener,
+                effort=effort, train=train, listener=listener,
             )  # fmt: skip
     except VerificationError as error:
         if len(error.args) > 1:
@@ -209,7 +212,7 @@ def rewrite(
     _stop_if_exceeded(limits, report.profile)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.argument("model")
 @click.option("--explain", "selector", metavar="SITE|LINE", help="Why an addition is, or is not, a site: an id, a module, or [FILE:]LINE.")
 @click.option("--graph", "drawing", type=click.Path(path_type=Path), metavar="FILE", help="Draw streams, sites and branches: .svg, .dot.")
@@ -252,7 +255,7 @@ def sites(
         click.echo(f"Drawn to {drawing}.", err=True)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Command)
 @click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
 @click.option("--min-time", "seconds", default=10.0, show_default=True, help="Seconds of interleaved rounds at each shape.")
@@ -260,6 +263,8 @@ def sites(
     "--shape", "shapes", multiple=True, metavar="NAME=SIZE[,SIZE...]", help="Sizes of an open dimension: batch=1,8. All combinations."
 )
 @click.option("--inputs", type=click.Path(path_type=Path), help="Inputs (.npz), instead of random ones.")
+@_PRECISION
+@_MAX_TIME
 @click.option("--threads", type=click.IntRange(1), help="Threads of a run.  [default: as many as there are cores, at most 4]")
 @click.option("--provider", default="CPU", show_default=True, help="Execution provider of onnxruntime.")
 @click.option(
@@ -319,18 +324,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 COMMANDS = {"sites": sites, "profile": profile}
 
 
-def _check_limits(limits: Sequence[str]) -> None:
-    if limits:
-        from laurel_rewrite.limits import check_limit
+def _check_limits(limits: Sequence[str]) -> bool:
+    """Whether there are limits on what a profile says; ConfigError where one cannot be evaluated."""
+    if not limits:
+        return False
+    from laurel_rewrite.limits import check_limit, needs_profile
 
-        for limit in limits:
-            check_limit(limit)
+    for limit in limits:
+        check_limit(limit)
+    return any(map(needs_profile, limits))
 
 
-def _stop_if_exceeded(limits: Sequence[str], result: Profile | None) -> None:
+def _stop_if_exceeded(limits: Sequence[str], result: Profile | None, skipped: int = 0) -> None:
     from laurel_rewrite.limits import exceeded
 
-    found = [line for limit in limits if result is not None for line in exceeded(limit, result)]
+    found = [line for limit in limits for line in exceeded(limit, result, skipped)]
     if found:
         raise LimitError("; ".join(found))
 
@@ -356,6 +364,12 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _print_json(data: dict[str, Any]) -> None:
     click.echo(json.dumps(data, indent=1, default=str))
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ConfigError where a plan cannot be written, before the work of a capture is done."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"The plan {path} cannot be written: {'it is' if path.is_dir() else f'{path.parent} is not'} a folder.")
 
 
 def _write_plan(path: Path, text: str) -> None:

@@ -13,10 +13,12 @@ from laurel_rewrite.errors import ConfigError, ExportError
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.models import require_file
 from laurel_rewrite.onnx_runs import IN_FLOAT32, write_in_float32
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start, inline_laurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
+from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.report import count
 from laurel_rewrite.saving import PLAN, save_graph
 
@@ -41,7 +43,7 @@ def run(
     inputs: Path | None = None,
     verify: bool = True,
     emit_torch: bool = False,
-    seconds: float = 10.0,
+    effort: Effort = USUAL,
     listener: job.Listener = job.silent,
 ) -> job.Report:
     """Rewrite an ONNX file. `laurel.onnx` and the rest appear in `out` when everything has passed; else nothing does.
@@ -57,7 +59,7 @@ def run(
         inputs: an .npz file for verification and profile; else they are drawn (`draw_feeds`).
         verify: run the original and the result in onnxruntime and compare.
         emit_torch: write a trainable PyTorch module as well, which `laurel_rewrite.load(out)` gives.
-        seconds: time for the profile; 0 for none.
+        effort: how long to measure; 0 seconds for no profile.
         listener: is told of the stages.
 
     Raises:
@@ -70,6 +72,9 @@ def run(
     writable(out)
     if (out / NAME).exists() and (out / NAME).samefile(path):
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
+    wanted = job.read_plan(plan)
+    if weights is not None:
+        require_file(weights)
     with listener("read") as stage:
         model = read_onnx(path)
         stage.done(f"{len(model.graph):,} nodes, {count(weight_count(model))} weights")
@@ -80,7 +85,7 @@ def run(
         rewrite = GraphRewrite(model, given)
         stage.done(job.counts(rewrite.sites))
     with listener("rewrite") as stage:
-        chosen = job.make_plan(rewrite.sites, config, plan, str(path))
+        chosen = job.make_plan(rewrite.sites, config, wanted, str(path))
         rewrite.apply(chosen)
         if target == "none" or (target == "portable" and functions == "inline"):
             inline_laurel(rewrite.model)
@@ -136,9 +141,9 @@ def run(
             feeds = given or (
                 proof.original.draws[0] if proof.original is not None else None if verify else draw_feeds(model, seed=config.seed)
             )
-            if seconds > 0 and feeds is None:
+            if effort.seconds > 0 and feeds is None:
                 report.notes.append("Not profiled, for the graph was not run.")
-            elif seconds > 0 and feeds is not None:
+            elif effort.seconds > 0 and feeds is not None:
                 with listener("profile") as stage:
                     files = [path, measured]
                     if proof.original is not None and proof.original.in_float32:
@@ -147,7 +152,7 @@ def run(
                         ]
                         report.notes.append(IN_FLOAT32)
                     result = profile(
-                        files, names=[path.name if path.name != NAME else f"original {NAME}", NAME], inputs=feeds, seconds=seconds, control=True, traces=draft, seed=config.seed,
+                        files, names=[path.name if path.name != NAME else f"original {NAME}", NAME], inputs=feeds, **vars(effort), control=True, traces=draft, seed=config.seed,
                         progress=stage.progress,
                     )  # fmt: skip
                     report.profile = job.renamed(result, {files[0]: path, files[1]: out / NAME})

@@ -17,6 +17,7 @@ from laurel_rewrite.onnx_runs import IN_FLOAT32, session_of, write_in_float32
 from laurel_rewrite.owners import Skipped
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
+from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report import count as number
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROBE = "probe.onnx"
+RANKS = (4, 8, 16, 32, 64)  # that a dry run compares
 
 
 class Stage(Protocol):
@@ -127,19 +129,24 @@ def _build(spec: str, settings: Mapping[str, Any] | None, *, device: str = "cpu"
     return built
 
 
-def make_plan(sites: Sites, config: LaurelConfig, plan: Path | None, model: str) -> Plan:
-    """The plan of a configuration, or the one in a file, checked against the model."""
-    if plan is None:
+def read_plan(plan: Path | None) -> Plan | None:
+    """The plan in a file, read before the work of a capture is done."""
+    return Plan.read(plan) if plan is not None else None
+
+
+def make_plan(sites: Sites, config: LaurelConfig, given: Plan | None, model: str) -> Plan:
+    """The plan of a configuration, or a given one, checked against the model."""
+    if given is None:
         return Plan.from_sites(sites, config).with_model(model)
-    chosen = Plan.read(plan)
-    chosen.check(sites)
-    return chosen
+    given.check(sites)
+    return given
 
 
 def plan_only(
     spec: str, config: LaurelConfig, *, plan: Path | None = None, settings: Mapping[str, Any] | None = None, listener: Listener = silent
 ) -> Report:
     """Detection and plan, nothing more."""
+    given = read_plan(plan)
     with listener("detect") as stage:
         if spec.endswith(".onnx"):
             from laurel_rewrite.graph_files import read_onnx, weight_count
@@ -150,8 +157,24 @@ def plan_only(
             built, sites = _build_and_detect(spec, settings or {})
             count = built.parameters
         stage.done(counts(sites))
-    chosen = make_plan(sites, config, plan, spec)
+    chosen = make_plan(sites, config, given, spec)
     return Report(spec, chosen, sites, parameters(count, chosen))
+
+
+def configurations(report: Report, config: LaurelConfig) -> list[dict[str, Any]]:
+    """What other variants and ranks would add to the same model: one capture serves to choose among them."""
+    found = []
+    for variant in variants.operators():
+        costs: list[dict[str, Any]] = []
+        for rank in RANKS:
+            try:
+                plan = Plan.from_sites(report.sites, replace(config, variant=variant, rank=rank))
+            except ConfigError:  # a rank above the size of a feature axis
+                break
+            costs.append({"variant": variant, "rank": rank, **parameters(report.parameters["model"], plan)})
+        ranked = len({cost["added"] for cost in costs}) > 1
+        found += costs if ranked else [cost | {"rank": None} for cost in costs[:1]]
+    return found
 
 
 def run(
@@ -164,7 +187,7 @@ def run(
     functions: str = "keep",
     target: str = "ort-cpu",
     skip: tuple[str, ...] = (),
-    seconds: float = 10.0,
+    effort: Effort = USUAL,
     train: bool = False,
     unsupported: str = "skip",
     listener: Listener = silent,
@@ -186,6 +209,7 @@ def run(
     from laurel_rewrite.saving import save
 
     writable(out)
+    given = read_plan(plan)
     with listener("build") as stage:
         torch.manual_seed(config.seed)
         built = _build(spec, settings)
@@ -196,7 +220,7 @@ def run(
         sites = detect(model, args, kwargs)
         stage.done(counts(sites))
     with listener("rewrite, verify") as stage:
-        chosen = make_plan(sites, config, plan, spec)
+        chosen = make_plan(sites, config, given, spec)
         report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out))
         try:
             applied = apply_plan(model, sites, chosen, args, kwargs, unsupported=unsupported)
@@ -233,7 +257,7 @@ def run(
         with listener("save") as stage:
             save(rewritten, draft, built=built)
             stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
-        if seconds > 0:
+        if effort.seconds > 0:
             with listener("profile") as stage:
                 # With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph.
                 files = [baseline.path, probe.path]
@@ -241,7 +265,7 @@ def run(
                     files = [write_in_float32(file, draft / f"{PROBE}-{file.name}") for file in files]
                     report.notes.append(IN_FLOAT32)
                 report.profile = profile(
-                    files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], built), seconds=seconds, control=True,
+                    files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], built), **vars(effort), control=True,
                     traces=draft, seed=config.seed, progress=stage.progress,
                 )  # fmt: skip
                 places = {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", draft: out}
@@ -249,7 +273,7 @@ def run(
                 stage.done(f"{report.profile.rows[1].latency.ratio:.3f}x the baseline's latency")
         if train:
             with listener("training") as stage:
-                report.training = _train(model, rewritten, sites, built, seconds or 10.0, config.seed)
+                report.training = _train(model, rewritten, sites, built, effort.seconds or 10.0, config.seed)
                 stage.done(
                     "; ".join(
                         f"{row.mode}, {row.name}: {row.step.ratio:.3f}x" for row in report.training.rows if row.step.verdict != "baseline"

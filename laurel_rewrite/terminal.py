@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,7 @@ from rich.text import Text
 from laurel_rewrite.explaining import Explanation
 from laurel_rewrite.job import Report, Stage
 from laurel_rewrite.profiling import Profile
+from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.training import Training
 from laurel_rewrite.report import count, part, shortened, size
 from laurel_rewrite.sites import Sites, short
@@ -60,33 +62,19 @@ class _Shown:
 
 def show_sites(console: Console, model: str, sites: Sites) -> None:
     """The table of sites and, below, the other additions by reason."""
-    table = Table(title=f"{model}: {len(sites)} residual connections", **_STYLE)
-    for heading, justify in (
-        ("site", "left"),
-        ("kind", "left"),
-        ("shape", "left"),
-        ("axis", "right"),
-        ("D", "right"),
-        ("stream", "right"),
-        ("where", "left"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a literal
-    for site in sites:
-        shape = "x".join(map(str, site.shape))
-        table.add_row(
-            Text(site.id), site.kind, shape, str(site.axis), str(site.dim or "?"), f"{site.stream}:{site.index}", Text(short(site.where))
-        )
     if sites.sites:
-        console.print(table)
+        rows = [
+            (
+                site.id, site.kind, "x".join(map(str, site.shape)), str(site.axis), str(site.dim or "?"), f"{site.stream}:{site.index}",
+                short(site.where),
+            )
+            for site in sites
+        ]  # fmt: skip
+        _show(console, f"{model}: {len(sites)} residual connections", ("site", "kind", "shape", "axis>", "D>", "stream>", "where"), rows)
     counts = Counter((r.reason, short(r.where), r.detail) for r in sites.rejected)
     if counts:
-        table = Table(title=f"{len(sites.rejected)} other additions", **_STYLE)
-        for heading in ("reason", "where", "detail"):
-            table.add_column(heading, overflow="fold")
-        table.add_column("times", justify="right")
-        for (reason, where, detail), times in sorted(counts.items()):
-            table.add_row(reason, Text(where), Text(detail), str(times))
-        console.print(table)
+        rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
+        _show(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
     if not sites.sites:
         console.print("No residual connection was found.")
 
@@ -117,15 +105,11 @@ def show_explanations(console: Console, explanations: list[Explanation]) -> None
 
 def show_plan(console: Console, report: Report) -> None:
     """The plan in groups of equal treatment."""
-    table = Table(title=f"Plan for {report.model}", **_STYLE)
-    for heading, justify in (("sites", "right"), ("variant", "left"), ("rank", "right"), ("D", "right"), ("first site", "left")):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a literal
-    groups: dict[tuple[str, int, int], list[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for site in report.plan.sites:
-        groups.setdefault((site.variant, site.rank, site.dim), []).append(site.id)
-    for (variant, rank, dim), ids in groups.items():
-        table.add_row(str(len(ids)), variant, str(rank), str(dim), Text(ids[0]))
-    console.print(table)
+        groups.setdefault((site.variant, str(site.rank), str(site.dim)), []).append(site.id)
+    rows = [(ids[0], str(len(ids)), *group) for group, ids in groups.items()]
+    _show(console, f"Plan for {report.model}", ("first site", "sites>", "variant", "rank>", "D>"), rows)
     console.print(_parameter_line(report))
     if report.plan.left_out:
         console.print(Text(f"Left out, for their feature axis is of unknown size: {', '.join(report.plan.left_out)}", style="yellow"))
@@ -133,18 +117,26 @@ def show_plan(console: Console, report: Report) -> None:
         console.print(Text(note))
 
 
+def show_configurations(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
+    """What other variants and ranks would add."""
+    rows = [
+        (one["variant"], str(one["rank"] or "any"), f"{one['added']:,}", f"{100 * one['added'] / max(one['model'], 1):.2f} %", f"{one['added_flops_per_position']:,}")
+        for one in found
+    ]  # fmt: skip
+    _show(console, "Other configurations", ("variant", "rank>", "parameters>", "of the model's>", "FLOPs a position>"), rows)
+
+
 def show_report(console: Console, report: Report) -> None:
     """What was rewritten, whether it is right, what it costs, and where it lies."""
     show_plan(console, report)
-    table = Table(title="Verification", **_STYLE)
-    for heading in ("check", "", "difference", "allowed", "detail"):
-        table.add_column(heading, justify="right" if heading == "difference" else "left", no_wrap=heading in ("check", "", "difference"))
-    for check in report.checks:
-        mark = Text(check.outcome, {True: "green", False: "bold red", None: "yellow"}[check.passed])
-        table.add_row(
-            check.name, mark, "" if check.outcome == "not run" else f"{check.difference:.2g}", check.tolerance, Text(check.detail)
+    checks = [
+        (
+            check.name, Text(check.outcome, {True: "green", False: "bold red", None: "yellow"}[check.passed]),
+            "" if check.outcome == "not run" else f"{check.difference:.2g}", check.tolerance, check.detail,
         )
-    console.print(table)
+        for check in report.checks
+    ]  # fmt: skip
+    _show(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, cut={"passed"})
     if report.profile is not None:
         show_profile(console, report.profile)
     if report.training is not None:
@@ -155,38 +147,27 @@ def show_report(console: Console, report: Report) -> None:
 
 def show_profile(console: Console, profile: Profile) -> None:
     """The figures of each model, and of the shapes it was measured at."""
-    conditions, baseline = profile.conditions, profile.rows[0]
-    table = Table(
-        title="Profile in onnxruntime",
-        caption=f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {_sizes(profile.shapes[0])}\n"
-        f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}",
-        **_STYLE,
+    conditions, baseline, several = profile.conditions, profile.rows[0], len(profile.shapes) > 1
+    times = [
+        (f"{shortened(row.name, 60)}\n{_sizes(shape)}" if several else shortened(row.name, 60), *_timed(one))
+        for row in profile.rows
+        for one, shape in zip(row.latencies, profile.shapes, strict=True)
+    ]
+    caption = (
+        f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {_sizes(profile.shapes[0])}; "
+        f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}"
     )
-    for heading in (
-        "model",
-        "median ms\n(p10-p90)",
-        "ratio\n[95 %]",
-        "verdict",
-        "FLOPs",
-        "parameters",
-        "peak\nactivations",
-        "peak\nresident",
-        "file",
-    ):
-        left = heading in ("model", "verdict")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=heading not in ("model", "verdict"), overflow="fold")
-    for row in profile.rows:
-        for number, (one, shape) in enumerate(zip(row.latencies, profile.shapes, strict=True)):
-            ratio = "1" if one.verdict == "baseline" else f"{one.ratio:.3f}\n[{one.low:.3f}, {one.high:.3f}]"
-            name = Text(shortened(row.name, 60)) if len(profile.shapes) == 1 else Text(f"{shortened(row.name, 60)}\n{_sizes(shape)}")
-            rest = (
-                f"{count(row.costs.flops)}\n{part(row.costs.flops, baseline.costs.flops)}",
-                f"{count(row.costs.parameters)}\n{part(row.costs.parameters, baseline.costs.parameters)}",
-                size(row.memory.activation_bytes), size(row.resident_bytes), size(row.file_bytes),
-            )  # fmt: skip
-            figures = (f"{one.median_ms:.2f}\n({one.p10_ms:.2f}-{one.p90_ms:.2f})", Text(ratio), one.verdict)
-            table.add_row(name, *figures, *(rest if number == 0 else ()))
-    console.print(table)
+    _show(console, "Profile in onnxruntime", ("model", *_TIMED), times, caption)
+    costs = [
+        (
+            shortened(row.name, 60),
+            f"{'at least ' if row.costs.uncounted else ''}{count(row.costs.flops)}\n{part(row.costs.flops, baseline.costs.flops)}",
+            f"{count(row.costs.parameters)}\n{part(row.costs.parameters, baseline.costs.parameters)}",
+            size(row.memory.activation_bytes), size(row.resident_bytes), size(row.file_bytes),
+        )
+        for row in profile.rows
+    ]  # fmt: skip
+    _show(console, "Cost", ("model", "FLOPs>", "parameters>", "activations\npeak>", "resident\npeak>", "file>"), costs)
     for row in profile.rows:
         line = f"{shortened(row.name, 60)}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
         console.print(Text(line if row is baseline else f"{line}; fusions {row.ops.against(baseline.ops)}"))
@@ -205,23 +186,86 @@ def show_profile(console: Console, profile: Profile) -> None:
 
 def show_training(console: Console, training: Training) -> None:
     """Time and memory of training steps."""
-    table = Table(title="Training steps in PyTorch", caption=f"forward, backward and AdamW, interleaved; {training.device}", **_STYLE)
-    for heading in ("model", "mode", "median ms\n(p10-p90)", "ratio\n[95 %]", "verdict", "kept for\nbackward", "device\npeak"):
-        table.add_column(heading, justify="left" if heading in ("model", "mode", "verdict") else "right")
-    for row in training.rows:
-        step = row.step
-        ratio = "1" if step.verdict == "baseline" else f"{step.ratio:.3f}\n[{step.low:.3f}, {step.high:.3f}]"
-        times = f"{step.median_ms:.2f}\n({step.p10_ms:.2f}-{step.p90_ms:.2f})"
-        table.add_row(Text(row.name), row.mode, times, Text(ratio), step.verdict, size(row.saved_bytes), size(row.peak_bytes))
-    console.print(table)
+    rows = [(row.name, row.mode, *_timed(row.step), size(row.saved_bytes), size(row.peak_bytes)) for row in training.rows]
+    headings = ("model", "mode", *_TIMED, "kept for\nbackward>", "device\npeak>")
+    _show(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
     for note in training.notes:
         console.print(Text(note, style="yellow"))
+
+
+_TIMED = ("median ms\n(p10-p90)>", "ratio\n[95 %]>", "verdict")
+
+
+def _timed(time: Latency) -> tuple[str, str, Text]:
+    ratio = "1" if time.verdict == "baseline" else f"{time.ratio:.3f}\n[{time.low:.3f}, {time.high:.3f}]"
+    style = {"faster": "green", "slower": "red", "unresolved": "yellow"}.get(time.verdict, "")
+    return f"{time.median_ms:.2f}\n({time.p10_ms:.2f}-{time.p90_ms:.2f})", ratio, Text(time.verdict, style)
+
+
+def _show(
+    console: Console,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    caption: str = "",
+    cut: Collection[str] = (),
+) -> None:
+    """A table where it fits the width; else of each row two paragraphs: its first cell, and indented the others with their headings.
+
+    Args:
+        console: to print on.
+        title, caption: above and below.
+        headings: of the columns; one that ends in ">" is set to the right.
+        rows: cells.
+        cut: rows that hold a cell with such a text have their second paragraph cut to one line.
+    """
+    table = Table(title=title, caption=caption or None, **_STYLE)
+    for heading in headings:
+        table.add_column(heading.removesuffix(">"), justify="right" if heading.endswith(">") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    table.caption, measured = None, table.__rich_measure__(console, console.options.update(width=_WIDEST))
+    if measured.maximum <= console.width:
+        table.caption = caption or None
+        console.print(table)
+        return
+    console.print(Text(f"\n{title}", style="bold"))
+    names = ["", *(heading.removesuffix(">").partition("\n")[0] for heading in headings[1:])]
+    for first, *others in rows:
+        console.print(_line(first))
+        cells = [
+            Text.assemble((f"{name} ", "dim") if name else "", _line(cell))
+            for name, cell in zip(names[1:], others, strict=True)
+            if str(cell)
+        ]
+        if any(str(cell) in cut for cell in others):
+            console.print(Padding(Text(" · ", "dim").join(cells), (0, 0, 0, 2)), no_wrap=True, overflow="ellipsis")
+        else:
+            console.print(Padding(_packed(cells, console.width - 2), (0, 0, 0, 2)))
+    if caption:
+        console.print(Text(caption, style="italic dim"))
+    console.print()
+
+
+def _packed(cells: Sequence[Text], width: int) -> Text:
+    """Cells one behind the other, each whole on a line where it fits one."""
+    lines: list[Text] = []
+    for cell in cells:
+        joined = Text(" · ", "dim").join([lines[-1], cell]) if lines else cell
+        lines[-1:] = [joined] if joined.cell_len <= width or not lines else [lines[-1], cell]
+    return Text("\n").join(lines)
+
+
+def _line(cell: str | Text) -> Text:
+    """The lines of a cell in one."""
+    return Text(" ").join(Text(str(cell), cell.style if isinstance(cell, Text) else "").split("\n"))
 
 
 def _sizes(shape: Mapping[str, str]) -> str:
     return ", ".join(f"{shortened(name, 40)} {value}" for name, value in shape.items())
 
 
+_WIDEST = 10_000  # columns, to find out how wide a table would like to be
 _STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
 
 

@@ -65,6 +65,9 @@ class Effort:
             raise ConfigError(f"The precision must lie between 0 and 1, for instance 0.02 for 2 %; not {self.precision}.")
 
 
+USUAL = Effort()
+
+
 @dataclass(frozen=True)
 class Latency:
     """Time of one candidate.

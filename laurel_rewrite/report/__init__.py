@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import __version__
 from laurel_rewrite.sites import short
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
@@ -58,7 +62,13 @@ def page(report: Mapping[str, Any]) -> str:
     from laurel_rewrite.report.plots import figures
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"short": shortened, "size": size, "count": count, "place": lambda where: shortened(short(where), 60)}
+    environment.filters |= {
+        "short": shortened,
+        "size": size,
+        "count": count,
+        "place": lambda where: breakable(short(where)),
+        "name": breakable,
+    }
     environment.globals["part"] = part
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}
@@ -81,6 +91,13 @@ def shortened(text: object, length: int = _SHOWN) -> str:
     """A name with its middle left out where it is too long to show."""
     text = str(text)
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2) :]}"
+
+
+def breakable(text: object, length: int = 60) -> Markup:
+    """A shortened name that a page may break behind its dots, slashes and colons, and nowhere else."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[./:])", shortened(text, length)))
 
 
 def size(number: float) -> str:
