@@ -17,7 +17,7 @@ from torch import fx, nn
 from laurel_rewrite.capture import Call, capture
 from laurel_rewrite.dataflow import Dataflow
 from laurel_rewrite.dialects.fx import dataflow_from_fx
-from laurel_rewrite.errors import CaptureError
+from laurel_rewrite.errors import CaptureError, nearest
 from laurel_rewrite.residuals import Refusal, Residual, find_residuals
 from laurel_rewrite.streams import find_places
 
@@ -121,6 +121,15 @@ class Sites:
 
     def __len__(self) -> int:
         return len(self.sites)
+
+    def __getitem__(self, key: int | str) -> Site:
+        """The site at a position in the order of execution, or of an id."""
+        if isinstance(key, int):
+            return self.sites[key]
+        for site in self.sites:
+            if site.id == key:
+                return site
+        raise KeyError(f"There is no site {key!r}. {nearest(key, [site.id for site in self.sites])}")
 
     def call(self, index: int) -> Call | None:
         """The recorded call that computed a value of the dataflow."""

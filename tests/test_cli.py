@@ -54,7 +54,7 @@ def test_help_answers_without_heavy_imports(tmp_path):
     code = "import sys; from laurel_rewrite.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'rich', 'numpy', 'onnx'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert "Exit status: 0 done, 1 a verification failed" in done.stdout
+    assert "Exit status:\n  0  done\n  1  a verification failed" in done.stdout
     assert run(tmp_path).stdout.startswith("Usage: laurel-rewrite")
 
 
@@ -108,6 +108,45 @@ def test_plan_out_edit_plan(net, here):
     site = json.loads(done.stdout)["plan"]["sites"][0]
     assert (site["variant"], site["rank"]) == ("lr", 3)
     assert not (net / "laurel_out").exists()
+
+
+def test_a_dry_run_compares_configurations_with_one_capture(net, here, monkeypatch):
+    from laurel_rewrite import job
+
+    captures: list[object] = []
+    detect = job.detect
+    monkeypatch.setattr(job, "detect", lambda *arguments: captures.append(arguments) or detect(*arguments))
+    done = here("net.py", "--rank", "4", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    added = {(one["variant"], one["rank"]): one["added"] for one in report["configurations"]}
+    assert added["rw", None] == 2
+    assert added["lr", 4] == 2 * 4 * D
+    assert added["rw+lr", 8] == 2 + 2 * 8 * D
+    assert max(rank or 0 for _, rank in added) <= D
+    assert report["parameters"]["added"] == added["rw+lr", 4]
+    assert len(captures) == 1
+    assert "Other configurations" in here("net.py", "--rank", "4", "--dry-run").stdout
+
+
+@pytest.mark.parametrize("words", [("--plan", "missing.toml"), ("--plan", "broken.toml"), ("--plan-out", "nowhere/plan.toml")])
+@pytest.mark.parametrize("model", ["net.py", "net.onnx"])
+def test_files_are_looked_at_before_the_capture(words, model, net, here, monkeypatch):
+    from laurel_rewrite import graph_files, job
+
+    def refuse(*arguments, **named):
+        raise AssertionError("captured")
+
+    monkeypatch.setattr(job, "_build_and_detect", refuse)
+    monkeypatch.setattr(job, "_build", refuse)
+    monkeypatch.setattr(graph_files, "read_onnx", refuse)
+    monkeypatch.setattr("laurel_rewrite.graph_job.read_onnx", refuse)
+    (net / "broken.toml").write_text("no plan")
+    (net / "net.onnx").write_text("")
+    for more in ((), ("--dry-run",)):
+        done = here(model, *words, *more)
+        assert done.returncode == 2, done.stderr
+        assert words[1].partition("/")[0] in done.stderr
 
 
 def test_modules_and_factories(net):

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from toys import D
 
-from laurel_rewrite.report import count, page, schema, shortened, size
+from laurel_rewrite.report import breakable, count, page, schema, shortened, size
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = {
@@ -111,7 +111,7 @@ def test_the_main_job(exported, tmp_path, here):
     assert [row["name"] for row in report["profile"]["rows"]] == ["resnet50.onnx", "laurel.onnx", "one more layer"]
     assert len(report["profile"]["rows"][1]["time"]["sites"]) == 16
     dom = opens(tmp_path / "laurel_out" / "report.html", tmp_path, {"streams", "ratios", "runs", "ops", "memory", "modules", "sites"})
-    assert "layer4.2.laurel_0" in dom
+    assert "layer4.<wbr>2.<wbr>laurel_0<" in dom  # broken behind dots alone
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -127,6 +127,11 @@ def test_hostile_names(name, tmp_path, here):
     dom = opens(tmp_path / "out" / "report.html", tmp_path, {"streams", "ratios", "runs", "ops", "memory", "modules", "sites"})
     assert "<title>model.onnx" in dom
     assert "<img" not in dom
+
+
+def test_names_are_escaped_and_broken_behind_dots():
+    assert str(breakable("blocks.0.laurel_0")) == "blocks.<wbr>0.<wbr>laurel_0"
+    assert str(breakable("a.<b>&/c:1")) == "a.<wbr>&lt;b&gt;&amp;/<wbr>c:<wbr>1"
 
 
 def test_words():
