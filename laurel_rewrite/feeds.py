@@ -78,7 +78,12 @@ def draw_feeds(
 
 
 def fitting_feeds(
-    model: ir.Model, run: Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]], *, seed: int = 0
+    model: ir.Model,
+    run: Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]],
+    *,
+    seed: int = 0,
+    first: Sequence[Guess] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """The first inputs, of those that `GUESSES` make, which a graph runs with and has finite outputs for.
 
@@ -86,14 +91,16 @@ def fitting_feeds(
         model: an ONNX graph.
         run: gives its outputs, and raises where it does not run.
         seed: of the numbers.
+        first: what to try before.
+        sizes: that are given, by the names of `open_sizes`.
 
     Raises:
         ConfigError: none fits, with what was said of the first; or there is nothing to draw.
     """
     tried: Counter[tuple[tuple[int, ...], ...]] = Counter()
     complaint = ""
-    for number, guess in enumerate(GUESSES):
-        feeds = draw_feeds(model, seed=seed + number, **asdict(guess))
+    for number, guess in enumerate((*first, *GUESSES)):
+        feeds = draw_feeds(model, seed=seed + number, sizes=sizes, **asdict(guess))
         shapes = tuple(array.shape for array in feeds.values())
         tried[shapes] += 1
         if tried[shapes] > 2:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from laurel_rewrite import job
 from laurel_rewrite.drafts import replacing, writable
 from laurel_rewrite.errors import ConfigError, ExportError
-from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
+from laurel_rewrite.feeds import check_feeds, read_feeds
 from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.models import require_file
@@ -56,7 +56,7 @@ def run(
         target, functions: see `laurel_rewrite.export_onnx`.
         skip: passes of "ort-cpu" to leave out.
         external_data: see `graph_files.write_onnx`.
-        inputs: an .npz file for verification and profile; else they are drawn (`draw_feeds`).
+        inputs: an .npz file for verification and profile; else they are drawn (`feeds`).
         verify: run the original and the result in onnxruntime and compare.
         emit_torch: write a trainable PyTorch module as well, which `laurel_rewrite.load(out)` gives.
         effort: how long to measure; 0 seconds for no profile.
@@ -115,7 +115,7 @@ def run(
                 with listener("lower") as stage, away_from_start(file, config.seed) as random:
                     # With random parameters too, for those of the start hide what is lost; and it is them that the profile measures.
                     lowered = [(file, NAME, "lowered against not"), (random, job.PROBE, "lowered against not, random LAuReL")]
-                    for source, name, check in lowered[: 2 if (verify or seconds > 0) and random != file else 1]:
+                    for source, name, check in lowered[: 2 if (verify or effort.seconds > 0) and random != file else 1]:
                         unlowered = ir.load(source)
                         done = lower(unlowered, skip=skip, verify=False)
                         measured = place_onnx(unlowered, draft / name, external_data=external_data)
@@ -138,12 +138,10 @@ def run(
                         unconverted = error
                         stage.done("none")
                 job.stop_if_failed(report)
-            feeds = given or (
-                proof.original.draws[0] if proof.original is not None else None if verify else draw_feeds(model, seed=config.seed)
-            )
-            if effort.seconds > 0 and feeds is None:
+            feeds = given or (proof.original.draws[0] if proof.original is not None else None)
+            if effort.seconds > 0 and verify and feeds is None:
                 report.notes.append("Not profiled, for the graph was not run.")
-            elif effort.seconds > 0 and feeds is not None:
+            elif effort.seconds > 0:
                 with listener("profile") as stage:
                     files = [path, measured]
                     if proof.original is not None and proof.original.in_float32:

@@ -285,6 +285,24 @@ def test_nodes_of_a_loop_are_not_counted_twice(tmp_path):
     assert {node.op for node in row.attribution.nodes} == {"Loop", "Relu"}
 
 
+def test_inputs_are_drawn_until_the_graph_runs_with_them(tmp_path):
+    """A table of 16 positions, which a sequence of 128 does not fit."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "positions"], ["y"], name="add")], "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "sequence", D])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.zeros((1, 16, D), np.float32), "positions")],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "short.onnx")
+    path = tmp_path / "short.onnx"
+    assert profile([path], seconds=0, min_rounds=1, threads=1).shapes == ({"x": f"float32[2, 16, {D}]"},)
+    assert profile([path], shapes={"batch": [3]}, seconds=0, min_rounds=1, threads=1).shapes == ({"x": f"float32[3, 16, {D}]"},)
+    with pytest.raises(ConfigError, match="No inputs were found that the graph runs with"):
+        profile([path], shapes={"sequence": [17]}, seconds=0)
+    with pytest.raises(ConfigError, match="too large to be drawn"):
+        profile([path], shapes={"batch": [99_999_999_999]}, seconds=0)
+
+
 def test_bad_requests(graphs, tmp_path):
     with pytest.raises(ConfigError, match="no execution provider 'quantum'"):
         profile(graphs, provider="quantum")

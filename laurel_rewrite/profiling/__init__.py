@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError
-from laurel_rewrite.feeds import check_feeds, draw_feeds, shape_grid
+from laurel_rewrite.feeds import Guess, check_feeds, fitting_feeds, shape_grid
 from laurel_rewrite.graph_files import external, write_onnx
 from laurel_rewrite.one_more_layer import one_more_layer
 from laurel_rewrite.onnx_surgery import away_from_start
@@ -32,6 +32,7 @@ __all__ = ["Profile", "Row", "processor", "profile"]
 
 ONE_MORE = "one more layer"
 ITSELF = "the same again"
+_USUAL = Guess(batch=1, length=128)
 _TRACED = 0.2  # of the time, for profiled runs
 
 
@@ -146,7 +147,8 @@ def profile(
     Args:
         paths: two or more files with the same inputs; the first is the baseline. One alone gives absolute figures.
         names: to call them by; None takes the files' names, with folders where they are equal.
-        inputs: by name. None draws them (`draw_feeds`): dynamic dimensions are 1 for the batch and 128 for a sequence.
+        inputs: by name. None draws them (`fitting_feeds`): open sizes are 1 for the batch and 128 for a sequence, or where the first model does
+            not run with these, others that it runs with.
         shapes: sizes to measure at, all combinations, by the names of open sizes: {"batch": [1, 8]}.
         seconds: time for the rounds at each shape, after warm-up. There are at least `min_rounds`.
         precision: measure on until every 95 % interval reaches no farther from its ratio than this fraction of it (0.02 is 2 %), or
@@ -175,7 +177,7 @@ def profile(
     options = settings(threads, provider)
     models = [_load(file) for file in files]
     points = shape_grid(models[0], shapes or {})
-    feeds = [dict(inputs) if inputs is not None else draw_feeds(models[0], seed=seed, batch=1, length=128, sizes=sizes) for sizes in points]
+    feeds = [dict(inputs)] if inputs is not None else _drawn(files[0], models[0], options, points, seed)
     for file, model in zip(files, models, strict=True):
         for one in feeds:
             check_feeds(model, one, file)
@@ -215,6 +217,17 @@ def profile(
     warnings += _doubts(rows, options, effort)
     made_with = conditions(options) | {"rounds": rows[0].latency.rounds, "inputs": described[0], "seed": seed}
     return Profile(rows, described, made_with, tuple(warnings))
+
+
+def _drawn(path: Path, model: ir.Model, options: Settings, points: Sequence[Mapping[str, int]], seed: int) -> list[dict[str, np.ndarray]]:
+    """Inputs that a model runs with, for each choice of sizes."""
+    session = session_of(path, options)
+
+    def run(feeds: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        session.run(None, dict(feeds))
+        return ()  # numbers that are not finite take no less time
+
+    return [fitting_feeds(model, run, seed=seed, first=[_USUAL], sizes=sizes) for sizes in points]
 
 
 def _rows(
