@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
@@ -30,7 +30,7 @@ _STATUS = (
     ("4", "capture or export failed"),
     ("5", "an optional package is missing"),
 )
-EPILOG = {"Other commands": _COMMANDS, "MODEL": _MODELS, "Exit status": _STATUS}
+EPILOG: dict[str, Sequence[tuple[str, str]]] = {"Other commands": _COMMANDS, "MODEL": _MODELS, "Exit status": _STATUS}
 
 
 class _Formatter(click.HelpFormatter):
@@ -38,7 +38,7 @@ class _Formatter(click.HelpFormatter):
         columns = min(shutil.get_terminal_size().columns, max_width or 80)
         super().__init__(indent_increment, width or max(columns - 2, 20), max_width)
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         whole = [(term, text.replace("-", _HYPHEN)) for term, text in rows]
         super().write_dl(whole, col_max if self.width >= _NARROW else 4, col_spacing)
 
@@ -59,8 +59,8 @@ class Command(click.Command):
 
     context_class = _Context
 
-    def __init__(self, *args: Any, sections: dict[str, Sequence[tuple[str, str]]] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, context_settings={"help_option_names": ["-h", "--help"]}, **kwargs)
+    def __init__(self, name: str | None, *, sections: dict[str, Sequence[tuple[str, str]]] | None = None, **settings: Any) -> None:
+        super().__init__(name, **settings | {"context_settings": {"help_option_names": ["-h", "--help"]}})
         self.sections = sections or {}
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
