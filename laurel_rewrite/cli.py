@@ -72,6 +72,13 @@ def _common(function: Any) -> Any:
 @click.option("--plan", type=click.Path(path_type=Path), help="Carry out an edited plan.")
 @click.option("--plan-out", type=click.Path(path_type=Path), help="Write the plan to this file, and stop.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, and what other variants and ranks would add, and stop.")
+@click.option(
+    "--unsupported",
+    type=click.Choice(["skip", "refuse"]),
+    default="skip",
+    show_default=True,
+    help="What to do with sites whose source cannot be edited: leave them as they are and say so, or refuse the whole.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
 @click.option("--profile-seconds", default=10.0, show_default=True, help="Time to measure latency; 0 for no profile.")
@@ -123,6 +130,7 @@ def rewrite(
     plan: Path | None,
     plan_out: Path | None,
     dry_run: bool,
+    unsupported: str,
     seed: int,
     out: Path,
     profile_seconds: float,
@@ -198,7 +206,7 @@ def rewrite(
         else:
             report = job.run(
                 model, config, out, plan=plan, settings=parse_settings(settings), functions=functions, target=target, skip=skip,
-                effort=effort, train=train, listener=listener,
+                effort=effort, train=train, unsupported=unsupported, listener=listener,
             )  # fmt: skip
     except VerificationError as error:
         if len(error.args) > 1:
@@ -209,7 +217,7 @@ def rewrite(
         _print_json(report.to_dict())
     else:
         terminal.show_report(_console(), report)
-    _stop_if_exceeded(limits, report.profile)
+    _stop_if_exceeded(limits, report.profile, len(report.skipped))
 
 
 @click.command(cls=Command)

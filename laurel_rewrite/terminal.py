@@ -20,7 +20,7 @@ from laurel_rewrite.job import Report, Stage
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.training import Training
-from laurel_rewrite.report import count, part, shortened, size
+from laurel_rewrite.report import count, part, shortened, size, skipped_of
 from laurel_rewrite.sites import Sites, short
 
 
@@ -127,7 +127,11 @@ def show_configurations(console: Console, found: Sequence[Mapping[str, Any]]) ->
 
 
 def show_report(console: Console, report: Report) -> None:
-    """What was rewritten, whether it is right, what it costs, and where it lies."""
+    """What was left out, what was rewritten, whether it is right, what it costs, and where it lies."""
+    if report.skipped:
+        console.print(Text(skipped_of(len(report.skipped), len(report.plan.sites)), style="bold yellow"))
+        for site in report.skipped:
+            console.print(Padding(Text.assemble((site.id, "bold"), f" ({short(site.where)}): {site.reason}"), (0, 0, 0, 2)))
     show_plan(console, report)
     checks = [
         (

@@ -149,6 +149,43 @@ def test_files_are_looked_at_before_the_capture(words, model, net, here, monkeyp
         assert words[1].partition("/")[0] in done.stderr
 
 
+PARTLY = f"""
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear({D}, {D}), torch.nn.Linear({D}, {D})
+
+    def forward(self, x):
+        x = x + self.a(x)
+        return sum([x, self.b(x)])
+
+def build_model():
+    return Net()
+
+def example_inputs():
+    return (torch.randn(2, {D}),)
+"""
+
+
+def test_a_site_that_cannot_be_rewritten_is_skipped_and_said_first(here, tmp_path):
+    (tmp_path / "net.py").write_text(PARTLY)
+    done = here("net.py", "--rank", "4", "--profile-seconds", "0", "--fail-if", "skipped > 1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 of 2 sites skipped")
+    report = json.loads((tmp_path / "laurel_out" / "report.json").read_text())
+    assert [site["where"].rpartition(":")[2] for site in report["skipped"]] == ["11"]
+    page = (tmp_path / "laurel_out" / "report.html").read_text().partition("<h1>")[2]
+    assert page.index("1 of 2 sites skipped") < page.index("LAuReL sites")
+    failed = here("net.py", "--rank", "4", "--profile-seconds", "0", "--fail-if", "skipped > 0")
+    assert failed.returncode == 1
+    assert "skipped > 0 (skipped 1)" in failed.stderr
+    assert here("net.py", "--rank", "4", "--unsupported", "refuse", "--out", "other").returncode not in (0, 1, 3)
+    (tmp_path / "net.py").write_text(PARTLY.replace("x = x + self.a(x)", "x = self.a(x)"))
+    assert here("net.py", "--rank", "4", "--profile-seconds", "0", "--out", "other").returncode == 3
+
+
 def test_modules_and_factories(net):
     assert json.loads(run(net, "sites", "net.py:Net", "--json").stdout)["sites"]
     assert json.loads(run(net, "sites", "net:build_model", "--json").stdout)["sites"]

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from laurel_rewrite import cli, terminal
+from laurel_rewrite.owners import Skipped
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.verify import Check
@@ -66,7 +67,7 @@ def test_the_profile_keeps_names_and_verdicts(width, profiled: Profile):
 def test_a_check_takes_a_line_or_two_and_keeps_its_outcome(width, profiled: Profile):
     report = SimpleNamespace(
         model="hf:gpt2", plan=SimpleNamespace(sites=[SimpleNamespace(id=site, variant="rw+lr", rank=16, dim=768) for site in SITES], left_out=[]),
-        notes=["Lowered: 4 streams"], parameters={"model": 1000, "added": 10}, checks=CHECKS, profile=None, training=None, files=["a"], out="out",
+        notes=["Lowered: 4 streams"], parameters={"model": 1000, "added": 10}, checks=CHECKS, profile=None, training=None, files=["a"], out="out", skipped=(Skipped("head.laurel_0", "net.py:7", "its source is not at hand"),),
     )  # fmt: skip
     text = shown(terminal.show_report, width, report)
     lines = text.partition("Verification")[2].partition("Written to")[0].strip().splitlines()
@@ -77,6 +78,7 @@ def test_a_check_takes_a_line_or_two_and_keeps_its_outcome(width, profiled: Prof
         passed = [number for number, line in enumerate(lines) if "passed" in line]
         assert [lines[number + 1].startswith(" ") for number in passed] == [False, False]
     assert SITES[0] in text
+    assert words(text).startswith("1 of 5 sites skipped: they keep their plain sum. head.laurel_0 (net.py:7): its source is not at hand")
 
 
 @pytest.mark.parametrize("width", WIDTHS)

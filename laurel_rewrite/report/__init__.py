@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
 _NOTHING: dict[str, Any] = {
-    "title": "", "model": None, "sites": [], "rejected": [], "plan": None, "parameters": None, "notes": [], "verification": [], "profile": None,
+    "title": "", "model": None, "sites": [], "rejected": [], "plan": None, "skipped": [], "parameters": None, "notes": [], "verification": [], "profile": None,
     "training": None, "out": "", "files": [],
 }  # fmt: skip
 _SHOWN = 120  # characters of a name on the page; the JSON has them all
@@ -69,7 +69,7 @@ def page(report: Mapping[str, Any]) -> str:
         "place": lambda where: breakable(short(where)),
         "name": breakable,
     }
-    environment.globals["part"] = part
+    environment.globals |= {"part": part, "skipped_of": skipped_of}
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}
     rows = profile["rows"]
@@ -114,6 +114,11 @@ def count(number: float) -> str:
         if number >= one:
             return f"{number / one:.2f} {unit}"
     return f"{number:.0f}"
+
+
+def skipped_of(skipped: int, rewritten: int) -> str:
+    """How many of the planned sites kept their plain sum, in words."""
+    return f"{skipped} of {skipped + rewritten} sites skipped: they keep their plain sum."
 
 
 def part(number: float, whole: float) -> str:
