@@ -82,7 +82,7 @@ def test_the_examples_through_every_variant(name, settings, variant, here, tmp_p
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert len(report["plan"]["sites"]) == (6 if name == "gpt" else 8)
-    assert all(check["passed"] for check in report["verification"])
+    assert not any(check["outcome"] == "FAILED" for check in report["verification"])
     assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == FILES | {f"{name}.py"}
 
 
