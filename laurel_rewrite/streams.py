@@ -53,7 +53,7 @@ def find_places(flow: Dataflow, residuals: list[Residual]) -> list[Place]:
     for residual, stream, index in zip(residuals, streams, indices, strict=True):
         shape = flow.values[residual.skip].shape or ()
         axis = votes[stream].most_common(1)[0][0] if votes[stream] else -1
-        size = shape[axis] if len(shape) > 1 else None
+        size = shape[axis] if len(shape) > 1 or (shape and votes[stream]) else None  # a lone axis may be the batch
         places.append(Place(stream, index, axis, size if isinstance(size, int) else None))
     return places
 
@@ -123,7 +123,7 @@ def _votes(flow: Dataflow, residual: Residual) -> Counter[int]:
                     continue
                 seen.add(reader)
                 kind = value.kind
-                if kind.axis is not None and len(axes) >= 2:
+                if kind.axis is not None and len(axes) >= (1 if kind.axis == -1 else 2):
                     vote(value, axes[kind.axis], kind.vote)
                 if value.role is Role.TRANSPARENT:
                     mapped = value.axes

@@ -239,3 +239,11 @@ def test_inputs_that_fit_are_found_among_guesses():
     huge = onnx_graph(_pair(), {"x": (2**40, D)}, w=(D, D))
     with pytest.raises(ConfigError, match=r"'x' of shape \[1099511627776, 16\] is too large"):
         draw_feeds(huge)
+
+
+def test_a_stream_of_one_dimension():
+    """A vector that a linear layer reads has features; one that nothing of the kind reads may be a batch of numbers."""
+    model = onnx_graph(_pair(), {"x": (D,)}, w=(D, D))
+    (site,) = detect(model)
+    assert (site.axis, site.dim) == (-1, D)
+    assert rewrite_onnx(model, rank=4).functions
