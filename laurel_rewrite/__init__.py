@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from laurel_rewrite.detecting import detect
     from laurel_rewrite.drawing import draw
     from laurel_rewrite.errors import (
         CaptureError,
@@ -37,11 +38,10 @@ if TYPE_CHECKING:
     from laurel_rewrite.profiling import profile
     from laurel_rewrite.rewriting import rewrite
     from laurel_rewrite.saving import load, save
-    from laurel_rewrite.sites import detect
     from laurel_rewrite.surgery import remove
 
 _HOMES = {
-    "detect": "sites",
+    "detect": "detecting",
     "explain": "explaining",
     "draw": "drawing",
     "rewrite": "rewriting",

@@ -1,6 +1,7 @@
-"""From a live module to a graph that can be analysed: `torch.export`, with the exact source position of every add.
+"""From a live module to graphs that can be analysed, with the exact source position of every add.
 
-The exported program is only looked at. What it cannot do (switch train and eval, keep classes, pickle) nobody asks of it.
+One graph is trusted where a run in the other mode (train, eval) adds nothing that it lacks; `capture` says how it goes on elsewhere.
+The graphs are only looked at. What they cannot do (switch train and eval, keep classes, pickle) nobody asks of them.
 """
 
 from __future__ import annotations
@@ -8,65 +9,44 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import sys
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import CodeType, FrameType
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx.traceback
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch import fx, nn
 
+from laurel_rewrite import concrete
 from laurel_rewrite.errors import CaptureError
+from laurel_rewrite.recording import Call, Recorder, Span
+from laurel_rewrite.snapshot import fits_twice, preserved
 
-_TORCH = torch.__path__[0]
-_MACHINERY = tuple(f"{_TORCH}/{part}" for part in ("_", "fx/", "overrides", "utils/", "export/", "functional", "autograd/", "compiler/"))
-_CALL = f"{_TORCH}/nn/modules/module.py"
-_COPY = "<copy>"
-_ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "iadd"})
+__all__ = ["Call", "Capture", "Span", "capture", "describe", "parameters_of", "quiet", "training", "without_caches"]
 
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of source: code object, and its lines (from 1) and columns (UTF-8 bytes, from 0).
-
-    The file is named too, because code objects of two files are equal where their text is.
-    """
-
-    code: CodeType
-    filename: str
-    line: int
-    end_line: int
-    column: int
-    end_column: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """One executed add: whose forward ran it, in which of its calls, and by which steps, outermost first.
-
-    `steps[0]` lies in a method of the owner; the last span is the add itself, those before it are calls of helpers.
-    """
-
-    owner: str
-    owner_call: int
-    steps: tuple[Span, ...]
-
-    @property
-    def where(self) -> str:
-        last = self.steps[-1]
-        return f"{last.filename}:{last.line}"
+Sums = Counter[tuple[str, tuple[Span, ...]]]
+_SLICE = re.compile(r"slice\((?P<bounds>[^)]*)\)|[^.]+")
 
 
 @dataclass
 class Capture:
-    """An exported program of a model and the calls recorded while it ran; nodes refer to them by `meta["custom"]["laurel_call"]`."""
+    """A graph of a model, and the calls recorded while it was made; nodes refer to them by `meta["custom"]["laurel_call"]`.
 
-    program: torch.export.ExportedProgram
+    Attributes:
+        graph: with shapes, source lines and module stacks in its nodes' metadata.
+        parameters: names of the placeholders that hold parameters, buffers and constants.
+        train: in which mode it was made.
+        sums: see `Recorder`.
+    """
+
+    graph: fx.Graph
+    parameters: frozenset[str]
+    train: bool
     calls: list[Call] = field(default_factory=list)
+    sums: Sums = field(default_factory=Counter)
 
 
 def capture(
@@ -75,11 +55,16 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-) -> Capture:
-    """Export the model in train mode and record where each add stands. The model is left as it was.
+) -> tuple[list[Capture], list[str]]:
+    """Capture a model, and record where each add stands. The model, its inputs and all random states are left as they were.
 
-    A model that cannot be exported in train mode (Gemma 3n clamps weights in place there) is exported in eval mode, where its dropouts
-    are missing and its sums are the same.
+    The first way that works is taken: `torch.export` in train mode, then in eval mode (where dropouts are missing and the sums are the
+    same), then one run on concrete values, which knows no data-dependent branch, then the same without gradients. A model on the meta
+    device, or one that does not fit into memory twice, cannot be run so.
+
+    Then the model runs in the other mode on fake tensors, without a graph, and its adds are counted. Where one stands that the capture
+    lacks, or is run more often (a layer that train mode drops at random, a branch on `self.training`), that mode is captured too. Where
+    sizes of a graph depend on values, the model is captured on concrete values, which have sizes.
 
     Args:
         model: on any device, meta included; in train or eval mode.
@@ -87,45 +72,174 @@ def capture(
         dynamic_shapes: as `torch.export.export` takes them. None exports with the sizes of the inputs, which is all that detection
             needs.
 
+    Returns:
+        One or two captures, and sentences for the user about what could not be seen.
+
     Raises:
-        CaptureError: the model cannot be called with these inputs, or cannot be exported.
+        CaptureError: the model cannot be called with these inputs, or can be captured in no way.
     """
-    try:
-        return _export(model, args, kwargs, dynamic_shapes, train=True)
-    except Exception as error:
+    return _Captor(model, tuple(args), dict(kwargs or {}), dynamic_shapes).capture()
+
+
+class _Captor:
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> None:
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
+        self.dynamic_shapes = dynamic_shapes
+        self.failed: dict[tuple[str, bool], BaseException] = {}  # way and mode -> why
+        self.notes: list[str] = []
+
+    def capture(self) -> tuple[list[Capture], list[str]]:
+        first = self._try("export", True) or self._try("export", False)
+        if first is None:
+            first = self._try("run", True) or self._try("run", False)
+        if first is None:
+            with torch.no_grad():  # some kernels have no backward
+                self.failed, failed = {}, self.failed
+                first = self._try("export", False) or self._try("run", False)
+                self.failed = failed | self.failed if first is None else failed
+        if first is None:
+            raise CaptureError(self._explain()) from next(iter(self.failed.values()))
+        if _has_sizes_by_value(first.graph):
+            first = self._try("run", first.train) or first
+        other = self._other(first)
+        return [first] if other is None else [first, other], self.notes
+
+    def _other(self, first: Capture) -> Capture | None:
+        """The other mode, where it adds what the first capture lacks."""
+        train = not first.train
+        mode = "train" if train else "eval"
+        sums = self._rehearse(train)
+        if sums is None:
+            self.notes.append(f"What {mode} mode adds is not known: {_reason(self.failed['rehearsal', train])}.")
+            return None
+        if not sums - first.sums:
+            return None
+        other = self._try("export", train) or self._try("run", train)
+        if other is None:
+            places = ", ".join(sorted({f"{owner or 'the model'} ({steps[-1].line})" for owner, steps in sums - first.sums})[:4])
+            self.notes.append(f"Additions that only {mode} mode runs could not be captured: {places}.")
+        return other
+
+    def _try(self, way: str, train: bool) -> Capture | None:
+        """One capture; None where it fails, or failed before."""
+        if (way, train) in self.failed:
+            return None
+        recorder = Recorder(self.model)
         try:
-            return _export(model, args, kwargs, dynamic_shapes, train=False)
-        except Exception:
-            raise CaptureError(_explain(model, args, kwargs, error)) from error
+            with self._prepared(train, values=way == "run"):
+                if way == "run":
+                    module, parameters = concrete.trace(self.model, self.args, self.kwargs, recorder)
+                    graph = module.graph
+                else:
+                    graph, parameters = self._export(recorder)
+        except (Exception, SystemExit) as error:  # whatever the user's code raises, and torch
+            self.failed[way, train] = error
+            return None
+        return Capture(graph, parameters, train, recorder.calls, recorder.sums)
+
+    def _export(self, recorder: Recorder) -> tuple[fx.Graph, frozenset[str]]:
+        with torch.fx.traceback.preserve_node_meta(), recorder:
+            program = torch.export.export(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes, strict=False)
+        for node in program.graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            for key, (path, cls) in stack.items():
+                if "slice(" in path:
+                    stack[key] = (_real_path(self.model, path), cls)
+        return program.graph, parameters_of(program)
+
+    def _rehearse(self, train: bool) -> Sums | None:
+        """What a run in this mode adds, without a graph: on fake tensors, or where values decide, on real ones."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        for way in ("rehearsal", "real rehearsal"):
+            recorder = Recorder(self.model)
+            fake = FakeTensorMode(allow_non_fake_inputs=True) if way == "rehearsal" else contextlib.nullcontext()
+            try:
+                with self._prepared(train, values=way != "rehearsal"), recorder, fake:
+                    self.model(*self.args, **self.kwargs)
+            except (Exception, SystemExit) as error:
+                self.failed["rehearsal", train] = error
+            else:
+                return recorder.sums
+        return None
+
+    @contextlib.contextmanager
+    def _prepared(self, train: bool, *, values: bool) -> Iterator[None]:
+        """In one mode, quietly, with everything put back. With `values`, the model is to run."""
+        if values:
+            if any(p.is_meta for p in (*self.model.parameters(), *self.model.buffers())):
+                raise CaptureError("a model on the meta device has no values to run with")
+            if not fits_twice(self.model):
+                raise CaptureError("the model does not fit into memory twice, and so cannot be run and put back")
+        with preserved(self.model, self.args, self.kwargs, values=values), training(self.model, train), without_caches(self.model), quiet():
+            yield
+
+    def _explain(self) -> str:
+        inputs = [describe(a) for a in self.args] + [f"{k}={describe(v)}" for k, v in self.kwargs.items()]
+        first = next(iter(self.failed.values()))
+        run = self.failed.get(("run", False), first)
+        name = type(self.model).__name__
+        text = f"{name} could not be captured with the inputs ({', '.join(inputs)}): "
+        if isinstance(run, CaptureError):
+            return f"{text}{_reason(first)}. One run on concrete values could go on where torch.export stops, but {run}."
+        problem = self._call_plainly()
+        if problem is not None:
+            return f"{text}{_reason(problem)}. The model cannot be called with these inputs, in train mode or in eval mode."
+        return (
+            f"{text}{_reason(first)}. The model itself runs with these inputs; the trace of such a run failed too: {_reason(run)}. "
+            "Leave out what cannot be traced (a compiled or scripted part, a custom kernel), or pass a graph: a .pt2 or .onnx file."
+        )
+
+    def _call_plainly(self) -> BaseException | None:
+        """Why the model cannot be called, None where it can."""
+        problem: BaseException | None = None
+        for train in (True, False):
+            try:
+                with self._prepared(train, values=True), torch.no_grad():
+                    self.model(*self.args, **self.kwargs)
+            except (Exception, SystemExit) as error:
+                problem = problem or error
+            else:
+                return None
+        return problem
 
 
-def _export(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, *, train: bool) -> Capture:
-    recorder = _Recorder(model)
-    with training(model, train), without_caches(model), quiet(), torch.fx.traceback.preserve_node_meta(), recorder:
-        program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
-    return Capture(program, _with_owners(program, recorder.calls))
+def parameters_of(program: torch.export.ExportedProgram) -> frozenset[str]:
+    """Names of the placeholders that hold parameters, buffers and constants rather than data."""
+    return frozenset(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT")
 
 
-def _with_owners(program: torch.export.ExportedProgram, calls: list[Call]) -> list[Call]:
-    """Name the owners that ran as copies of the model's modules, which some exports make, by the path in the graph's metadata."""
-    named = list(calls)
-    for node in program.graph.nodes:
-        index = (node.meta.get("custom") or {}).get("laurel_call")
-        stack = node.meta.get("nn_module_stack")
-        if index is not None and stack and named[index].owner == _COPY:  # the first node is the add
-            key, (path, _) = next(reversed(stack.items()))
-            turn = str(key).rpartition("@")[2]
-            named[index] = replace(calls[index], owner=path, owner_call=int(turn) if turn.isdigit() else 0)
-    return named
+def _has_sizes_by_value(graph: fx.Graph) -> bool:
+    """Whether a size depends on the values of tensors."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    values = (node.meta.get("val") for node in graph.nodes)
+    return any(isinstance(value, torch.Tensor) and free_unbacked_symbols(value.shape) for value in values)
 
 
-def _explain(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, error: Exception) -> str:
-    inputs = [describe(a) for a in args] + [f"{k}={describe(v)}" for k, v in (kwargs or {}).items()]
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else ""
-    return (
-        f"{type(model).__name__} could not be captured with the inputs ({', '.join(inputs)}): {type(error).__name__}: {reason[:400]}. "
-        "Check that the model can be called with these inputs in train mode, and that its forward has no branch on the values of tensors."
-    )
+def _real_path(model: nn.Module, path: str) -> str:
+    """The path of a module that was reached through a slice of a container, which an export writes as `layers.slice(1, None, None).0`."""
+    module, names, chosen = model, [], None
+    for part in _SLICE.finditer(path):
+        if part["bounds"] is not None:
+            bounds = [None if b.strip() == "None" else int(b) for b in part["bounds"].split(",")]
+            chosen = (chosen or list(module._modules))[slice(*bounds)]
+            continue
+        name = part[0]
+        if chosen is not None and not isinstance(module, nn.Sequential):  # a slice of a list counts anew
+            name = chosen[int(name)]
+        chosen = None
+        names.append(name)
+        module = module.get_submodule(name)
+    return ".".join(names)
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    first = text.splitlines()[0].rstrip(".")[:400] if text else ""
+    return first if isinstance(error, CaptureError) else f"{type(error).__name__}: {first}"
 
 
 def describe(value: Any) -> str:
@@ -133,69 +247,6 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return repr(value) if isinstance(value, int | float | bool | str | None) else type(value).__name__
-
-
-class _Recorder(TorchFunctionMode):
-    """Marks the graph node of every add with the index of a `Call` that says where it stands in the source."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-        self._paths = {id(module): name for name, module in reversed(list(model.named_modules()))}
-        self._running: dict[str, tuple[FrameType, int]] = {}
-        self._positions: dict[tuple[CodeType, str, int], Span | None] = {}
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _ADDS:
-            call = self._locate(sys._getframe(1))
-            if call is not None:
-                self.calls.append(call)
-                with torch.fx.traceback.annotate({"laurel_call": len(self.calls) - 1}):
-                    return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _locate(self, frame: FrameType | None) -> Call | None:
-        while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
-            frame = frame.f_back
-        steps: list[Span] = []
-        while frame is not None and frame.f_code.co_filename != _CALL:
-            span = self._span(frame)
-            if span is None:
-                return None
-            steps.append(span)
-            owner = self._owner(frame)
-            outer = frame.f_back
-            while outer is not None and outer.f_code.co_filename.startswith(_MACHINERY):
-                outer = outer.f_back
-            # A method that the owner calls on itself is a step inside the owner's call; what wraps its forward is not.
-            if owner is not None and (frame.f_code.co_name == "forward" or outer is None or self._owner(outer) != owner):
-                return Call(owner, self._count(owner, frame), tuple(reversed(steps)))
-            frame = outer
-        return None
-
-    def _owner(self, frame: FrameType) -> str | None:
-        code = frame.f_code
-        if not code.co_argcount or frame.f_code.co_filename == _CALL:
-            return None
-        this = frame.f_locals.get(code.co_varnames[0])
-        return self._paths.get(id(this), _COPY if isinstance(this, nn.Module) else None)
-
-    def _count(self, owner: str, frame: FrameType) -> int:
-        """The how-manieth call of the owner this frame belongs to."""
-        running, count = self._running.get(owner, (None, -1))
-        if running is not frame:
-            count += 1
-            self._running[owner] = (frame, count)
-        return count
-
-    def _span(self, frame: FrameType) -> Span | None:
-        key = (frame.f_code, frame.f_code.co_filename, frame.f_lasti)
-        if key not in self._positions:
-            position = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-            line, end_line, column, end_column = position
-            known = line is not None and end_line is not None and column is not None and end_column is not None
-            self._positions[key] = Span(frame.f_code, frame.f_code.co_filename, line, end_line, column, end_column) if known else None  # type: ignore[arg-type]  # known
-        return self._positions[key]
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def explain(sites: Sites, selector: str) -> list[Explanation]:
 
     Example:
         >>> import torch
-        >>> from laurel_rewrite.sites import detect
+        >>> from laurel_rewrite.detecting import detect
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> why = explain(detect(layer, (torch.randn(2, 5, 8),)), "laurel_1")[0]
         >>> why.verdict, dict(why.facts)["path"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from laurel_rewrite import variants
+from laurel_rewrite.detecting import detect
 from laurel_rewrite.drafts import replacing, writable
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.models import Built, build, require_file
@@ -21,7 +22,7 @@ from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report import count as number
-from laurel_rewrite.sites import Sites, detect
+from laurel_rewrite.sites import Sites
 from laurel_rewrite.verify import Check, check_gradients, failure, randomized
 from laurel_rewrite.verify_export import array_of, check_export, widened
 from laurel_rewrite.verify_onnx import check_moves

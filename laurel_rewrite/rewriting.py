@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import fx, nn
 
+from laurel_rewrite.detecting import detect
 from laurel_rewrite.errors import ConfigError, LaurelError, NoSiteError, RewriteError, VerificationError
+from laurel_rewrite.inputs import call_inputs
 from laurel_rewrite.operator import refuse_second_time, sites_of
 from laurel_rewrite.owners import UNSUPPORTED, Owners, Skipped, rewritten_owners
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.proof import Evidence, Proof, first_wrong
-from laurel_rewrite.sites import Sites, detect
+from laurel_rewrite.sites import Sites
 from laurel_rewrite.surgery import RECORD, Rewriting, copied, install, remove
 from laurel_rewrite.verify import Check
 
@@ -45,7 +47,7 @@ class Applied:
 
 def rewrite(
     model: nn.Module,
-    args: Sequence[Any] = (),
+    args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     variant: str = "rw+lr",
@@ -107,6 +109,7 @@ def rewrite(
     elif not isinstance(plan, Plan):
         plan = Plan.read(plan)
     refuse_second_time(model)
+    args, kwargs = call_inputs(args, kwargs)
     sites = detect(model, args, kwargs)
     if plan is None:
         plan = Plan.from_sites(sites, config)

@@ -7,16 +7,15 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from laurel_rewrite.capture import Call, capture
+from laurel_rewrite.capture import Call, Capture, parameters_of
 from laurel_rewrite.dataflow import Dataflow
 from laurel_rewrite.dialects.fx import dataflow_from_fx
+from laurel_rewrite.dialects.regions import flattened
 from laurel_rewrite.errors import CaptureError, nearest
 from laurel_rewrite.residuals import Refusal, Residual, find_residuals
 from laurel_rewrite.streams import find_places
@@ -107,6 +106,7 @@ class Sites:
         refusals: the other sums in the dataflow, in the order of `rejected`.
         flow: the dataflow that was searched.
         calls: the recorded calls that its values refer to.
+        notes: sentences for the user: where the modes differ, and what could not be seen.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -115,6 +115,7 @@ class Sites:
     refusals: list[Refusal] = field(default_factory=list, repr=False)
     flow: Dataflow = field(default_factory=Dataflow, repr=False)
     calls: Sequence[Call] = field(default=(), repr=False)
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -166,55 +167,6 @@ class Sites:
         return {"sites": [asdict(site) for site in self.sites], "rejected": [asdict(rejected) for rejected in self.rejected]}
 
 
-def detect(
-    model: nn.Module | torch.export.ExportedProgram | onnx_ir.Model | str | PathLike[str],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
-) -> Sites:
-    """Find the residual connections of a model. Nothing is changed.
-
-    Args:
-        model: a module on any device (meta included), an `fx.GraphModule`, an exported program, an ONNX model, or the path of a .pt2 or
-            .onnx file.
-        args, kwargs: inputs of its forward, with a batch of 2 or more where possible: a batch of 1 hides broadcasts. A graph that
-            carries shapes already needs none.
-        dynamic_shapes: as `torch.export.export` takes them; the sites are the same, their shapes symbolic.
-
-    Returns:
-        The sites in order of execution, and every other addition with the reason why it is none.
-
-    Raises:
-        CaptureError: the model cannot be captured with these inputs, or the file cannot be read.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> class Block(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.linear = nn.Linear(8, 8)
-        ...     def forward(self, x):
-        ...         return x + self.linear(x)
-        >>> [site.kind for site in detect(Block(), (torch.randn(2, 8),))]
-        ['identity']
-    """
-    if isinstance(model, fx.GraphModule):
-        with_shapes(model, args, kwargs)
-        return sites_of_graph(model)
-    if isinstance(model, str | PathLike):
-        from laurel_rewrite.graph_files import read_graph
-
-        model = read_graph(Path(model))
-    if isinstance(model, torch.export.ExportedProgram):
-        return sites_of_program(model)
-    if not isinstance(model, nn.Module):
-        return sites_of_onnx(model)
-    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    return sites_of_program(captured.program, captured.calls)
-
-
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """No garbage collection for a while: detection makes millions of small objects that live on, and each pass would walk them all."""
@@ -228,17 +180,25 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def sites_of_program(program: torch.export.ExportedProgram, calls: Sequence[Call] = ()) -> Sites:
-    """The sites of an exported program, with source positions where its calls were recorded."""
-    parameters = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT"}
-    flow, _ = dataflow_from_fx(program.graph, parameters=parameters)
-    return _sites(flow, calls, program.graph)
+def sites_of_program(program: torch.export.ExportedProgram) -> Sites:
+    """The sites of an exported program."""
+    graph = flattened(program.graph)
+    flow, _ = dataflow_from_fx(graph, parameters=parameters_of(program))
+    return _sites(flow, (), graph)
+
+
+@_uncollected()
+def sites_of_capture(captured: Capture) -> Sites:
+    """The sites of a captured model, with source positions."""
+    graph = flattened(captured.graph)
+    flow, _ = dataflow_from_fx(graph, parameters=captured.parameters)
+    return _sites(flow, captured.calls, graph)
 
 
 @_uncollected()
 def sites_of_graph(module: fx.GraphModule) -> Sites:
     """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes."""
-    flow, _ = dataflow_from_fx(module.graph, module.get_submodule)
+    flow, _ = dataflow_from_fx(flattened(module.graph), module.get_submodule)
     return _sites(flow, ())
 
 

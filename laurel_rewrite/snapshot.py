@@ -10,8 +10,9 @@ import contextlib
 import functools
 import random
 import sys
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
 from typing import Any
 
@@ -72,20 +73,48 @@ def state_bytes(*things: object) -> int:
     return sum(memory.numel() for memory in _memories(things))
 
 
+def fits_twice(*things: object) -> bool:
+    """Whether there is memory for a second copy of all tensors that these things hold, with room to spare for a run."""
+    needed: Counter[str] = Counter()
+    for memory in _memories(things):
+        needed[memory.device.type] += memory.numel()
+    return all(1.25 * size <= _free_bytes(device) for device, size in needed.items())
+
+
+def _free_bytes(device: str) -> float:
+    if device != "cpu":
+        module: Any = torch.get_device_module(device)
+        return float(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") else float("inf")
+    free = [float("inf")]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's own limit; "max" is none
+        group = Path("/sys/fs/cgroup")
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + int(cached))
+    return min(free)
+
+
+def tensors_in(*things: object) -> list[Tensor]:
+    """Every plain tensor that these things hold, each once."""
+    return [thing for thing in _reachable(things) if isinstance(thing, Tensor) and _holds_memory(thing)]
+
+
 # What is reached
 
 
-def _reachable(things: Iterable[object]) -> Iterator[Any]:
+def _reachable(things: Sequence[object]) -> Iterator[Any]:
     """Everything that can change, each once."""
     seen: dict[int, object] = {}  # also keeps them alive, so that no id is used twice
-    stack = list(things)
+    stack = list(reversed(things))
     while stack:
         thing = stack.pop()
         if isinstance(thing, _FIXED) or id(thing) in seen or _is_machinery(thing):
             continue
         seen[id(thing)] = thing
         yield thing
-        stack.extend(_parts(thing))
+        stack.extend(reversed([*_parts(thing)]))
 
 
 def _is_machinery(thing: object) -> bool:
@@ -244,7 +273,7 @@ def _restore_grad(tensor: Tensor, grad: Tensor | None) -> None:
         tensor.grad = grad
 
 
-def _memories(things: Iterable[object]) -> Iterator[Tensor]:
+def _memories(things: Sequence[object]) -> Iterator[Tensor]:
     """The memory behind every tensor that is reached, as bytes, each piece once: views and tied tensors share theirs."""
     seen: set[int] = set()
     for thing in _reachable(things):

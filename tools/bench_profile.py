@@ -42,10 +42,10 @@ def main(seconds: float, runs: int, out: Path | None) -> None:
     from bench_lowering import trained_like
 
     from laurel_rewrite import profile, rewrite_onnx, write_onnx
+    from laurel_rewrite.detecting import detect
     from laurel_rewrite.lowering import lower
     from laurel_rewrite.plan import LaurelConfig, Plan
     from laurel_rewrite.profiling import processor
-    from laurel_rewrite.sites import detect
 
     lines = [
         f"# The profiler against itself, {date.today()}",

@@ -1,0 +1,204 @@
+"""Detection: from whatever a model comes as to its `Sites`, over both modes where they differ."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from laurel_rewrite.capture import capture
+from laurel_rewrite.dataflow import Dataflow
+from laurel_rewrite.inputs import call_inputs
+from laurel_rewrite.sites import (
+    Binding,
+    Site,
+    Sites,
+    sites_of_capture,
+    sites_of_graph,
+    sites_of_onnx,
+    sites_of_program,
+    with_shapes,
+)
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+
+def detect(
+    model: nn.Module | torch.export.ExportedProgram | onnx_ir.Model | str | PathLike[str],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Sites:
+    """Find the residual connections of a model. Nothing is changed.
+
+    Args:
+        model: a module on any device (meta included), an `fx.GraphModule`, an exported program, an ONNX model, or the path of a .pt2 or
+            .onnx file.
+        args, kwargs: inputs of its forward: a tuple, one tensor, or a dictionary of keyword arguments. Give a batch of 2 or more where
+            possible: a batch of 1 hides broadcasts. A graph that carries shapes already needs none.
+        dynamic_shapes: as `torch.export.export` takes them; the sites are the same, their shapes symbolic.
+
+    Returns:
+        The sites in order of execution, and every other addition with the reason why it is none.
+
+    Raises:
+        CaptureError: the model cannot be captured with these inputs, or the file cannot be read.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(8, 8)
+        ...     def forward(self, x):
+        ...         return x + self.linear(x)
+        >>> [site.kind for site in detect(Block(), (torch.randn(2, 8),))]
+        ['identity']
+    """
+    args, kwargs = call_inputs(args, kwargs)
+    if isinstance(model, fx.GraphModule):
+        with_shapes(model, args, kwargs)
+        return sites_of_graph(model)
+    if isinstance(model, str | PathLike):
+        from laurel_rewrite.graph_files import read_graph
+
+        model = read_graph(Path(model))
+    if isinstance(model, torch.export.ExportedProgram):
+        return sites_of_program(model)
+    if not isinstance(model, nn.Module):
+        return sites_of_onnx(model)
+    captured, notes = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    found = [sites_of_capture(one) for one in captured]
+    sites = found[0] if len(found) == 1 else _union(*found, modes=tuple("train" if one.train else "eval" for one in captured))
+    return replace(sites, notes=(*sites.notes, *notes))
+
+
+# Two modes
+
+
+@dataclass
+class _Row:
+    site: Site
+    binding: Binding
+    line: _Line
+    base: str
+
+
+_Line = tuple[str, Any]  # owner, and the steps to the add: what its calls and turns have in common
+
+
+def _union(one: Sites, other: Sites, modes: Sequence[str]) -> Sites:
+    """What two modes of one model run. The mode with more sites gives ids and streams; what only the other runs is added.
+
+    A line that one call of its owner runs several times is taken from the mode that runs it more often.
+    """
+    if len(other) > len(one):
+        one, other, modes = other, one, modes[::-1]
+    ours, theirs = _groups(one), _groups(other)
+    fewer = [site.id for key, sites in ours.items() for site in sites[len(theirs.get(key, ())) :]]
+    more = [key for key, sites in theirs.items() if len(sites) > len(ours.get(key, ()))]
+    notes = (_note(modes, fewer),) if fewer else ()
+    if not more:
+        return replace(one, notes=notes)
+    rows = [_Row(site, one.bindings[site.id], _line(one, site), _base(one, site)) for site in one if _key(one, site) not in more]
+    bases = {_line(one, site): _base(one, site) for site in one}
+    free: Counter[str] = Counter(owner for owner, _ in bases)
+    streams = 1 + max((site.stream for site in one), default=-1)
+    at = 0
+    for site in other:
+        key, line, binding = _key(other, site), _line(other, site), other.bindings[site.id]
+        if key not in more:
+            twin = ours[key][theirs[key].index(site)]
+            at = next(i for i, row in enumerate(rows) if row.site is twin) + 1
+            continue
+        if line not in bases:
+            bases[line] = f"{site.owner}.laurel_{free[site.owner]}".lstrip(".")
+            free[site.owner] += 1
+        rows.insert(at, _Row(replace(site, stream=site.stream + streams), _moved(binding, len(one.flow.values)), line, bases[line]))
+        at += 1
+    return _joined(one, other, rows, (*notes, _note(modes[::-1], [row.site.id for row in rows if row.site.stream >= streams])))
+
+
+def _joined(one: Sites, other: Sites, rows: list[_Row], notes: tuple[str, ...]) -> Sites:
+    """The sites of the rows, numbered, over the values of both; every other sum of both, each once."""
+    turns: dict[str, int] = defaultdict(lambda: 1)
+    for row in rows:
+        turns[row.base] = max(turns[row.base], row.binding.turns)
+    sites: list[Site] = []
+    bindings: dict[str, Binding] = {}
+    tied: Counter[str] = Counter()
+    positions: Counter[int] = Counter()
+    for row in rows:
+        several = turns[row.base] > 1
+        turn = (row.binding.turn or 0) if several else None
+        path = f"{row.base}.{turn}" if several else row.base
+        name = f"{path}@{tied[path]}" if tied[path] else path
+        sites.append(replace(row.site, id=name, index=positions[row.site.stream]))
+        bindings[name] = replace(row.binding, turn=turn, turns=turns[row.base])
+        tied[path] += 1
+        positions[row.site.stream] += 1
+    n, calls = len(one.flow.values), len(one.calls)
+    moved = [
+        replace(v, index=v.index + n, inputs=tuple(i + n for i in v.inputs), call=None if v.call is None else v.call + calls)
+        for v in other.flow.values
+    ]
+    flow = Dataflow([*one.flow.values, *moved], one.flow.outputs | {i + n for i in other.flow.outputs})
+    added = [replace(r, output=r.output + n, operands=tuple(i + n for i in r.operands)) for r in other.refusals]
+    places = {(site.where, site.owner) for site in sites}
+    known: set[tuple[str, str, str]] = {(r.where, r.owner, r.reason) for r in one.rejected}
+    pairs = [pair for pair in zip(one.rejected, one.refusals, strict=True) if (pair[0].where, pair[0].owner) not in places]
+    pairs += [
+        (rejected, refusal)
+        for rejected, refusal in zip(other.rejected, added, strict=True)
+        if (rejected.where, rejected.owner) not in places and (rejected.where, rejected.owner, rejected.reason) not in known
+    ]
+    rejected, refusals = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return Sites(sites, rejected, bindings, refusals, flow, (*one.calls, *other.calls), notes)
+
+
+def _line(sites: Sites, site: Site) -> _Line:
+    call = sites.bindings[site.id].adds[0][2]
+    return (call.owner, call.steps) if call is not None else (site.owner, site.where)
+
+
+def _key(sites: Sites, site: Site) -> tuple[Any, ...]:
+    """A line in one call of its owner."""
+    call = sites.bindings[site.id].adds[0][2]
+    return (*_line(sites, site), call.owner_call if call is not None else None)
+
+
+def _groups(sites: Sites) -> dict[tuple[Any, ...], list[Site]]:
+    groups: dict[tuple[Any, ...], list[Site]] = defaultdict(list)
+    for site in sites:
+        groups[_key(sites, site)].append(site)
+    return groups
+
+
+def _base(sites: Sites, site: Site) -> str:
+    """A site's id without its turn and its call."""
+    return site.module if sites.bindings[site.id].turn is None else site.module.rpartition(".")[0]
+
+
+def _moved(binding: Binding, by: int) -> Binding:
+    r = binding.residual
+    adds = tuple((node + by, side) for node, side in r.adds)
+    branches = tuple(branch + by for branch in r.branches)
+    moved = replace(r, output=r.output + by, skip=r.skip + by, branches=branches, adds=adds, source=r.source + by)
+    return replace(binding, residual=moved)
+
+
+def _note(modes: Sequence[str], ids: Sequence[str]) -> str:
+    shown = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
+    return (
+        f"{len(ids)} residual connection{'s' if len(ids) > 1 else ''} that {modes[0]} mode ran were not run in {modes[1]} mode ({shown}): "
+        "they are dropped at random, or left out there."
+    )
