@@ -113,7 +113,7 @@ def _union(one: Sites, other: Sites, modes: Sequence[str]) -> Sites:
     bases = {_line(one, site): _base(one, site) for site in one}
     free: Counter[str] = Counter(owner for owner, _ in bases)
     streams = 1 + max((site.stream for site in one), default=-1)
-    at = 0
+    at = 0 if any(key in ours for key in theirs) else len(rows)
     for site in other:
         key, line, binding = _key(other, site), _line(other, site), other.bindings[site.id]
         if key not in more:
@@ -125,10 +125,12 @@ def _union(one: Sites, other: Sites, modes: Sequence[str]) -> Sites:
             free[site.owner] += 1
         rows.insert(at, _Row(replace(site, stream=site.stream + streams), _moved(binding, len(one.flow.values)), line, bases[line]))
         at += 1
-    return _joined(one, other, rows, (*notes, _note(modes[::-1], [row.site.id for row in rows if row.site.stream >= streams])))
+    sites = _joined(one, other, rows)
+    added = [site.id for site in sites if site.stream >= streams]
+    return replace(sites, notes=(*notes, _note(modes[::-1], added)))
 
 
-def _joined(one: Sites, other: Sites, rows: list[_Row], notes: tuple[str, ...]) -> Sites:
+def _joined(one: Sites, other: Sites, rows: list[_Row]) -> Sites:
     """The sites of the rows, numbered, over the values of both; every other sum of both, each once."""
     turns: dict[str, int] = defaultdict(lambda: 1)
     for row in rows:
@@ -162,7 +164,7 @@ def _joined(one: Sites, other: Sites, rows: list[_Row], notes: tuple[str, ...]) 
         if (rejected.where, rejected.owner) not in places and (rejected.where, rejected.owner, rejected.reason) not in known
     ]
     rejected, refusals = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return Sites(sites, rejected, bindings, refusals, flow, (*one.calls, *other.calls), notes)
+    return Sites(sites, rejected, bindings, refusals, flow, (*one.calls, *other.calls))
 
 
 def _line(sites: Sites, site: Site) -> _Line:

@@ -45,6 +45,10 @@ class InsertLaurel(Pass[fx.GraphModule]):
         for site in self._sites:
             if site.module in wanted:
                 for name, _, _ in self._sites.bindings[site.id].adds:
+                    if name not in nodes:
+                        raise RewriteError(
+                            f"{site.id}: {name} stands in a region of its own in the graph (autocast, no_grad, a checkpoint)"
+                        )
                     _check_in_place(nodes[name], site.id)
 
     def call(self, graph: fx.GraphModule) -> PassResult[fx.GraphModule]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
+from laurel_rewrite.dialects.regions import flattened
 from laurel_rewrite.dialects.rules import (
     LINEAR,
     MIXING,
@@ -54,7 +56,7 @@ def dataflow_from_fx(
     Returns:
         The dataflow, and the value that each node computed (before any later in-place change to it).
     """
-    return _Reader(graph, modules, frozenset(parameters)).read()
+    return _Reader(flattened(graph), modules, frozenset(parameters)).read()
 
 
 class _Reader:
@@ -257,12 +259,18 @@ def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:
     if isinstance(val, torch.Tensor):
         shape = tuple(val.shape)
         if any(type(size) is not int for size in shape):
-            shape = tuple(size if isinstance(size, int) else str(size) for size in shape)
+            shape = tuple(size if isinstance(size, int) else _size(size) for size in shape)
         return shape, val.dtype.is_floating_point
     meta: Any = node.meta.get("tensor_meta")
     if hasattr(meta, "dtype") and hasattr(meta, "shape"):
         return tuple(meta.shape), meta.dtype.is_floating_point
     return None, False
+
+
+def _size(size: torch.SymInt) -> int | str:
+    """A symbolic size in words; one that depends on the values of tensors is unknown, one that was found out is a number."""
+    text = str(size)
+    return int(text) if text.isdigit() else f"?{text}" if free_unbacked_symbols(size) else text
 
 
 def owner_of(node: fx.Node) -> tuple[str, bool]:

@@ -1,0 +1,127 @@
+"""One flat graph from a graph with regions: the subgraphs that an export makes of autocast, no_grad and checkpointed code.
+
+They run once, where they stand, and are read as if their ops stood there. The subgraphs of control flow may run often or never; of them
+only the sums are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+_REGIONS = frozenset(
+    "wrap_with_autocast wrap_with_set_grad_enabled tag_activation_checkpoint wrap_activation_checkpoint invoke_subgraph wrap".split()
+)
+_ADDS = frozenset({"add", "add_", "iadd"})
+
+
+def sum_in_subgraph() -> None:
+    """Stands for a sum in the subgraph of a control-flow op."""
+
+
+def flattened(graph: fx.Graph) -> fx.Graph:
+    """The graph with its regions in place of their calls, or the graph itself where it has none.
+
+    Nodes outside of regions keep their names; those inside are named by their region too. Whether gradients are on is said by
+    `torch._C._set_grad_enabled` nodes, as in a graph traced without regions.
+    """
+    if not any(_subgraphs(node) for node in graph.nodes):
+        return graph
+    flat = _Flat({node.name for node in graph.nodes})
+    output = flat.copy(graph, {}, "")
+    flat.graph.output(output)
+    return flat.graph
+
+
+class _Flat:
+    def __init__(self, taken: set[str]) -> None:
+        self.graph = fx.Graph()
+        self.taken = taken
+        self.recording = True
+
+    def copy(self, graph: fx.Graph, known: dict[fx.Node, Any], prefix: str) -> Any:
+        """Append a graph's nodes. `known` has what stands for its placeholders in a region; returns what stands for its output."""
+        for node in graph.nodes:
+            if node in known:
+                continue
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], known.__getitem__)
+            inner = _subgraphs(node)
+            source = node.args[0] if node.args else None
+            if inner and _name(node) in _REGIONS:
+                known[node] = self._region(node, inner[0], known)
+            elif _name(node) == "getitem" and isinstance(source, fx.Node) and isinstance(known.get(source), list | tuple):
+                known[node] = known[source][node.args[1]]
+            else:
+                known[node] = self._node(node, known, prefix)
+                for add in [a for subgraph in inner for a in _sums(subgraph)]:
+                    self._listed(node, add)
+        return None
+
+    def _region(self, node: fx.Node, subgraph: fx.Graph, known: dict[fx.Node, Any]) -> Any:
+        inputs = [n for n in subgraph.nodes if n.op == "placeholder"]
+        # They come last: the other arguments say what the region is. Some regions hold them in one tuple.
+        given = [known[a] if isinstance(a, fx.Node) else a for a in _flat_arguments(node)][-len(inputs) :] if inputs else []
+        before = self.recording
+        if _name(node) == "wrap_with_set_grad_enabled":
+            self._record(bool(node.args[0]))
+        output = self.copy(subgraph, dict(zip(inputs, given, strict=True)), f"{node.name}_")
+        self._record(before)
+        return output
+
+    def _record(self, on: bool) -> None:
+        if on is not self.recording:
+            self.graph.call_function(torch._C._set_grad_enabled, (on,))
+        self.recording = on
+
+    def _node(self, node: fx.Node, known: dict[fx.Node, Any], prefix: str) -> fx.Node:
+        made = self.graph.node_copy(node, known.__getitem__)
+        if prefix:
+            name = f"{prefix}{node.name}"
+            while name in self.taken:
+                name += "_"
+            self.taken.add(name)
+            made._rename(name)
+        return made
+
+    def _listed(self, node: fx.Node, add: fx.Node) -> None:
+        made = self.graph.call_function(sum_in_subgraph)
+        made.meta = dict(add.meta)
+        made._rename(f"{add.name}_in_{node.name}")
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _subgraphs(node: fx.Node) -> list[fx.Graph]:
+    """The graphs that a higher-order op is called with."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    found = []
+    for operand in node.all_input_nodes:
+        module: Any = node.graph.owning_module
+        for name in str(operand.target).split(".") if operand.op == "get_attr" else ():
+            module = getattr(module, name, None)
+        if operand.op == "get_attr" and isinstance(module, fx.GraphModule):
+            found.append(module.graph)
+    return found
+
+
+def _flat_arguments(node: fx.Node) -> list[Any]:
+    flat: list[Any] = []
+    for argument in node.args:
+        flat += argument if isinstance(argument, list | tuple) else [argument]
+    return flat
+
+
+def _sums(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Every addition of two values, in nested subgraphs too."""
+    for node in graph.nodes:
+        if node.op == "call_function" and len(node.all_input_nodes) == 2 and _name(node).split(".")[0] in _ADDS:
+            yield node
+        for inner in _subgraphs(node):
+            yield from _sums(inner)
