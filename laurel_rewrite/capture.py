@@ -19,6 +19,9 @@ from typing import Any
 import torch
 import torch.fx.traceback
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils import _pytree as pytree
 
 from laurel_rewrite import concrete
 from laurel_rewrite.errors import CaptureError
@@ -151,19 +154,28 @@ class _Captor:
 
     def _rehearse(self, train: bool) -> Sums | None:
         """What a run in this mode adds, without a graph: on fake tensors, or where values decide, on real ones."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        for way in ("rehearsal", "real rehearsal"):
+        for real in (False, True):
             recorder = Recorder(self.model)
-            fake = FakeTensorMode(allow_non_fake_inputs=True) if way == "rehearsal" else contextlib.nullcontext()
             try:
-                with self._prepared(train, values=way != "rehearsal"), recorder, fake:
-                    self.model(*self.args, **self.kwargs)
+                with self._prepared(train, values=real), contextlib.nullcontext(self) if real else self._fake() as stage, recorder:
+                    self.model(*stage.args, **stage.kwargs)
             except (Exception, SystemExit) as error:
                 self.failed["rehearsal", train] = error
             else:
                 return recorder.sums
         return None
+
+    @contextlib.contextmanager
+    def _fake(self) -> Iterator[_Captor]:
+        """Fake tensors stand in for the model's tensors and for the inputs."""
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            args, kwargs, state = pytree.tree_map_only(
+                torch.Tensor,
+                fake.from_tensor,
+                (self.args, self.kwargs, dict((*self.model.named_parameters(), *self.model.named_buffers()))),
+            )
+            with _reparametrize_module(self.model, state, tie_weights=True):
+                yield _Captor(self.model, args, kwargs, None)
 
     @contextlib.contextmanager
     def _prepared(self, train: bool, *, values: bool) -> Iterator[None]:

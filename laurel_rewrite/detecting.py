@@ -77,8 +77,9 @@ def detect(
     if not isinstance(model, nn.Module):
         return sites_of_onnx(model)
     captured, notes = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    found = [sites_of_capture(one) for one in captured]
-    sites = found[0] if len(found) == 1 else _union(*found, modes=tuple("train" if one.train else "eval" for one in captured))
+    sites, *others = [sites_of_capture(one) for one in captured]
+    for other in others:
+        sites = _union(sites, other, ["train" if one.train else "eval" for one in captured])
     return replace(sites, notes=(*sites.notes, *notes))
 
 

@@ -26,6 +26,7 @@ from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.graph_files import place_onnx
+from laurel_rewrite.inputs import call_inputs
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import check_form, inline_laurel, parameters_of
 from laurel_rewrite.operator import Laurel, sites_of
@@ -57,7 +58,7 @@ class Export:
 
 def export_onnx(
     model: nn.Module,
-    args: Sequence[Any],
+    args: Any,
     kwargs: Mapping[str, Any] | None,
     path: Path | str,
     *,
@@ -72,8 +73,8 @@ def export_onnx(
 
     Args:
         model: on any device but meta.
-        args, kwargs: example inputs. Batch and sequence become dynamic where the model allows it; a batch of 1 is doubled, because
-            an export takes the size 1 for a constant.
+        args, kwargs: example inputs: a tuple, one tensor, or a dictionary of keyword arguments. Batch and sequence become dynamic
+            where the model allows it; a batch of 1 is doubled, because an export takes the size 1 for a constant.
         path: of the `.onnx` file; above 1 GiB the weights go into `path` + ".data".
         target: see `onnx_surgery.TARGETS`.
         functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
@@ -91,10 +92,11 @@ def export_onnx(
     path = Path(path)
     if not path.parent.is_dir():
         raise ExportError(f"{path} could not be written: there is no folder {path.parent}.")
+    args, kwargs = call_inputs(args, kwargs)
     with replacing(path.parent) as draft:
         exported = export(model, args, kwargs, draft / path.name, target=target, functions=functions, skip=skip)
         if verify:
-            require(check_export(model, exported, args, kwargs or {}, name=path.name)[0])
+            require(check_export(model, exported, args, kwargs, name=path.name)[0])
     return path
 
 

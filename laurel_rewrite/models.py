@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, nearest
+from laurel_rewrite.inputs import call_inputs
 
 FACTORIES = ("build_model", "get_model", "model")
 _ZOO = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
@@ -166,9 +167,8 @@ def _from_module(module: ModuleType, factory: str, settings: dict[str, Any], spe
             f"{spec} has no example_inputs(): a function that returns a tuple, or a dict of keyword arguments, for the model's forward."
         )
     inputs = _call(examples, {}, f"{spec}: example_inputs") if callable(examples) else examples
-    if isinstance(inputs, Mapping):
-        return Built(model.train(), (), dict(inputs), spec, settings, files)
-    return Built(model.train(), tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, spec, settings, files)
+    args, kwargs = call_inputs(inputs)
+    return Built(model.train(), args, kwargs, spec, settings, files)
 
 
 def _call(function: Callable[..., Any], settings: Mapping[str, Any], label: str) -> Any:

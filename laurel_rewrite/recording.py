@@ -71,6 +71,7 @@ class Recorder(TorchFunctionMode):
         self._modules = {id(vars(module)): (path, module) for path, module in reversed(list(model.named_modules()))}
         self._running: dict[str, tuple[FrameType, int]] = {}
         self._positions: dict[tuple[CodeType, str, int], Span | None] = {}
+        self._methods: dict[type, frozenset[CodeType]] = {}
 
     def path(self, module: nn.Module) -> str | None:
         """Path of a module or of a stand-in for it; None where it is no part of the model."""
@@ -115,7 +116,17 @@ class Recorder(TorchFunctionMode):
     def _owner(self, frame: FrameType) -> str | None:
         """Path of the module that a frame is a method of. A function that merely takes a module first is none."""
         found = self._self(frame)
-        return found[0] if found is not None and _is_method(found[1], frame.f_code) else None
+        return found[0] if found is not None and self._is_method(found[1], frame.f_code) else None
+
+    def _is_method(self, module: nn.Module, code: CodeType) -> bool:
+        """Whether code is that of a method, a property or a replaced method of a module, behind whatever decorates it."""
+        cls = type(module)
+        if cls not in self._methods:
+            values = [value for base in cls.__mro__ if base is not object for value in vars(base).values()]
+            self._methods[cls] = frozenset(code for value in values for code in _codes(value))
+        if code in self._methods[cls]:
+            return True
+        return any(code in set(_codes(value)) for value in vars(module).values() if callable(value) and not isinstance(value, nn.Module))
 
     def _is_forward(self, frame: FrameType) -> bool:
         found = self._self(frame)
@@ -151,21 +162,6 @@ def _can_be_residual(args: Any) -> bool:
     tensors = [a for a in args[:2] if isinstance(a, Tensor)]
     # Sizes are not compared: under an export with open sizes that would fix them.
     return len(tensors) == 2 and all(t.is_floating_point() for t in tensors) and tensors[0].dim() == tensors[1].dim()
-
-
-# Methods
-
-
-def _is_method(module: nn.Module, code: CodeType) -> bool:
-    """Whether code is that of a method, a property or a replaced method of a module, behind whatever decorates it."""
-    if code in _codes_of(type(module)):
-        return True
-    return any(code in set(_codes(value)) for value in vars(module).values() if callable(value) and not isinstance(value, nn.Module))
-
-
-@functools.lru_cache(maxsize=4096)
-def _codes_of(cls: type) -> frozenset[CodeType]:
-    return frozenset(code for base in cls.__mro__ if base is not object for value in vars(base).values() for code in _codes(value))
 
 
 def _codes(thing: Any, depth: int = 8) -> Iterator[CodeType]:

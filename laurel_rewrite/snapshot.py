@@ -44,8 +44,8 @@ def preserved(*things: object, values: bool = True) -> Iterator[None]:
 
     Args:
         things: models, and the inputs that they are called with.
-        values: keep a copy of the contents of all tensors, which takes `state_bytes(*things)` of memory. False where nothing can write
-            into them, as under fake tensors.
+        values: keep a copy of the contents of all tensors, which takes `state_bytes(*things)` of memory. False where other tensors stand
+            in for parameters and buffers meanwhile, as in an export: then only what is held beside them is copied.
 
     Raises:
         RuntimeError: something could not be put back (the rest was), or there is no memory for the copy.
@@ -53,8 +53,7 @@ def preserved(*things: object, values: bool = True) -> Iterator[None]:
     undo = list(_process_state())
     for thing in _reachable(things):
         undo += _undo(thing)
-    if values:
-        undo += [_undo_bytes(memory) for memory in _memories(things)]
+    undo += [_undo_bytes(memory) for memory in _memories(things, registered=values)]
     try:
         yield
     finally:
@@ -273,9 +272,15 @@ def _restore_grad(tensor: Tensor, grad: Tensor | None) -> None:
         tensor.grad = grad
 
 
-def _memories(things: Sequence[object]) -> Iterator[Tensor]:
-    """The memory behind every tensor that is reached, as bytes, each piece once: views and tied tensors share theirs."""
+def _memories(things: Sequence[object], *, registered: bool = True) -> Iterator[Tensor]:
+    """The memory behind every tensor that is reached, as bytes, each piece once: views and tied tensors share theirs.
+
+    Without `registered`, that of parameters and buffers is left out.
+    """
     seen: set[int] = set()
+    for module in _reachable(things) if not registered else ():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if isinstance(module, nn.Module) else ():
+            seen.update(part.untyped_storage()._cdata for part in _plain_tensors(tensor))
     for thing in _reachable(things):
         for tensor in _plain_tensors(thing) if isinstance(thing, Tensor) else ():
             storage = tensor.untyped_storage()

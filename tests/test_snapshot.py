@@ -162,10 +162,13 @@ def test_shared_memory_is_counted_once_and_the_meta_device_not_at_all():
         pass
 
 
-def test_without_values_attributes_come_back_and_nothing_is_copied():
+def test_without_values_parameters_are_not_copied_and_the_rest_comes_back():
     model = nn.Linear(2, 2)
+    model.plain = torch.zeros(2)
     with preserved(model, values=False):
         model.weight.data.fill_(7)
+        model.plain.fill_(7)
         model.kept = model.weight
     assert model.weight.eq(7).all()
+    assert not model.plain.any()
     assert not hasattr(model, "kept")

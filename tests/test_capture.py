@@ -1,0 +1,531 @@
+"""Captures: on concrete values, over both modes, and with the model left as it was."""
+
+from __future__ import annotations
+
+import functools
+import random
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import real
+from torch import nn
+from toys import D, Net, X, kinds, reasons
+
+from laurel_rewrite import CaptureError, detect
+from laurel_rewrite import capture as capturing
+from laurel_rewrite.capture import capture
+
+
+def table(sites):
+    return [(s.id, s.kind, s.owner, s.where, s.shape, s.axis, s.dim, s.stream, s.index) for s in sites]
+
+
+@pytest.fixture
+def only_runs(monkeypatch):
+    """No export works."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+
+
+# One run on concrete values
+
+
+def largest(s, x):
+    return x * 2 if x.abs().max() > 100 else x
+
+
+class Spiky(nn.Module):
+    """A kernel that has no backward, as some attention kernels on CPU."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("no backward here")
+        return x.softmax(-1)
+
+
+class Scripted(Net):
+    def __init__(self, body):
+        super().__init__(body)
+        self.s = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.ReLU()))
+
+
+class Ungraded(Net):
+    def __init__(self, body):
+        super().__init__(body)
+        self.s = Spiky()
+
+
+BY_VALUE = {
+    "a branch on values": (Net, lambda s, x: largest(s, x) + s.a(largest(s, x))),
+    "a number read from a tensor": (Net, lambda s, x: (y := x[:, : int(x.argmax(-1).max()) * 0 + 5], y + s.a(y))[1]),
+    "all() of a mask": (Net, lambda s, x: x + s.a(x) if all((x > -100).flatten()) else x),
+    "a list of values": (Net, lambda s, x: x + s.a(x) * len(x.flatten().tolist())),
+    "numpy in between": (Net, lambda s, x: x + s.a(x) * float(np.abs(x.detach().numpy()).max())),
+    "data of a branch": (Net, lambda s, x: x + s.a(x.data)),
+    "a scripted part": (Scripted, lambda s, x: x + s.s(x)),
+    "a kernel without backward": (Ungraded, lambda s, x: x + s.s(s.a(x))),
+}
+
+
+@pytest.mark.parametrize("name", BY_VALUE)
+def test_what_an_export_cannot_capture_is_run_once(name):
+    make, body = BY_VALUE[name]
+    assert kinds(detect(make(body), (X,))) == {"identity": 1}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit_small", "resnet50", "cohere"])
+def test_a_run_finds_what_an_export_finds(name, request):
+    example = real(name)
+    exported = detect(example.model, example.args, example.kwargs)
+    request.getfixturevalue("only_runs")
+    ran = detect(example.model, example.args, example.kwargs)
+    assert table(ran) == table(exported)
+    assert ran.bindings.keys() == exported.bindings.keys()
+    for site in ran:
+        a, b = ran.bindings[site.id], exported.bindings[site.id]
+        assert [(side, call) for _, side, call in a.adds] == [(side, call) for _, side, call in b.adds]
+        assert (a.turn, a.turns, a.holder) == (b.turn, b.turns, b.holder)
+
+
+def test_a_run_follows_buffers_that_are_changed_in_place(only_runs):
+    class Cached(Net):
+        def __init__(self):
+            super().__init__(None)
+            self.register_buffer("cache", torch.zeros(2, 5, D))
+            self.kept = torch.zeros(2, 5, D)
+
+        def forward(self, x):
+            self.cache.copy_(x)
+            self.kept.copy_(self.cache)
+            return self.kept + self.a(self.cache)
+
+    model = Cached()
+    assert len(detect(model, (X,))) == 1
+    assert not model.cache.any()
+    assert not model.kept.any()
+
+
+def test_a_run_finds_tensors_in_objects_of_any_class(only_runs):
+    class Batch:
+        def __init__(self, x):
+            self.x = x
+
+    class Boxed(Net):
+        def forward(self, batch):
+            return Batch(batch.x + self.a(batch.x))
+
+    assert kinds(detect(Boxed(None), (Batch(X),))) == {"identity": 1}
+
+
+def test_sizes_that_depend_on_values_are_those_of_the_inputs():
+    class Packed(Net):
+        def forward(self, x, mask):
+            padded = x.new_zeros(4, 6, D)
+            padded[mask] = torch.tanh(self.a(x))
+            return x + padded[mask]
+
+    class Halves(Net):
+        def forward(self, x, mask):
+            x = x[mask]
+            return x + self.a(x)
+
+    mask = torch.arange(24).view(4, 6) < 18
+    (site,) = detect(Packed(None), (torch.randn(18, D), mask))
+    assert site.shape == (18, D)
+    (site,) = detect(Halves(None), (torch.randn(4, 6, D), mask))
+    assert site.shape == (18, D)
+    (site,) = detect(Halves(None).to("meta"), (torch.randn(4, 6, D, device="meta"), mask.to("meta")))
+    assert site.shape[0].startswith("?")
+
+
+# Regions
+
+
+def under(region):
+    def wrapped(s, x):
+        with region():
+            y = x + s.a(x)
+        return y
+
+    return wrapped
+
+
+autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+
+class Decorated(Net):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        return x + self.a(x)
+
+
+def branch_under_autocast(s, x):
+    with autocast():
+        f = s.a(x)
+    return x + f.float()
+
+
+def nested(s, x):
+    with autocast(), torch.no_grad():
+        x = x + s.a(x)
+        with torch.enable_grad():
+            x = x + s.b(x)
+    return x
+
+
+REGIONS = {
+    "autocast": (under(autocast), 1),
+    "no_grad": (under(torch.no_grad), 1),
+    "a branch under autocast": (branch_under_autocast, 1),
+    "nested": (nested, 2),
+}
+
+
+@pytest.mark.parametrize("way", ["export", "run"])
+@pytest.mark.parametrize("name", REGIONS)
+def test_sums_in_regions_are_seen(name, way, request):
+    body, count = REGIONS[name]
+    if way == "run":
+        request.getfixturevalue("only_runs")
+    sites = detect(Net(body), (X,))
+    assert len(sites) + sum(r.reason != "scalar" for r in sites.rejected) == count
+    if "no_grad" not in name and name != "nested":
+        assert kinds(sites) == {"identity": count}
+        assert all(":" in site.where and site.shape == X.shape for site in sites)
+
+
+def test_sums_under_a_decorator_are_seen():
+    (site,) = detect(Decorated(None), (X,))
+    assert site.kind == "identity"
+
+
+def test_a_program_with_regions_has_the_same_sites():
+    program = torch.export.export(Net(branch_under_autocast), (X,))
+    assert kinds(detect(program)) == {"identity": 1}
+
+
+def test_sums_under_control_flow_are_listed():
+    sites = detect(Net(lambda s, x: torch.cond(x.sum() > 0, lambda x: x + s.a(x), lambda x: s.a(x), (x,))), (X,))
+    assert not sites.sites
+    assert "subgraph" in reasons(sites)
+
+
+# Modes
+
+
+class Drops(nn.Module):
+    """Layer drop by a random generator that no graph sees."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(6))
+        self.draw = draw
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.training and self.draw() < 0.5:
+                continue
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(1).item()])
+def test_layers_that_train_mode_drops_at_random_are_found(draw):
+    random.seed(1)
+    np.random.seed(0)
+    model = Drops(draw)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    sites = detect(model, (X,))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert [site.id for site in sites] == [f"laurel_0.{turn}" for turn in range(6)]
+    assert {sites.bindings[site.id].turns for site in sites} == {6}
+    assert all("were not run in train mode" in note for note in sites.notes)
+    assert len(sites.notes) == (draw in (random.random, np.random.rand))  # no export looks behind a value, and eval mode draws none
+
+
+class Heads(Net):
+    """Three connections in train mode, two others in eval mode, one in both."""
+
+    def forward(self, x):
+        x = x + self.a(x)
+        if self.training:
+            for layer in (self.b, self.a, self.b):
+                x = x + layer(x)
+            return x
+        y = x + self.b(torch.relu(x))
+        return y + self.a(y)
+
+
+def test_what_either_mode_runs_is_found():
+    sites = detect(Heads(None), (X,))
+    assert [site.id for site in sites] == ["laurel_0", "laurel_2", "laurel_3", "laurel_1.0", "laurel_1.1", "laurel_1.2"]
+    assert len({site.where for site in sites}) == 4
+    assert len(sites.notes) == 2
+    sites.flow.check()
+    for site in sites:
+        binding = sites.bindings[site.id]
+        assert sites.where(binding.residual.adds[0][0]) == site.where
+        assert binding.adds[0][2] in sites.calls
+    by_stream = {}
+    for site in sites:
+        by_stream.setdefault(site.stream, []).append(site.index)
+    assert all(positions == list(range(len(positions))) for positions in by_stream.values())
+
+
+def test_a_loop_counts_in_the_mode_that_turns_more_often():
+    class Longer(Net):
+        def forward(self, x):
+            for _ in range(1 if self.training else 3):
+                x = x + self.a(x)
+            if self.training:
+                for layer in (self.a, self.b, self.a, self.b):
+                    x = x + torch.relu(layer(x))
+            return x
+
+    sites = detect(Longer(None), (X,))
+    assert sorted(site.id for site in sites) == [f"laurel_0.{k}" for k in range(3)] + [f"laurel_1.{k}" for k in range(4)]
+    assert {sites.bindings[f"laurel_0.{k}"].turns for k in range(3)} == {3}
+
+
+def test_one_capture_is_enough_where_the_modes_run_the_same_sums():
+    captured, notes = capture(Net(lambda s, x: torch.dropout(x, 0.5, s.training) + s.a(x)), (X,))
+    assert len(captured) == 1
+    assert not notes
+
+
+def test_a_mode_that_cannot_run_is_said():
+    class TrainOnly(Net):
+        def forward(self, x):
+            if not self.training:
+                raise RuntimeError("no targets")
+            return x + self.a(x)
+
+    sites = detect(TrainOnly(None), (X,))
+    assert len(sites) == 1
+    assert sites.notes == ("What eval mode adds is not known: RuntimeError: no targets.",)
+
+
+# Owners
+
+
+def residual(fn, x):
+    return x + fn(x)
+
+
+def add_norm(norm, x, y):
+    return norm(x + y)
+
+
+def undecorated(forward):
+    def inner(self, x):
+        return forward(self, x)
+
+    return inner
+
+
+class Unwrapped(Net):
+    @undecorated
+    def forward(self, x):
+        return x + self.a(x)
+
+
+class Alias(Net):
+    def _impl(self, x):
+        return x + self.a(x)
+
+    forward = _impl
+
+
+class Property(Net):
+    @property
+    def out(self):
+        return self.held + self.a(self.held)
+
+    def forward(self, x):
+        self.held = x
+        return self.out
+
+
+class Static(Net):
+    @staticmethod
+    def merge(layer, x):
+        return x + layer(x)
+
+    def forward(self, x):
+        return self.merge(self.a, x)
+
+
+def test_a_function_that_takes_a_module_is_no_method_of_it():
+    for model in (Net(lambda s, x: residual(s.a, x)), Net(lambda s, x: add_norm(s.norm, x, s.a(x))), Static(None)):
+        sites = detect(model, (X,))
+        assert [site.id for site in sites] == ["laurel_0"]
+        (call,) = [sites.bindings["laurel_0"].adds[0][2]]
+        assert call.owner == ""
+        assert call.steps[0].code is type(model).forward.__code__
+        assert len(call.steps) > 1
+
+
+@pytest.mark.parametrize("cls", [Unwrapped, Alias, Property])
+def test_methods_are_methods_whatever_decorates_them(cls):
+    assert [(site.id, site.owner) for site in detect(cls(None), (X,))] == [("laurel_0", "")]
+
+
+def test_a_replaced_forward_belongs_to_its_module():
+    def replaced(self, x):
+        return x + self.b(x)
+
+    for forward in (types.MethodType, functools.partial):
+        model = nn.Sequential(Net(None), Net(None))
+        model[1].forward = forward(replaced, model[1])
+        model[0].forward = functools.wraps(Net.forward)(functools.partial(replaced, model[0]))
+        assert [site.owner for site in detect(model, (X,))] == ["0", "1"]
+
+
+class Block(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.linear, self.act = nn.Linear(D, D), act
+
+    def forward(self, x):
+        return x + self.act(self.linear(x))
+
+
+@pytest.mark.parametrize("holder", [lambda blocks: nn.Sequential(*blocks), nn.ModuleList])
+def test_modules_behind_a_slice_have_their_paths(holder):
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            act = nn.SiLU()  # shared: the export works with stand-ins of all modules
+            self.blocks = holder([Block(act) for _ in range(4)])
+
+        def forward(self, x):
+            for block in self.blocks[1:][:2]:
+                x = block(x)
+            return self.blocks[-1](x)
+
+    model = Sliced()
+    sites = detect(model, (X,))
+    assert [site.owner for site in sites] == ["blocks.1", "blocks.2", "blocks.3"]
+    for value in sites.flow.values:
+        model.get_submodule(value.owner)
+
+
+def test_a_block_under_two_names_is_one_module():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = Block(nn.ReLU())
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    assert [site.id for site in detect(Twice(), (X,))] == ["first.laurel_0", "first.laurel_0@1"]
+
+
+# The model is left as it was
+
+
+def test_nothing_is_left_on_the_model():
+    class Keeps(Net):
+        def __init__(self):
+            super().__init__(None)
+            self.kept = []
+
+        def forward(self, x):
+            self.h = self.a(x)
+            self.h += x
+            self.kept.append(self.h)
+            random.random()
+            return self.h
+
+    model = Keeps()
+    before, state = list(vars(model)), random.getstate()
+    assert len(detect(model, (X,))) == 1
+    assert list(vars(model)) == before
+    assert model.kept == []
+    assert random.getstate() == state
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_forward_that_raises_is_explained_and_leaves_nothing(error):
+    class Fails(Net):
+        def forward(self, x):
+            self.h = x + self.a(x)
+            self.norm.weight.data.zero_()
+            raise error("far too late")
+
+    model = Fails(None)
+    with pytest.raises(CaptureError, match=r"far too late. The model cannot be called with these inputs"):
+        detect(model, (X,))
+    assert not hasattr(model, "h")
+    assert model.norm.weight.all()
+    assert model.training
+
+
+def test_tensors_beside_parameters_are_left_as_they_were():
+    class Counts(Net):
+        def __init__(self):
+            super().__init__(None)
+            self.plain = torch.zeros(3)
+            self.register_buffer("count", torch.zeros(3))
+
+        def forward(self, x):
+            self.plain.add_(1)
+            self.plain.copy_(self.count + 1)
+            self.count.copy_(self.plain)
+            return x + self.a(x)
+
+    model = Counts()
+    detect(model, (X,))
+    assert not model.plain.any()
+    assert not model.count.any()
+
+
+def test_inputs_are_left_as_they_were():
+    x = X.clone()
+    detect(Net(lambda s, x: x.add_(s.a(x) * (2 if x.sum() > 0 else 1))), (x,))
+    assert torch.equal(x, X)
+
+
+# What cannot be done
+
+
+def test_a_model_without_values_is_not_run():
+    model = Net(BY_VALUE["a branch on values"][1]).to("meta")
+    with pytest.raises(CaptureError, match="a model on the meta device has no values to run with"):
+        detect(model, (X.to("meta"),))
+
+
+def test_a_model_larger_than_memory_is_not_run(monkeypatch):
+    monkeypatch.setattr(capturing, "fits_twice", lambda *_: False)
+    with pytest.raises(CaptureError, match="does not fit into memory twice"):
+        detect(Net(BY_VALUE["a branch on values"][1]), (X,))
+
+
+def test_a_model_that_runs_and_cannot_be_traced_is_told_from_wrong_inputs():
+    class Fussy(Net):
+        def forward(self, x):
+            if torch._C._len_torch_function_stack():
+                raise RuntimeError("watched")
+            return x + self.a(x)
+
+    with pytest.raises(CaptureError, match=r"The model itself runs with these inputs"):
+        detect(Fussy(None), (X,))
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("given", [X, [X], {"x": X}, (X,)])
+def test_inputs_may_be_a_tensor_a_list_or_a_dictionary(given):
+    class Named(Net):
+        def forward(self, x):
+            return x + self.a(x)
+
+    assert len(detect(Named(None), given)) == 1
