@@ -14,7 +14,6 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
-from laurel_rewrite.dialects.regions import flattened
 from laurel_rewrite.dialects.rules import (
     LINEAR,
     MIXING,
@@ -49,14 +48,14 @@ def dataflow_from_fx(
     """Read a graph.
 
     Args:
-        graph: nodes with shapes in their metadata.
+        graph: nodes with shapes in their metadata, and no regions (`regions.flattened`).
         modules: the module of a `call_module` target.
         parameters: names of placeholders that hold parameters, buffers and constants rather than data.
 
     Returns:
         The dataflow, and the value that each node computed (before any later in-place change to it).
     """
-    return _Reader(flattened(graph), modules, frozenset(parameters)).read()
+    return _Reader(graph, modules, frozenset(parameters)).read()
 
 
 class _Reader:
