@@ -6,6 +6,7 @@ So the graph around the sites is what `torch.onnx.export` makes of the baseline,
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import re
@@ -212,7 +213,7 @@ class _Marker:
             f"{_MARKER}::Residual",
             (x, f, *more, *(state for _, state in window)),
             {"site": self.site, "branches": 1 + len(more), "lags": [0, *(lag for lag, _ in window)]},
-            dtype=torch.promote_types(x.dtype, f.dtype),
+            dtype=functools.reduce(torch.promote_types, (term.dtype for term in (x, f, *more))),
             shape=x.shape,
             version=1,
         )

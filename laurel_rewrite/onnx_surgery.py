@@ -396,7 +396,9 @@ def _shaped(state: ir.Value, skip: ir.Value, node: ir.Node) -> ir.Value:
     if state.shape is not None and skip.shape is not None and state.shape == skip.shape:
         return state
     size = _before(node, "Shape", [skip])
-    return _before(node, "Reshape", [state, size], like=skip)
+    shaped = _before(node, "Reshape", [state, size], like=skip)
+    shaped.type = state.type
+    return shaped
 
 
 def _before(node: ir.Node, op: str, inputs: Sequence[ir.Value], *, like: ir.Value | None = None, **attributes: Any) -> ir.Value:

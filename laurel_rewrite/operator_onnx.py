@@ -31,12 +31,14 @@ class FunctionForm:
         branches: number of branches of the sum; 0 gives the skip's term alone, b (x + ...), for a node that adds by itself.
         lags: which lags of PA's window are given, 0 first.
         cast: the parameters' type is not the stream's.
+        flat: features of axis 1 by products with [B, C, positions]: onnxruntime has no convolution of float64.
     """
 
     config: SiteConfig
     branches: int = 1
     lags: tuple[int, ...] = (0,)
     cast: bool = False
+    flat: bool = False
 
     @property
     def name(self) -> str:
@@ -50,6 +52,7 @@ class FunctionForm:
             parts += ["of" + "".join(map(str, self.lags))] if self.lags != tuple(range(c.lags)) else []
         parts += ["skip"] if not self.branches else [f"branches{self.branches}"] if self.branches > 1 else []
         parts += ["cast"] if self.cast else []
+        parts += ["flat"] if self.flat else []
         return "_".join(parts)
 
     def to_json(self) -> str:
@@ -150,11 +153,17 @@ class _Body:
     def low_rank(self, form: FunctionForm, x: ir.Value, down: ir.Value, up: ir.Value) -> ir.Value:
         """U V x: two 1x1 convolutions, or two matrix products over the last axis."""
         value = self.op("CastLike", x, down) if form.cast else x
+        if form.flat:
+            value = self.op("Reshape", value, self.ints([0, 0, -1]))
         for weight in (down, up):
-            if form.config.axis == 1:
+            if form.flat:
+                value = self.op("MatMul", self.op("Flatten", weight, axis=1), value)
+            elif form.config.axis == 1:
                 value = self.op("Conv", value, weight)
             else:
                 value = self.op("MatMul", value, self.op("Transpose", weight, perm=[1, 0]))
+        if form.flat:
+            value = self.op("Reshape", value, self.op("Shape", x))
         return self.like(form, value, x)
 
     def augment(self, form: FunctionForm, window: list[tuple[int, ir.Value]], parameters: dict[str, ir.Value]) -> ir.Value:

@@ -16,6 +16,11 @@ class PassResult(Generic[Graph]):
     graph_module: Graph
     changed: tuple[str, ...]
 
+    @property
+    def modified(self) -> bool:
+        """Whether it did anything: the question that torch.fx's PassManager asks."""
+        return bool(self.changed)
+
 
 class Pass(ABC, Generic[Graph]):
     """One change to graphs of one kind, made in place.

@@ -19,8 +19,9 @@ import onnx_ir as ir
 
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.operator_onnx import BRANCH, DOMAIN, FORM, FunctionForm, parameter_names
-from laurel_rewrite.passes.algebra import constant, constant_of, scaled
-from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.algebra import Editor, bears, constant_of, scaled
+from laurel_rewrite.passes.base import PassResult
+from laurel_rewrite.passes.onnx_pass import OnnxPass
 from laurel_rewrite.variants import SiteConfig
 
 AFFINE_DOMAIN = "laurel_rewrite.lowering"
@@ -63,7 +64,7 @@ def same(left: float, right: float) -> bool:
     return math.isclose(left, right, rel_tol=1e-9)
 
 
-class EvaluateLaurel(Pass[ir.Model]):
+class EvaluateLaurel(OnnxPass):
     """Replace LAuReL's function nodes by `Affine` nodes, in place.
 
     Args:
@@ -88,12 +89,12 @@ class EvaluateLaurel(Pass[ir.Model]):
                 raise ExportError(f"{node.name}: the LAuReL parameters are no constants, and cannot be lowered.")
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
-        nodes = _laurels(graph)
+        nodes, editor = _laurels(graph), Editor(graph)
         for node in nodes:
             form, operands = _evaluated(node, graph)
             weights = constant_of(operands[0]) if not form.betas else None
-            if weights is not None:
-                product = constant(graph, f"{operands[0].name}.scaled", scaled(weights, form.alphas[0]))
+            if weights is not None and bears(weights, form.alphas[0]):
+                product = editor.constant(f"{operands[0].name}.scaled", scaled(weights, form.alphas[0]))
                 ir.convenience.replace_all_uses_with(node.outputs[0], product)
                 graph.graph.remove(node, safe=True)
                 continue

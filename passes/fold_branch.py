@@ -4,7 +4,7 @@ Backwards from the branch: through views, pools, ReLU (a > 0) and sums of severa
 normalisations that made it, whose weights and biases are multiplied by a. Exact but for one rounding of each weight.
 
 Refusals, after which the weight stays one Mul: a value on the way that somebody else reads, or that is an output of the graph; a
-producer that is not linear in its weights; quantised weights.
+producer that is not linear in its weights; quantised weights; weights that a multiple would take out of their type's range.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from functools import partial
 
 import onnx_ir as ir
 
-from laurel_rewrite.passes.algebra import constant_of, is_homogeneous, scale_constant
-from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.algebra import Editor, bears, constant_of, is_homogeneous
+from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Forms, same
+from laurel_rewrite.passes.onnx_pass import OnnxPass
 
 _LINEAR = {
     "Conv": (1, 2), "Gemm": (1, 2), "ConvTranspose": (1, 2), "BatchNormalization": (1, 2), "LayerNormalization": (1, 2), "RMSNormalization": (1,),
@@ -29,7 +30,7 @@ _FACTORS = frozenset({"MatMul", "Mul"})
 _Change = Callable[[], None]
 
 
-class FoldBranch(Pass[ir.Model]):
+class FoldBranch(OnnxPass):
     """Fold the weights of `Affine` nodes' branches into what computes them, in place.
 
     Args:
@@ -44,14 +45,14 @@ class FoldBranch(Pass[ir.Model]):
         self.refused: dict[str, str] = {}
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
-        folded = []
+        folded, editor = [], Editor(graph)
         for node, form in self.forms.items():
             for position, alpha in enumerate(form.alphas):
                 if same(alpha, 1.0):
                     continue
                 changes: list[_Change] = []
                 seen: Counter[ir.Value] = Counter()
-                reason = self._fold(graph, node, position, alpha, changes, seen)
+                reason = self._fold(editor, node, position, alpha, changes, seen)
                 others = (value for value, count in seen.items() if count < len(value.uses()))
                 reason = reason or next((f"{value.name} has other readers" for value in others), "")
                 if reason:
@@ -63,15 +64,14 @@ class FoldBranch(Pass[ir.Model]):
                 folded.append(str(node.name))
         return PassResult(graph, tuple(folded))
 
-    def _fold(self, model: ir.Model, reader: ir.Node, position: int, factor: float, changes: list[_Change], seen: Counter[ir.Value]) -> str:
+    def _fold(self, editor: Editor, reader: ir.Node, position: int, factor: float, changes: list[_Change], seen: Counter[ir.Value]) -> str:
         """Collect the changes that multiply what a node reads at an input; why there are none, or "".
 
         A value with several readers may be multiplied where all of them want it (`seen` counts them), as the two halves of a roll do.
         """
         value = reader.inputs[position]
         if constant_of(value) is not None:
-            changes.append(partial(scale_constant, model, reader, position, factor))
-            return ""
+            return _scale(editor, reader, [position], factor, changes)
         node = value.producer() if value is not None else None
         if value is None or node is None:
             return f"{value.name if value is not None else 'nothing'} is an input"
@@ -89,22 +89,34 @@ class FoldBranch(Pass[ir.Model]):
         if alone and is_homogeneous(node) and not is_homogeneous(node, factor):
             return f"the weight is negative, and {node.op_type} is on the way"
         if alone and is_homogeneous(node, factor):
-            return self._fold(model, node, 0, factor, changes, seen)
+            return self._fold(editor, node, 0, factor, changes, seen)
         if node.op_type in _TERMS:
-            reasons = (self._fold(model, node, p, factor, changes, seen) for p, operand in enumerate(node.inputs) if operand is not None)
+            reasons = (self._fold(editor, node, p, factor, changes, seen) for p, operand in enumerate(node.inputs) if operand is not None)
             return next(filter(None, reasons), "")
         if node.op_type in _FACTORS:  # one factor of a product, a constant where there is one
+            reason = f"no factor of {node.op_type} {node.name!r} is a constant of the file, or linear in one"
             for p in sorted((0, 1), key=lambda p: constant_of(node.inputs[p]) is None):
                 attempt, counts = list(changes), seen.copy()
-                if not self._fold(model, node, p, factor, attempt, counts):
+                refusal = self._fold(editor, node, p, factor, attempt, counts)
+                if not refusal:
                     changes[:] = attempt
                     seen.update(counts - seen)
                     return ""
-            return f"no factor of {node.op_type} {node.name!r} is a constant of the file, or linear in one"
+                reason = refusal if constant_of(node.inputs[p]) is not None else reason
+            return reason
         positions = [p for p in _LINEAR.get(node.op_type, ()) if p < len(node.inputs) and node.inputs[p] is not None]
         if not positions:
             return f"{node.op_type} is not linear in its weights"
-        if any(constant_of(node.inputs[p]) is None for p in positions):
-            return f"the weights of {node.op_type} {node.name!r} are no constants of the file"
-        changes += [partial(scale_constant, model, node, p, factor) for p in positions]
-        return ""
+        return _scale(editor, node, positions, factor, changes)
+
+
+def _scale(editor: Editor, node: ir.Node, positions: list[int], factor: float, changes: list[_Change]) -> str:
+    """Collect the changes that multiply constants that a node reads; why there are none, or ""."""
+    tensors = [constant_of(node.inputs[p]) for p in positions]
+    if any(tensor is None for tensor in tensors):
+        return f"the weights of {node.op_type} {node.name!r} are no constants of the file"
+    for tensor in tensors:
+        if tensor is not None and not bears(tensor, factor):
+            return f"{factor:.2g} would take the weights of {node.op_type} {node.name!r} out of the range of {tensor.dtype.name}"
+    changes += [partial(editor.scale, node, p, factor) for p in positions]
+    return ""

@@ -1,6 +1,7 @@
 """z = Add(x, f)  ->  z = laurel_rewrite::LAuReL_...(x, f, parameters): function nodes in an ONNX graph.
 
-Where the sum is part of a node that does more, that node stays, and its operands become a f and b (x + ...).
+Where the sum is part of a node that does more, that node stays, and its operands become a f and b (x + ...). What is added has the type of
+the sum: a Cast goes in front of an operand, or of an earlier state, that has another.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import onnx_ir as ir
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.operator_onnx import DOMAIN, DOMAIN_VERSION, IR_VERSION, FunctionForm, branch_function, parameter_names
-from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.algebra import Editor
+from laurel_rewrite.passes.base import PassResult
+from laurel_rewrite.passes.onnx_pass import OnnxPass
 from laurel_rewrite.variants import SiteConfig, operator
 
 
@@ -43,17 +46,19 @@ class OnnxSite:
     @property
     def form(self) -> FunctionForm:
         branches = len(self.branches) if self.skip is not None else 1
-        return FunctionForm(self.config, branches, (0, *(lag for lag, _ in self.past)), self._casts)
+        types = {tensor.dtype for tensor in self.parameters.values()}
+        casts = bool(types) and self.dtype is not None and types != {self.dtype}
+        flat = self.config.axis == 1 and self.config.maps > 0 and ir.DataType.DOUBLE in types
+        return FunctionForm(self.config, branches, (0, *(lag for lag, _ in self.past)), casts, flat)
 
     @property
-    def _casts(self) -> bool:
-        """Whether the stream's type is not the parameters'."""
-        types = {tensor.dtype for tensor in self.parameters.values()}
-        stream = {value.dtype for value in (self.skip, *self.branches) if value is not None and value.dtype is not None}
-        return bool(types) and bool(stream - types)
+    def dtype(self) -> ir.DataType | None:
+        """Of the sum; None where the graph does not say."""
+        values = (self.node.outputs[0], self.skip, *self.branches)
+        return next((value.dtype for value in values if value is not None and value.dtype is not None), None)
 
 
-class InsertLaurelOnnx(Pass[ir.Model]):
+class InsertLaurelOnnx(OnnxPass):
     """Replace nodes by LAuReL function nodes, in place.
 
     Args:
@@ -83,19 +88,24 @@ class InsertLaurelOnnx(Pass[ir.Model]):
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
         opsets = {"": graph.opset_imports[""]}
         initializers: dict[str, ir.Value] = {}
+        functions: dict[tuple[bool, FunctionForm], ir.Function] = {}
         replaced: dict[ir.Value, ir.Value] = {}
         used: Counter[str] = Counter()
+        editor = Editor(graph)
         for site in self.sites:
-            build = branch_function if site.skip is None else operator(site.config.variant).onnx_function
-            function = build(site.form, opsets)
-            graph.functions.setdefault(function.identifier(), function)
+            form = site.form
+            if (site.skip is None, form) not in functions:
+                build = branch_function if site.skip is None else operator(site.config.variant).onnx_function
+                function = functions[site.skip is None, form] = build(form, opsets)
+                graph.functions.setdefault(function.identifier(), function)
+            function = functions[site.skip is None, form]
             wanted = ["mix"] if site.skip is None else parameter_names(site.config)
             parameters = [_initializer(graph, initializers, f"{site.id}.{name}", site.parameters[name]) for name in wanted]
             given = [*([] if site.skip is None else [site.skip]), *site.branches, *(value for _, value in site.past)]
-            name = site.id if not used[site.id] else f"{site.id}@{used[site.id]}"
+            name = editor.name(site.id if not used[site.id] else f"{site.id}@{used[site.id]}")
             used[site.id] += 1
-            before = site.node.outputs[0]
-            replaced[before] = self._insert(site, function, [replaced.get(value, value) for value in given] + parameters, name)
+            operands = [_cast(editor, site, replaced.get(value, value)) for value in given]
+            replaced[site.node.outputs[0]] = self._insert(site, function, [*operands, *parameters], name)
         graph.opset_imports[DOMAIN] = DOMAIN_VERSION
         return PassResult(graph, tuple(site.id for site in self.sites))
 
@@ -121,9 +131,19 @@ class InsertLaurelOnnx(Pass[ir.Model]):
         return after
 
     def ensures(self, result: PassResult[ir.Model]) -> None:
+        super().ensures(result)
         present = [n.metadata_props.get(f"{METADATA}site") for n in result.graph_module.graph if n.domain == DOMAIN]
         if sorted(filter(None, present)) != sorted(result.changed):
             raise ExportError("The ONNX graph does not hold the LAuReL nodes that were inserted.")
+
+
+def _cast(editor: Editor, site: OnnxSite, value: ir.Value) -> ir.Value:
+    """An operand in the type of the sum."""
+    if value.dtype is None or site.dtype is None or value.dtype == site.dtype:
+        return value
+    result = editor.insert(site.node, "Cast", [value], f"{site.id}/Cast", like=value, attributes={"to": int(site.dtype)})
+    result.dtype = site.dtype
+    return result
 
 
 def _initializer(model: ir.Model, known: dict[str, ir.Value], name: str, tensor: ir.TensorProtocol) -> ir.Value:

@@ -7,22 +7,31 @@ epsilon (c^2) and are free of it, linear readers take it into their weights, pos
 scales of their operands. What is added must have one scale: constants and weighted branches are brought to the stream's, also inside
 SkipLayerNormalization and fused convolutions. Anything else reads the value behind one Mul.
 
-Refusals: where more Muls would come in than go out; where a scale leaves what float16 can bear, 2^-6 to 2^6; quantised weights, whose readers get
-the Mul.
+Range: y = x / c must be a number wherever x was one, and so must its square, by which a normalisation divides, and epsilon / c^2. So c stays
+within [1/R, R], and the scale of any other value (c^2 behind a square) within [1/R^2, R^2]. Where the next c would leave that, the skip
+keeps its weight, one Mul, and c is 1 again. R is a fraction of what the type that holds the value can bear:
+
+    float32, bfloat16, float64   R = 2^20   x up to 2^30 and epsilon from 1e-18: y^2, summed over 2^20 features, stays below 2^120 of 2^128,
+                                            epsilon / c^2 above 2^-100 of 2^-126
+    float16                      R = 2      half of the room that x had below 65504; squares had little (x below 256), and keep a half too
+
+Refusals: where more Muls would come in than go out; quantised weights, and constants that a multiple would take out of their type's range,
+whose readers get the Mul.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from laurel_rewrite.passes.algebra import constant, constant_of, is_homogeneous, is_homogeneous_activation, scale_constant
-from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.algebra import Editor, bears, constant_of, is_homogeneous, is_homogeneous_activation
+from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.evaluate_laurel import Affine, Forms, same
+from laurel_rewrite.passes.onnx_pass import OnnxPass, subgraphs
 
 _NORMS = frozenset(
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization GroupNormalization InstanceNormalization GroupNorm".split()
@@ -34,25 +43,51 @@ _SKIP_EPSILON = 1e-12  # their default
 _WEIGHTED = {"Conv": None, "ConvTranspose": None, "Gemm": 2, "FusedConv": 3, "FusedGemm": 2, "FusedMatMul": None}
 """Linear in the first operand, with weights in the second, whatever they do with the result; and the position of what they add to it."""
 _SUMS = frozenset("Add Sub Concat Sum Max Min".split())
+_ARITHMETIC: dict[str, Callable[[Sequence[float]], float]] = {
+    "Mul": lambda scales: scales[0] * scales[1],
+    "Div": lambda scales: scales[0] / scales[1],
+    "Sqrt": lambda scales: scales[0] ** 0.5,
+    "Reciprocal": lambda scales: 1 / scales[0],
+}
 _DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 _NO_VALUES = frozenset("Shape Size".split())
-_HALF_RANGE = (2.0**-6, 2.0**6)
+_WIDE, _NARROW = 2.0**20, 2.0
+"""R, as above."""
 _Change = Callable[[], None]
 
 
 @dataclass
 class _Walk:
-    """What a walk found: the scale of each value that is not 1, the changes to make, and what they cost."""
+    """What a walk found: the scale of each value that is not 1, the changes to make, and what they cost.
 
+    Attributes:
+        muls: readers that get a Mul.
+        saved: sites whose skip needs none any more.
+        reset: sites whose skip keeps one, for c to be 1 again.
+        low, high: the range of c.
+    """
+
+    editor: Editor
+    forms: Forms
+    unknown: float
     scales: dict[ir.Value, float] = field(default_factory=dict)
     changes: list[_Change] = field(default_factory=list)
     muls: int = 0
     saved: int = 0
+    reset: int = 0
     low: float = 1.0
     high: float = 1.0
 
+    def of(self, values: Iterable[ir.Value | None]) -> list[float]:
+        return [self.scales.get(value, 1.0) if value is not None else 1.0 for value in values]
 
-class RescaleStream(Pass[ir.Model]):
+    def bears(self, value: ir.Value, scale: float, power: int = 1) -> bool:
+        """Whether a scale is within R^power of the value's type."""
+        limit = self.unknown if value.dtype is None else _limit(value.dtype)
+        return limit**-power <= scale <= limit**power
+
+
+class RescaleStream(OnnxPass):
     """Rescale the streams of `Affine` nodes, in place, where that saves ops.
 
     Args:
@@ -70,71 +105,62 @@ class RescaleStream(Pass[ir.Model]):
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
         walk = _walked(graph, self.forms)
-        half = any(value is not None and value.dtype == ir.DataType.FLOAT16 for node in self.forms for value in node.inputs)
-        if half and not (_HALF_RANGE[0] <= walk.low and walk.high <= _HALF_RANGE[1]):
-            self.note = f"not rescaled: c would range from {walk.low:.3g} to {walk.high:.3g}, too far for float16"
-        elif walk.muls >= walk.saved:
+        if walk.muls >= walk.saved:
             self.note = f"not rescaled: {walk.muls} readers would need a Mul to save {walk.saved}" if walk.saved else ""
-        else:
-            for change in walk.changes:
-                change()
-            self.scales = {str(value.name): scale for value, scale in walk.scales.items()}
-            self.note = f"{walk.saved} skip weights became 1, c from {walk.low:.3g} to {walk.high:.3g}, {walk.muls} Muls at readers"
-            return PassResult(graph, tuple(str(node.name) for node in self.forms))
-        return PassResult(graph, ())
+            return PassResult(graph, ())
+        for change in walk.changes:
+            change()
+        self.scales = {str(value.name): scale for value, scale in walk.scales.items()}
+        reset = f", set back to 1 by a Mul at {walk.reset} sites" if walk.reset else ""
+        self.note = f"{walk.saved} skip weights became 1, c from {walk.low:.3g} to {walk.high:.3g}{reset}, {walk.muls} Muls at readers"
+        return PassResult(graph, tuple(str(node.name) for node in self.forms))
+
+
+def _limit(dtype: ir.DataType) -> float:
+    return _NARROW if dtype == ir.DataType.FLOAT16 or dtype.bitwidth < 16 else _WIDE
 
 
 def _walked(model: ir.Model, forms: Forms) -> _Walk:
-    walk = _Walk()
+    given = [*model.graph.inputs, *model.graph.initializers.values()]
+    types = {value.dtype for value in given if value.dtype is not None and value.dtype.is_floating_point()}
+    walk = _Walk(Editor(model), forms, min(map(_limit, types), default=_WIDE))
     behind: dict[ir.Value, ir.Value] = {}  # value -> c y, computed once
     for node in model.graph:
-        captured = {v for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH for v in _outer(a.as_graph())}
-        scaled = {value: walk.scales[value] for value in node.inputs if value is not None and value in walk.scales}
         if node in forms:
-            _affine(walk, node, forms)
+            _affine(walk, node)
             continue
-        for value in captured & set(walk.scales):
-            scaled[value] = walk.scales[value]
-        if not scaled or node.op_type in _NO_VALUES:
+        captured = [value for graph in subgraphs(node) for value in _outer(graph) if value in walk.scales]
+        read = {value: walk.scales[value] for value in (*node.inputs, *captured) if value is not None and value in walk.scales}
+        if not read or node.op_type in _NO_VALUES:
             continue
-        found = (
-            None
-            if captured or node.domain not in _DOMAINS
-            else _rule(model, node, [walk.scales.get(v, 1.0) if v is not None else 1.0 for v in node.inputs], forms)
-        )
-        if found is not None:
-            scales, changes = found
-            walk.changes += changes
-            outputs = zip(node.outputs, scales if isinstance(scales, tuple) else [scales] * len(node.outputs), strict=False)
-            walk.scales.update({value: scale for value, scale in outputs if not same(scale, 1.0) and _floating(value)})
+        if not captured and node.domain in _DOMAINS and _handed_on(walk, node):
             continue
-        for value, scale in scaled.items():
+        for value, scale in read.items():
             if value not in behind:
                 walk.muls += 1
-                behind[value] = ir.Value(name=f"{value.name}.true", type=value.type, shape=value.shape)
-                walk.changes.append(_restore(model, value, scale, behind[value], node))
-            walk.changes.append(_read(node, value, behind[value]))
-    for position, value in enumerate(model.graph.outputs):
+                behind[value] = ir.Value(name=walk.editor.name(f"{value.name}.true"), type=value.type, shape=value.shape)
+                walk.changes.append(partial(_restore, walk.editor, value, scale, behind[value], node))
+            walk.changes.append(partial(_read, node, value, behind[value]))
+    for value in dict.fromkeys(model.graph.outputs):
         if value in walk.scales:
-            walk.muls += 1
-            walk.changes.append(_output(model, position, value, walk.scales[value]))
+            walk.muls += value not in behind
+            walk.changes.append(partial(_output, walk.editor, value, walk.scales[value], behind.get(value)))
     return walk
 
 
-def _floating(value: ir.Value) -> bool:
-    """Not the indices of a maximum, nor the mask of a dropout."""
-    return value.dtype is None or value.dtype.is_floating_point()
-
-
-def _affine(walk: _Walk, node: ir.Node, forms: Forms) -> None:
-    form = forms[node]
-    scales = [walk.scales.get(value, 1.0) if value is not None else 1.0 for value in node.inputs]
+def _affine(walk: _Walk, node: ir.Node) -> None:
+    form, output = walk.forms[node], node.outputs[0]
+    scales = walk.of(node.inputs)
     branches, states = scales[: len(form.alphas)], scales[len(form.alphas) :]
     alphas = [alpha * scale for alpha, scale in zip(form.alphas, branches, strict=True)]
     betas = [beta if beta is None else beta * scale for beta, scale in zip(form.betas, states, strict=True)]
-    skip = betas[0] if betas else None
-    c = skip if skip is not None and skip > 0 else 1.0
-    walk.saved += skip is not None and c == skip and form.betas[0] != 1.0
+    c = 1.0
+    if betas and betas[0] is not None and betas[0] > 0:
+        if walk.bears(output, betas[0]):
+            c = betas[0]
+            walk.saved += form.betas[0] != 1.0
+        else:
+            walk.reset += 1
 
     def change() -> None:
         form.alphas, form.betas = alphas, betas
@@ -142,89 +168,132 @@ def _affine(walk: _Walk, node: ir.Node, forms: Forms) -> None:
         form.multiply(1 / c)
 
     walk.changes.append(change)
-    if c != 1.0:
-        walk.scales[node.outputs[0]] = c
+    if not same(c, 1.0):
+        walk.scales[output] = c
     walk.low, walk.high = min(walk.low, c), max(walk.high, c)
 
 
-def _rule(model: ir.Model, node: ir.Node, scales: list[float], forms: Forms) -> tuple[float | tuple[float, ...], list[_Change]] | None:
-    """The scale of all of a node's outputs, or of each, and the changes that make it so; None where it must read true values."""
-    op, first = node.op_type, scales[0]
-    constants = [constant_of(value) if scale == 1.0 else None for value, scale in zip(node.inputs, scales, strict=True)]
-    others = scales[1:]
-
-    def scaled(position: int, factor: float) -> _Change:
-        return partial(scale_constant, model, node, position, factor)
-
-    def agreed(positions: Sequence[int]) -> tuple[float, list[_Change]] | None:
-        """One scale for operands that are added."""
-        data = [p for p in positions if p < len(scales) and node.inputs[p] is not None]
-        branches = {p: form for p in data if (form := _weighted_branch(node.inputs[p], forms)) is not None}
-        fixed = [p for p in data if constants[p] is None and p not in branches] or [*branches]
-        target = scales[fixed[0]] if fixed else 1.0
-        changes: list[_Change] = []
-        for p in data:
-            if constants[p] is not None:
-                changes.append(scaled(p, 1 / target))
-            elif p in branches:
-                changes.append(partial(branches[p].multiply, scales[p] / target))
-            elif not same(scales[p], target):
-                return None
-        return target, changes
-
-    if is_homogeneous(node) or (op == "Cast" and node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point()):
-        return (first, []) if all(scale == 1.0 for scale in others) else None
-    if op in _SKIP_NORMS and not any(output.uses() for output in node.outputs[1:3]):
-        found = agreed((0, 1, _SKIP_NORMS[op]))
-        if found is None:
-            return None
-        target, changes = found
-        epsilon = node.attributes.get_float("epsilon", _SKIP_EPSILON) or 0.0
-        return (1.0, 1.0, 1.0, target), [*changes, lambda: node.attributes.add(ir.AttrFloat32("epsilon", epsilon / target**2))]
-    if op in _NORMS and all(scale == 1.0 for scale in others) and not any(output.uses() for output in node.outputs[1:]):
-        epsilon = node.attributes.get_float("epsilon", _EPSILON) or 0.0
-        return 1.0, [lambda: node.attributes.add(ir.AttrFloat32("epsilon", epsilon / first**2))]
-    if (
-        op == "BatchNormalization"
-        and constants[1] is not None
-        and constants[3] is not None
-        and not node.attributes.get_int("training_mode", 0)
-    ):
-        return 1.0, [scaled(1, first), scaled(3, 1 / first)]
-    if op in _WEIGHTED and constants[1] is not None:
-        return _product(node, scales, constants, scaled)
-    if op == "MatMul":
-        for position in (0, 1):
-            if constants[position] is not None:
-                return 1.0, [scaled(position, scales[1 - position])]
-        return scales[0] * scales[1], []
-    if op == "Mul":
-        return scales[0] * scales[1], []
-    if op == "Div":
-        return scales[0] / scales[1], []
-    if op == "Sqrt":
-        return first**0.5, []
-    if op == "Reciprocal":
-        return 1 / first, []
-    if op == "Pow" and (exponent := constants[1]) is not None and exponent.size == 1:
-        return first ** float(exponent.numpy().reshape(())), []
-    if op in _SUMS:
-        return agreed(range(len(scales)))
-    return None
+def _handed_on(walk: _Walk, node: ir.Node) -> bool:
+    """Whether a node can read scaled values; the scales of what it gives then and the changes that make them so are noted."""
+    reader = _Reader(walk, node)
+    found = reader.scales_of_outputs()
+    if found is None or not reader.fits:
+        return False
+    outputs = {value: scale for value, scale in zip(node.outputs, found, strict=False) if not same(scale, 1.0) and _floating(value)}
+    if not all(walk.bears(value, scale, power=2) for value, scale in outputs.items()):
+        return False
+    walk.changes += reader.changes
+    walk.scales |= outputs
+    return True
 
 
-def _product(
-    node: ir.Node, scales: list[float], constants: list[ir.TensorProtocol | None], scaled: Callable[[int, float], _Change]
-) -> tuple[float, list[_Change]] | None:
-    """W x is free of the scale of x; act(W x + v + z) has that of z, where the activation hands a scale on."""
-    added = _WEIGHTED[node.op_type]
-    if added is None or added >= len(scales) or node.inputs[added] is None or constants[added] is not None:
-        return (1.0, [scaled(1, scales[0])]) if all(scale == 1.0 for scale in scales[1:]) else None
-    target, between = scales[added], range(2, added)
-    free = is_homogeneous_activation(node.attributes.get_string("activation") or "")
-    if (not free and target != 1.0) or any(node.inputs[p] is not None and constants[p] is None for p in between):
+def _floating(value: ir.Value) -> bool:
+    return value.dtype is None or value.dtype.is_floating_point()
+
+
+class _Reader:
+    """One node that reads scaled values.
+
+    Attributes:
+        changes: to its constants, for it to do so.
+        fits: whether these stay in their types' range.
+    """
+
+    def __init__(self, walk: _Walk, node: ir.Node) -> None:
+        self.walk, self.node = walk, node
+        self.scales = walk.of(node.inputs)
+        self.constants = [constant_of(value) if scale == 1.0 else None for value, scale in zip(node.inputs, self.scales, strict=True)]
+        self.changes: list[_Change] = []
+        self.fits = True
+
+    def scales_of_outputs(self) -> Sequence[float] | None:
+        """The scale of each output, as far as they are not 1; None where the node must read true values."""
+        node, op, scales = self.node, self.node.op_type, self.scales
+        alone = all(scale == 1.0 for scale in scales[1:])
+        if is_homogeneous(node):  # MaxPool's indices and Dropout's mask have no scale
+            return [scales[0]] * (len(node.outputs) if op == "Split" else 1) if alone else None
+        if op == "Cast" and node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point():
+            return scales
+        if op in _SKIP_NORMS and not any(output.uses() for output in node.outputs[1:3]):
+            target = self.agree((0, 1, _SKIP_NORMS[op]))
+            return None if target is None else [self.normalise(target, _SKIP_EPSILON), 1.0, 1.0, target]
+        if op in _NORMS and alone and not any(output.uses() for output in node.outputs[1:]):
+            return [self.normalise(scales[0], _EPSILON)]
+        if op == "BatchNormalization" and alone:
+            return self.batch_normalisation()
+        if op in _WEIGHTED and self.constants[1] is not None:
+            return self.product()
+        if op == "MatMul" and (fixed := [p for p in (0, 1) if self.constants[p] is not None]):
+            self.scale(fixed[0], scales[1 - fixed[0]])
+            return []
+        if op == "MatMul":
+            return [scales[0] * scales[1]]
+        if op in _ARITHMETIC:
+            return [_ARITHMETIC[op](scales)]
+        if op == "Pow" and (exponent := self.constants[1]) is not None and exponent.size == 1:
+            return self.power(float(exponent.numpy().reshape(())))
+        if op in _SUMS:
+            target = self.agree(range(len(scales)))
+            return None if target is None else [target]
         return None
-    return target, [scaled(1, scales[0] / target), *(scaled(p, 1 / target) for p in between if node.inputs[p] is not None)]
+
+    def scale(self, position: int, factor: float) -> None:
+        """Multiply a constant operand."""
+        tensor = self.constants[position]
+        assert tensor is not None
+        self.fits = self.fits and bears(tensor, factor)
+        self.changes.append(partial(self.walk.editor.scale, self.node, position, factor))
+
+    def agree(self, positions: Sequence[int]) -> float | None:
+        """One scale for operands that are added."""
+        data = [p for p in positions if p < len(self.scales) and self.node.inputs[p] is not None]
+        branches = {p: form for p in data if (form := _weighted_branch(self.node.inputs[p], self.walk.forms)) is not None}
+        fixed = [p for p in data if self.constants[p] is None and p not in branches] or [*branches]
+        target = self.scales[fixed[0]] if fixed else 1.0
+        for p in data:
+            if self.constants[p] is not None:
+                self.scale(p, 1 / target)
+            elif p in branches:
+                self.changes.append(partial(branches[p].multiply, self.scales[p] / target))
+            elif not same(self.scales[p], target):
+                return None
+        return target
+
+    def normalise(self, scale: float, default: float) -> float:
+        """What is normalised has no scale, behind an epsilon that has its square."""
+        epsilon = self.node.attributes.get_float("epsilon", default) or 0.0
+        self.changes.append(lambda: self.node.attributes.add(ir.AttrFloat32("epsilon", epsilon / scale**2)))
+        return 1.0
+
+    def batch_normalisation(self) -> Sequence[float] | None:
+        training = self.node.attributes.get_int("training_mode", 0)
+        if self.constants[1] is None or self.constants[3] is None or training:
+            return None
+        self.scale(1, self.scales[0])
+        self.scale(3, 1 / self.scales[0])
+        return []
+
+    def power(self, exponent: float) -> Sequence[float] | None:
+        try:
+            return [self.scales[0] ** exponent]
+        except OverflowError:
+            return None
+
+    def product(self) -> Sequence[float] | None:
+        """W x is free of the scale of x; act(W x + v + z) has that of z, where the activation hands a scale on."""
+        node, scales, added = self.node, self.scales, _WEIGHTED[self.node.op_type]
+        if added is None or added >= len(scales) or node.inputs[added] is None or self.constants[added] is not None:
+            self.scale(1, scales[0])
+            return [] if all(scale == 1.0 for scale in scales[1:]) else None
+        target = scales[added]
+        between = [p for p in range(2, added) if node.inputs[p] is not None]
+        free = is_homogeneous_activation(node.attributes.get_string("activation") or "")
+        if (not free and target != 1.0) or any(self.constants[p] is None for p in between):
+            return None
+        self.scale(1, scales[0] / target)
+        for p in between:
+            self.scale(p, 1 / target)
+        return [target]
 
 
 def _weighted_branch(value: ir.Value | None, forms: Forms) -> Affine | None:
@@ -236,47 +305,38 @@ def _weighted_branch(value: ir.Value | None, forms: Forms) -> Affine | None:
     return form
 
 
-def _restore(model: ir.Model, value: ir.Value, scale: float, result: ir.Value, node: ir.Node) -> _Change:
-    def change() -> None:
-        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-        factor = constant(model, f"{value.name}.scale", np.asarray(scale, dtype))
-        model.graph.insert_before(node, ir.Node("", "Mul", [value, factor], outputs=[result], name=f"{value.name}/rescaled"))
+def _restore(editor: Editor, value: ir.Value, scale: float, result: ir.Value, before: ir.Node | None = None) -> None:
+    """c y, in front of a node or at the end."""
+    dtype = value.dtype or ir.DataType.FLOAT
+    factor = editor.constant(f"{value.name}.scale", ir.tensor(np.asarray(scale, dtype.numpy()), dtype=dtype))
+    mul = ir.Node("", "Mul", [value, factor], outputs=[result], name=editor.name(f"{value.name}/rescaled"))
+    if before is None:
+        editor.model.graph.append(mul)
+    else:
+        editor.model.graph.insert_before(before, mul)
 
-    return change
 
-
-def _read(node: ir.Node, value: ir.Value, other: ir.Value) -> _Change:
-    def change() -> None:
-        for position, operand in enumerate(node.inputs):
+def _read(node: ir.Node, value: ir.Value, other: ir.Value) -> None:
+    for reader in (node, *(inner for graph in subgraphs(node) for inner in graph.all_nodes())):
+        for position, operand in enumerate(reader.inputs):
             if operand is value:
-                node.replace_input_with(position, other)
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                for inner in attribute.as_graph().all_nodes():
-                    for position, operand in enumerate(inner.inputs):
-                        if operand is value:
-                            inner.replace_input_with(position, other)
-
-    return change
+                reader.replace_input_with(position, other)
 
 
-def _output(model: ir.Model, position: int, value: ir.Value, scale: float) -> _Change:
+def _output(editor: Editor, value: ir.Value, scale: float, true: ir.Value | None) -> None:
     """A graph output keeps its name, and the value behind it gets another."""
-
-    def change() -> None:
-        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-        factor = constant(model, f"{value.name}.scale", np.asarray(scale, dtype))
-        true = ir.Node("", "Mul", [value, factor], num_outputs=1, name=f"{value.name}/rescaled")
-        true.outputs[0].type, true.outputs[0].shape = value.type, value.shape
-        model.graph.append(true)
-        name, value.name = value.name, f"{value.name}.unscaled"
-        true.outputs[0].name = name
-        model.graph.outputs[position] = true.outputs[0]
-
-    return change
+    if true is None:
+        true = ir.Value(type=value.type, shape=value.shape)
+        _restore(editor, value, scale, true)
+    true.name, value.name = value.name, editor.name(f"{value.name}.unscaled")
+    outputs = editor.model.graph.outputs
+    for position, output in enumerate(outputs):
+        if output is value:
+            outputs[position] = true
 
 
-def _outer(graph: ir.Graph) -> set[ir.Value]:
+def _outer(graph: ir.Graph) -> list[ir.Value]:
+    """What a subgraph reads that it does not compute, in the order of reading."""
     nodes = list(graph.all_nodes())
     inside = {*graph.inputs, *graph.initializers.values(), *(output for node in nodes for output in node.outputs)}
-    return {value for node in nodes for value in node.inputs if value is not None and value not in inside}
+    return [value for node in nodes for value in node.inputs if value is not None and value not in inside]

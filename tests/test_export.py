@@ -178,3 +178,58 @@ def test_failures_write_nothing(tmp_path):
     with pytest.raises(ExportError, match="could not be written"):
         export_onnx(CASES["plain"].make(), (x,), None, tmp_path / "nowhere" / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class OfTypes(torch.nn.Module):
+    """A skip of one type beside branches of another."""
+
+    def __init__(self, skip, branch, *, first):
+        super().__init__()
+        self.f, self.g = (torch.nn.Linear(D, D).to(branch) for _ in range(2))
+        self.skip, self.branch, self.first = skip, branch, first
+
+    def forward(self, x):
+        for layer in (self.f, self.g):
+            x = x.to(self.skip)
+            f = layer(torch.relu(x).to(self.branch))
+            x = x + f if self.first else f + x
+        return x.float()
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "portable", "none"])
+@pytest.mark.parametrize(
+    ("skip", "branch"), [(torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.float64)]
+)  # fmt: skip
+def test_skip_and_branch_of_different_types(skip, branch, target, tmp_path):
+    """The sum has the type that PyTorch gives it."""
+    x = torch.randn(2, 5, D)
+    model = away_from_start(rewrite(OfTypes(skip, branch, first=target != "none"), (x,), variant="rw+lr", rank=4)).eval()
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target=target)
+    other = torch.randn(3, 4, D)
+    half = torch.float16 in (skip, branch)  # 11 bits, rounded at other places
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if half else {"rtol": RTOL, "atol": ATOL}
+    torch.testing.assert_close(run(path, other), output(model, (other,)), **tolerance)
+
+
+class DoubleImages(torch.nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.f = torch.nn.Linear(D, D).to(dtype)
+
+    def forward(self, x):
+        x = x.double()
+        for _ in range(2):
+            f = self.f(torch.relu(x).to(self.f.weight.dtype).transpose(1, 3)).transpose(1, 3)
+            x = x + f.double()
+        return x.float()
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_maps_over_channels_in_float64(dtype, target, tmp_path):
+    """onnxruntime has no convolution of float64: U V x is two products there."""
+    x = torch.randn(2, D, 3, D)
+    model = away_from_start(rewrite(DoubleImages(dtype), (x,), variant="rw+lr+pa", rank=4)).eval()
+    path = export_onnx(model, (x,), None, tmp_path / "model.onnx", target=target)
+    other = torch.randn(3, D, 3, D)
+    torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
