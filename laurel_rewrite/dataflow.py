@@ -5,6 +5,7 @@ The detector sees this and nothing else, so that one definition of a residual co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +14,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import networkx
+
+Shape = tuple[int | str, ...]
+
+_UNBACKED = re.compile(r"\bu\d+\b")
+
+
+def one_shape(left: Shape | None, right: Shape | None) -> bool:
+    """Whether two tensors that are added have one shape.
+
+    A size that torch knows only when the model runs ("u0") is whatever it is added to: a sum with another size would fail there. Beside a
+    1 it may be a broadcast.
+    """
+    if left == right or left is None or right is None:
+        return left == right
+    return len(left) == len(right) and all(
+        a == b or (1 not in (a, b) and any(isinstance(size, str) and _UNBACKED.search(size) for size in (a, b)))
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 def perhaps_equal(shapes: Sequence[tuple[int | str, ...]]) -> bool:
@@ -47,6 +66,10 @@ class OpKind:
         enclosed: a sum in the subgraph of a control-flow op, which is listed and left alone.
         upsample: enlarges positions; marks a lateral sum.
         softmax: turns attention scores into weights; a sum that only this reads is a bias on scores.
+        cut: no gradient passes from the result to the operands (detach, rounding, an index).
+        product: multiplies tensors, one of which may be a parameter.
+        noise: draws numbers.
+        subtracts: takes the second operand from the first, or the first from the second.
         axis: the feature axis that reading a value through this op implies, counted on that value's dimensions.
         vote: how much that implication weighs.
     """
@@ -59,6 +82,10 @@ class OpKind:
     enclosed: bool = False
     upsample: bool = False
     softmax: bool = False
+    cut: bool = False
+    product: bool = False
+    noise: bool = False
+    subtracts: bool = False
     axis: int | None = None
     vote: int = 0
 
@@ -83,6 +110,7 @@ class Value:
         trace: the calls that led to it, in the words of the source graph, or ""; the same for every turn of a loop.
         call: index of the recorded call in the capture, None where there is none.
         existing: the op lies inside a LAuReL module that the model already had.
+        recorded: the op runs where gradients are recorded, not under no_grad.
     """
 
     index: int
@@ -99,6 +127,7 @@ class Value:
     trace: str = ""
     call: int | None = None
     existing: bool = False
+    recorded: bool = True
 
     @property
     def role(self) -> Role:
@@ -107,7 +136,10 @@ class Value:
 
 @dataclass
 class Dataflow:
-    """The values of one graph, in topological order: `values[i].index == i` and operands come first."""
+    """The values of one graph, in topological order: `values[i].index == i` and operands come first.
+
+    `outputs` are the graph's results, and what its inputs and buffers hold at the end where they were written into.
+    """
 
     values: list[Value] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
@@ -126,6 +158,17 @@ class Dataflow:
             for operand in set(value.inputs):
                 readers[operand].append(value.index)
         return readers
+
+    @cached_property
+    def live(self) -> frozenset[int]:
+        """The values that an output depends on; what inputs and buffers hold at the end is an output too."""
+        found, stack = set(self.outputs), list(self.outputs)
+        while stack:
+            for operand in self.values[stack.pop()].inputs:
+                if operand not in found:
+                    found.add(operand)
+                    stack.append(operand)
+        return frozenset(found)
 
     def check(self) -> None:
         """Raise ValueError unless operands precede their readers and indices are positions."""

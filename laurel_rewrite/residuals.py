@@ -4,23 +4,28 @@ A sum is a residual connection when one operand, the skip, followed back through
 ancestor of another operand through a path with at least one mixing op. Two operands that descend from a nearest common ancestor,
 one by linear ops only and the other through a non-linearity, are a projection shortcut.
 
+Only what is learned counts: a sum that reaches no output is none, and a path on which no gradient passes (detach, rounding, an index)
+is none, for a stream is what gradients flow through. So a straight-through estimator, z + (q - z).detach(), is none, and neither is
+the embedding of a detached prediction. What runs under no_grad is judged as everything is, and then left alone: a frozen backbone has
+residual connections, but LAuReL in it could not learn.
+
+A sum of sums is one sum, and where a module returns a residual connection into the sum of another module, that one stands alone.
+
 Topological order bounds every search: an ancestor of a value comes before it, and nothing before c descends from c. So the walk
-back from an operand visits the branch and nothing else, and each walk spares the later ones what it has seen: the time is near-linear
-in the size of the graph.
+back from an operand visits the branch and nothing else (`descent`), and the time is near-linear in the size of the graph.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from laurel_rewrite.dataflow import Dataflow, Role, Value, perhaps_equal
+from laurel_rewrite.dataflow import Dataflow, Role, Value, one_shape, perhaps_equal
+from laurel_rewrite.descent import CARRIED, CUT, MIXED, PLAIN, Descent, by, every, without
+from laurel_rewrite.lookalikes import Lookalikes
 
-_PLAIN, _MIXED, _EITHER = 1, 2, 3  # bits: reached without, with a mixing op on the way
-_ENTRIES = 16  # a region with more ways out than this is walked each time
 _SHORTCUT = 64  # ops of a shortcut at most: the history of an unrolled linear recurrence is none
-_REACH = 16  # values followed from a sum of attention scores to the softmax
 _Leaf = tuple[int, tuple[tuple[int, int], ...]]  # an operand of an n-ary sum, and the binary sums from it outwards
 
 
@@ -28,6 +33,7 @@ REASONS = {
     "identity": "x + f(x): the branch reads the skip's value through at least one mixing op",
     "projection": "the operands part at one value; the skip is computed from it by linear ops only, the branch through a non-linearity",
     "partial": "the skip is a slice of a value that the branch reads whole; listed, and rewritten only when a plan says so",
+    "dead": "its result reaches no output, so that LAuReL there would never learn",
     "integer": "only floating-point numbers flow through residual connections; where a quantiser wrote sums of integers (QLinearAdd), give the "
     "file in QDQ format, or the one before",
     "scalar": "adding a number is no residual connection",
@@ -35,15 +41,24 @@ REASONS = {
     "broadcast": "the operands of a residual connection have one shape; a mask, a bias or an embedding is spread",
     "unknown shape": "without shapes a broadcast cannot be told from a residual connection",
     "open sizes": "the operands' sizes could not be shown equal: fix the open sizes of the graph, or give inputs that it runs with",
+    "subtraction": "x - f(x): listed, and left as it is; written as x + (-f(x)) it would be a residual connection",
     "gated": "the operands are weighted by tensors, as in a gate",
     "subgraph": "it stands in the subgraph of an If, Loop or Scan, which is left alone",
     "existing LAuReL": "in, or with the result of, a LAuReL block that the model has already",
+    "no gradient": "a residual connection where no gradient is recorded (torch.no_grad), so that LAuReL there could not learn",
+    "detached": "an operand is computed from the other, but no gradient passes (detach, rounding, an index): "
+    "a straight-through estimator, an embedding of detached values",
     "attention bias": "one operand is a product of queries and keys, and a softmax reads the sum",
     "pointwise": "one operand is computed from the other, but nothing on the way mixes positions or channels: an activation, a gate",
+    "scaled residual": "x * w + f(x): the skip is multiplied by a learned tensor, so that it is no skip",
+    "gated residual": "x * g + f(x): the skip is multiplied by a tensor that is computed from data (a gate, as in highways and GRUs)",
+    "mixed residual": "the skip is mixed with other streams, by weights that are computed from data (hyper-connections)",
     "no skip": "no operand of the sum is an ancestor of another",
     "no common ancestor": "the operands come from different model inputs",
     "lateral": "one operand was upsampled: a feature pyramid or a U-Net joins different streams",
     "both linear": "the operands part at one value and both are linear in it: a low-rank delta, a re-parametrised convolution",
+    "modulated": "the operands part at one value, but the branch is a product of independent tensors: a sample (mean + scale * noise), "
+    "a modulation, a gate",
     "no linear path": "no operand is an ancestor of the other, and neither is linear in a value that both descend from: experts, gates",
 }
 """Kind of a site, or reason why a sum is none -> the part of the definition that decides, in words."""
@@ -89,34 +104,54 @@ class _Finder:
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
         self.values = flow.values
-        self.inner = {v.index for v in self.values if self._is_sum(v) and self._folds(v)}
-        self.jumps: dict[int, tuple[int, list[tuple[int, int]]]] = {}  # start -> lowest value passed, where the region is left and how
+        self.descent = Descent(flow)
+        self.lookalikes = Lookalikes(flow, self.descent)
         self.whole: dict[int, list[int]] = {}  # sliced value -> what reads it whole
+        self.embedded: set[int] = set()  # what is computed from detached values and was added to the stream they come from
         self.inputs = self._inputs()
+        self.inner: set[int] = set()
+        for value in self.values:
+            if self._is_sum(value) and self._folds(value):
+                self.inner.add(value.index)
 
     def find(self) -> tuple[list[Residual], list[Refusal]]:
         residuals: list[Residual] = []
         refusals: list[Refusal] = []
         for value in self.values:
-            if value.kind.gated and value.data:
-                refusals.append(Refusal(value.index, value.inputs, "gated", f"{value.op} weights its operands by tensors"))
-            elif value.kind.enclosed:
-                refusals.append(Refusal(value.index, (), "subgraph", REASONS["subgraph"]))
-            elif value.role is Role.SUM and value.index not in self.inner:
-                verdict = self._judge(value) if self._is_sum(value) else self._not_a_sum(value)
-                (residuals if isinstance(verdict, Residual) else refusals).append(verdict)  # type: ignore[arg-type]  # by its class
+            verdict = self._verdict(value)
+            if isinstance(verdict, Residual):
+                residuals.append(verdict)
+            elif verdict is not None:
+                refusals.append(verdict)
         return residuals, refusals
+
+    def _verdict(self, value: Value) -> Residual | Refusal | None:
+        """On a value that adds, or looks like it; None for the others, and for the inner part of a larger sum."""
+        if value.kind.gated and value.data:
+            return Refusal(value.index, value.inputs, "gated", f"{value.op} weights its operands by tensors")
+        if value.kind.enclosed:
+            return Refusal(value.index, (), "subgraph", REASONS["subgraph"])
+        if value.kind.subtracts and self._adds_data(value):
+            verdict = self._judge(value)
+            if isinstance(verdict, Refusal) or verdict.kind != "identity":
+                return None
+            return Refusal(value.index, value.inputs, "subtraction", f"{_shapes(self.values, value.inputs)}: {REASONS['subtraction']}")
+        if value.role is not Role.SUM or value.index in self.inner:
+            return None
+        return self._judge(value) if self._is_sum(value) else self._not_a_sum(value)
 
     # Sums
 
     def _is_sum(self, value: Value) -> bool:
+        return value.role is Role.SUM and self._adds_data(value)
+
+    def _adds_data(self, value: Value) -> bool:
         operands = [self.values[i] for i in value.inputs]
         return (
-            value.role is Role.SUM
-            and value.floating
+            value.floating
             and value.shape is not None
             and len(operands) >= 2
-            and all(o.data and o.floating and o.shape == value.shape for o in operands)
+            and all(o.data and o.floating and one_shape(o.shape, value.shape) for o in operands)
         )
 
     def _folds(self, value: Value) -> bool:
@@ -125,7 +160,14 @@ class _Finder:
         if value.index in self.flow.outputs or len(readers) != 1:
             return False
         reader = self.values[readers[0]]
-        return self._is_sum(reader) and reader.inputs.count(value.index) == 1 and reader.existing == value.existing
+        if not (self._is_sum(reader) and reader.inputs.count(value.index) == 1 and reader.existing == value.existing):
+            return False
+        return reader.owner == value.owner or not self._stands_alone(value)
+
+    def _stands_alone(self, value: Value) -> bool:
+        """Whether a sum that another module adds to is a residual connection without what is added there."""
+        verdict = self._judge(value)
+        return isinstance(verdict, Residual) and verdict.kind == "identity"
 
     def _leaves(self, index: int) -> Iterator[_Leaf]:
         """Each operand of the n-ary sum, with the binary sums from it outwards."""
@@ -140,7 +182,7 @@ class _Finder:
                     yield operand, step
 
     def _not_a_sum(self, value: Value) -> Refusal:
-        shapes = " + ".join(_shape(self.values[i]) for i in value.inputs)
+        shapes = _shapes(self.values, value.inputs)
         fixed = [self.values[i] for i in value.inputs if not self.values[i].data]
         if any(self.values[i].shape is None for i in (value.index, *value.inputs)):
             reason, detail = "unknown shape", f"{shapes}: shapes are not known"
@@ -177,123 +219,78 @@ class _Finder:
     def _judge(self, value: Value) -> Residual | Refusal:
         leaves = list(self._leaves(value.index))
         operands = [leaf for leaf, _ in leaves]
-        where = " + ".join(_shape(self.values[i]) for i in operands)
 
         def refuse(reason: str) -> Refusal:
-            return Refusal(value.index, tuple(operands), reason, f"{where}: {REASONS[reason]}")
+            return Refusal(value.index, tuple(operands), reason, f"{_shapes(self.values, operands)}: {REASONS[reason]}")
 
-        roots = [self._root(operand) for operand in operands]
+        roots = [self.lookalikes.root(operand) for operand in operands]
         if value.existing or any(self.values[root].existing for root in roots):
             return refuse("existing LAuReL")
-        if self._biases_scores(value, operands):
+        if value.index not in self.flow.live:
+            return refuse("dead")
+        if self.lookalikes.biases_scores(value, operands):
             return refuse("attention bias")
-        descent = self._descent(roots, roots)
-        others = [descent[root] & ~(_EITHER << 2 * position) for position, root in enumerate(roots)]
-        identity = [position for position, ways in enumerate(others) if _mixed(ways)]
+        descent = self.descent.ways(roots, roots)
+        others = [without(descent[root], position) for position, root in enumerate(roots)]
+        mixed = every(MIXED, len(roots))
+        identity = [position for position, ways in enumerate(others) if ways & mixed]
         if identity:
             skip = max(identity, key=lambda position: roots[position])
-            return self._residual(value, leaves, skip, "identity", roots[skip])
-        if any(others):
+            if self._is_embedding(roots[skip]):
+                return refuse("detached")
+            return refuse("no gradient") if not value.recorded else self._residual(value, leaves, skip, "identity", roots[skip])
+        if any(ways & every(PLAIN, len(roots)) for ways in others):
             return refuse("pointwise")
+        verdict = self._of_parts(operands)
+        if not isinstance(verdict, str):
+            kind, skip, source = verdict
+            return refuse("no gradient") if not value.recorded else self._residual(value, leaves, skip, kind, source)
+        behind = {roots[start] for ways in others for start in by(ways, CUT)}
+        if behind:
+            self.embedded |= behind
+            return refuse("detached")
+        return refuse(self.lookalikes.near_miss(operands) or verdict)
+
+    def _of_parts(self, operands: list[int]) -> tuple[str, int, int] | str:
+        """Where no operand is an ancestor of another: the kind, the position of the skip and where the operands part, or the reason."""
         partial = self._partial(operands)
         if partial is not None:
-            return self._residual(value, leaves, partial[0], "partial", partial[1])
+            return "partial", *partial
         if len(operands) != 2:
-            return refuse("no skip")
+            return "no skip"
         projection = self._projection(*operands)
-        if isinstance(projection, str):
-            return refuse(projection)
-        return self._residual(value, leaves, projection[0], "projection", projection[1])
+        return projection if isinstance(projection, str) else ("projection", *projection)
+
+    def _is_embedding(self, index: int) -> bool:
+        """Whether a value is made of detached values of a stream, and only ever added: a position embedding of detached boxes."""
+        if index not in self.embedded:
+            return False
+        queue = [index]
+        for view in queue:
+            for reader in (self.values[i] for i in self.flow.readers[view] if i in self.flow.live):
+                if reader.role is Role.TRANSPARENT:
+                    queue.append(reader.index)
+                elif reader.role is not Role.SUM:
+                    return False
+        return True
 
     def _residual(self, value: Value, leaves: list[_Leaf], skip: int, kind: str, source: int) -> Residual:
         branches = tuple(leaf for position, (leaf, _) in enumerate(leaves) if position != skip)
         return Residual(value.index, leaves[skip][0], branches, leaves[skip][1], kind, source)
 
-    def _root(self, index: int, through: tuple[Role, ...] = (Role.TRANSPARENT,)) -> int:
-        """The value behind an operand's transparent ops."""
-        while self.values[index].role in through and self.values[index].inputs:
-            index = self.values[index].inputs[0]
-        return index
-
-    def _descent(self, starts: Sequence[int], targets: Iterable[int]) -> dict[int, int]:
-        """For each target, how each start descends from it: two bits a start, `_PLAIN` and `_MIXED`, start 0 lowest.
-
-        One walk back in reverse topological order, down to the lowest target. A walk leaves a jump at each start: what lies between
-        the start and the floor is passed in one step by every later walk that looks for nothing in between. So nested regions and
-        long-range sums (a U-Net, a tower beside a tower) are walked once, not once for each sum.
-        """
-        wanted = sorted(set(targets))
-        floor = wanted[0]
-        ways: dict[int, int] = {}
-        heap: list[int] = []
-        below: dict[int, int] = {}  # reached, but not walked through
-        for position, start in enumerate(starts):
-            if start not in ways:
-                heapq.heappush(heap, -start)
-            ways[start] = ways.get(start, 0) | _PLAIN << 2 * position
-        plains = sum(_PLAIN << 2 * position for position in range(len(starts)))
-        lowest = max(starts)
-        while heap:
-            node = -heapq.heappop(heap)
-            reached = ways[node]
-            while wanted and wanted[-1] >= node:
-                wanted.pop()
-            if node <= floor:
-                below[node] = below.get(node, 0) | reached
-                continue
-            lowest = min(lowest, node)
-            through = (reached & plains) << 1 | reached & (plains << 1)  # every way, now mixed
-            jump = self.jumps.get(node)
-            if jump is not None and (not wanted or wanted[-1] < jump[0]):
-                lowest = min(lowest, jump[0])
-                steps = [(entry, (reached if how & _PLAIN else 0) | (through if how & _MIXED else 0)) for entry, how in jump[1]]
-            else:
-                carried = through if self.values[node].role is Role.MIXING else reached
-                steps = [(operand, carried) for operand in self.values[node].inputs if self.values[operand].data]
-            for operand, carried in steps:
-                if operand < floor:
-                    below[operand] = below.get(operand, 0) | carried
-                elif operand in ways:
-                    ways[operand] |= carried
-                else:
-                    ways[operand] = carried
-                    heapq.heappush(heap, -operand)
-        for position, start in enumerate(starts):
-            entries = [(entry, how) for entry, mask in below.items() if (how := mask >> 2 * position & _EITHER)]
-            if start > floor and len(entries) <= _ENTRIES:
-                self.jumps[start] = (lowest, entries)
-        return {target: ways.get(target, 0) for target in targets}
-
-    def _biases_scores(self, value: Value, operands: list[int]) -> bool:
-        """Whether an operand is a product of two data-dependent values, and nothing but a softmax reads the sum."""
-        scores = [self.values[self._root(operand, (Role.TRANSPARENT, Role.SLICE))] for operand in operands]
-        if not any(v.role is Role.MIXING and len({i for i in v.inputs if self.values[i].data}) > 1 for v in scores):
-            return False
-        queue = [value.index]
-        for index in queue:
-            readers = [self.values[reader] for reader in self.flow.readers[index]]
-            if not readers or len(queue) > _REACH:
-                return False
-            for reader in readers:
-                if reader.role in (Role.TRANSPARENT, Role.SLICE, Role.POINTWISE) or (reader.role is Role.SUM and not self._is_sum(reader)):
-                    queue.append(reader.index)
-                elif not reader.kind.softmax:
-                    return False
-        return True
-
     def _partial(self, operands: list[int]) -> tuple[int, int] | None:
         """A skip that is a slice of what another operand reads whole: its position, and the whole."""
         for position, operand in enumerate(operands):
-            index = self._root(operand, (Role.TRANSPARENT, Role.SLICE))
-            if index == self._root(operand):
+            index = self.lookalikes.root(operand, (Role.TRANSPARENT, Role.SLICE))
+            if index == self.lookalikes.root(operand):
                 continue
             if index not in self.whole:
                 self.whole[index] = [reader for reader in self.flow.readers[index] if self.values[reader].role is not Role.SLICE]
             whole = self.whole[index]
             for other in operands:
                 if other != operand and whole:
-                    descent = self._descent([other], [index, *whole])
-                    if _mixed(descent[index]) and any(descent[reader] for reader in whole):
+                    descent = self.descent.ways([other], [index, *whole])
+                    if descent[index] & MIXED and any(descent[reader] & CARRIED for reader in whole):
                         return position, index
         return None
 
@@ -305,11 +302,13 @@ class _Finder:
             source = self._shortcut(skip, other)
             if source is None:
                 continue
-            if source not in self._between(source, other, upsampled=False):
+            if source not in self.descent.between(source, other, upsampled=False):
                 return "lateral"
-            if all(self._is_linear(self.values[i]) or not self.values[i].inputs for i in self._between(source, other) if i != source):
+            if all(
+                self._is_linear(self.values[i]) or not self.values[i].inputs for i in self.descent.between(source, other) if i != source
+            ):
                 return "both linear"
-            return position, source
+            return "modulated" if self.lookalikes.modulates(other) else (position, source)
         return "no linear path"
 
     def _shortcut(self, skip: int, other: int) -> int | None:
@@ -328,33 +327,15 @@ class _Finder:
             mixed, wide = mixed or value.role is Role.MIXING, wide or value.kind.wide
             for operand in {i for i in value.inputs if self.values[i].data and -i not in frontier}:
                 heapq.heappush(frontier, -operand)
-        descent = self._descent([other], [index for index, _, _ in cuts])
-        source, mixed, wide = next((cut for cut in cuts if descent[cut[0]]), (skip, False, False))
+        descent = self.descent.ways([other], [index for index, _, _ in cuts])
+        source, mixed, wide = next((cut for cut in cuts if descent[cut[0]] & CARRIED), (skip, False, False))
         # A 3x3 convolution that keeps the shape adds what is near (a position encoding in attention); between stages it is a shortcut.
         near = wide and self.values[source].shape == self.values[skip].shape
         return source if mixed and not near else None
 
-    def _between(self, source: int, index: int, *, upsampled: bool = True) -> Iterator[int]:
-        """`index` and its ancestors down to `source`; without `upsampled`, only what is reached without an upsampling op."""
-        found, stack = {index}, [index]
-        while stack:
-            value = self.values[stack.pop()]
-            yield value.index
-            if value.index == source or (value.kind.upsample and not upsampled):
-                continue
-            for operand in value.inputs:
-                if operand >= source and operand not in found and self.values[operand].data:
-                    found.add(operand)
-                    stack.append(operand)
-
     def _is_linear(self, value: Value) -> bool:
-        return value.kind.linear or value.role in (Role.TRANSPARENT, Role.SLICE, Role.SUM)
+        return not value.kind.cut and (value.kind.linear or value.role in (Role.TRANSPARENT, Role.SLICE, Role.SUM))
 
 
-def _mixed(ways: int) -> bool:
-    """Whether a start, of any number, descends through a mixing op."""
-    return bool(ways) and any(ways >> shift & _MIXED for shift in range(0, ways.bit_length(), 2))
-
-
-def _shape(value: Value) -> str:
-    return "[" + ", ".join(map(str, value.shape)) + "]" if value.shape is not None else "[?]"
+def _shapes(values: list[Value], operands: Iterable[int]) -> str:
+    return " + ".join("[" + ", ".join(map(str, shape)) + "]" if (shape := values[i].shape) is not None else "[?]" for i in operands)

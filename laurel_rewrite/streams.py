@@ -69,6 +69,8 @@ def _predecessor(flow: Dataflow, residual: Residual, by_output: dict[int, int]) 
             carried = [i for i in value.inputs[:1] if flow.values[i].data]
         # A sum with one data operand adds a bias.
         carries = value.role in (Role.TRANSPARENT, Role.POINTWISE, Role.SUM) or value.kind.norm
+        if value.kind.cut:  # no state of a stream goes around a detach
+            return None
         if not carries or len(carried) != 1:
             decomposed = _through_norm(flow, value)
             if decomposed is None:

@@ -42,7 +42,7 @@ NONE = {
     "bias": (lambda s, x: s.a(x) + s.gate, "not data-dependent"),
     "broadcast": (lambda s, x: x + s.a(x).mean(1, keepdim=True), "broadcast"),
     "gelu by tanh": (lambda s, x: s.a(0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3)))), "pointwise"),
-    "gated skip": (lambda s, x: torch.sigmoid(s.a(x)) * x + (1 - torch.sigmoid(s.a(x))) * s.b(x), "no linear path"),
+    "gated skip": (lambda s, x: torch.sigmoid(s.a(x)) * x + (1 - torch.sigmoid(s.a(x))) * s.b(x), "gated residual"),
     "lerp": (lambda s, x: torch.lerp(x, s.a(x), torch.sigmoid(s.b(x))), "gated"),
     "same value twice": (lambda s, x: s.a(x + x), "pointwise"),
     "low-rank delta": (lambda s, x: s.a(x) + s.b(s.norm(s.b(x))), "both linear"),

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role
-from laurel_rewrite.residuals import _Finder, find_residuals
+from laurel_rewrite.descent import CUT, MIXED, PLAIN, Descent
+from laurel_rewrite.residuals import find_residuals
 
 
 def random_flow(choices: list[tuple[int, int, int]], order: list[int] | None = None) -> tuple[Dataflow, list[int]]:
-    """A dataflow of values of one shape: unary mixing and pointwise ops, and sums with operands in either order."""
+    """A dataflow of values of one shape: unary mixing, pointwise and detaching ops, and sums with operands in either order."""
     flow = Dataflow()
     shape = {"shape": (2, 4), "floating": True, "data": True}
     flow.add("x", "placeholder", OpKind(Role.SOURCE), (), **shape)
@@ -23,12 +24,12 @@ def random_flow(choices: list[tuple[int, int, int]], order: list[int] | None = N
         if kind % 3 == 0:
             flow.add(f"m{number}", "linear", OpKind(Role.MIXING, linear=True, axis=-1, vote=1), (a,), **shape)
         elif kind % 3 == 1:
-            flow.add(f"p{number}", "relu", OpKind(Role.POINTWISE), (a,), **shape)
+            flow.add(f"p{number}", "relu", OpKind(Role.POINTWISE, cut=kind == 7), (a,), **shape)
         else:
             swapped = order is not None and order[number % len(order)] % 2
             operands = (b, a) if swapped else (a, b)
             sums.append(flow.add(f"s{number}", "add", OpKind(Role.SUM), operands, **shape).index)
-    flow.outputs.add(len(flow.values) - 1)
+    flow.outputs.update(value.index for value in flow.values if not flow.readers[value.index])
     return flow, sums
 
 
@@ -70,7 +71,9 @@ def test_an_identity_site_is_what_the_definition_says(graph):
 
 
 def _mixes_from(flow, digraph, nx, source, target) -> bool:
-    """Whether a path from source to target holds a mixing op other than the source itself."""
+    """Whether a path from source to target holds a mixing op other than the source itself, and no cut."""
+    digraph = digraph.copy()
+    digraph.remove_edges_from([(i, value.index) for value in flow.values if value.kind.cut for i in value.inputs])
     if source == target or source not in nx.ancestors(digraph, target):
         return False
     between = (nx.descendants(digraph, source) | {source}) & (nx.ancestors(digraph, target) | {target})
@@ -82,24 +85,25 @@ def _mixes_from(flow, digraph, nx, source, target) -> bool:
 def test_a_walk_that_jumps_finds_what_all_paths_say(graph, questions):
     """Each question leaves jumps behind that the next ones take; the answers are those of a search without any."""
     flow, _ = random_flow(graph)
-    finder = _Finder(flow)
+    descent = Descent(flow)
     for left, right, target in questions:
         left, right, target = (number % len(flow.values) for number in (left, right, target))
-        ways = finder._descent([left, right], [target, left])
+        ways = descent.ways([left, right], [target, left])
         for goal in (target, left):
-            assert ways[goal] == _ways(flow, left, goal) | _ways(flow, right, goal) << 2
+            assert ways[goal] == _ways(flow, left, goal) | _ways(flow, right, goal) << 3
 
 
 def _ways(flow, start, goal) -> int:
-    """Bit 0: goal is reached from start without a mixing op; bit 1: with one."""
-    seen, queue = {(start, False)}, [(start, False)]
-    for index, mixed in queue:
-        mixed = mixed or flow.values[index].role is Role.MIXING
+    """How goal is reached from start: plainly, through a mixing op, through a cut."""
+    seen, queue = {(start, PLAIN)}, [(start, PLAIN)]
+    for index, how in queue:
+        kind = flow.values[index].kind
+        how = CUT if kind.cut or how == CUT else MIXED if kind.role is Role.MIXING else how
         for operand in flow.values[index].inputs:
-            if (operand, mixed) not in seen:
-                seen.add((operand, mixed))
-                queue.append((operand, mixed))
-    return ((goal, False) in seen) | ((goal, True) in seen) << 1
+            if (operand, how) not in seen:
+                seen.add((operand, how))
+                queue.append((operand, how))
+    return sum(how for how in (PLAIN, MIXED, CUT) if (goal, how) in seen)
 
 
 def grown(shape: str, blocks: int) -> Dataflow:
@@ -153,7 +157,7 @@ def grown(shape: str, blocks: int) -> Dataflow:
         total = x
         for _ in range(blocks):
             total = add(total, f(x))
-    flow.outputs.add(len(flow.values) - 1)
+    flow.outputs.update(value.index for value in flow.values if not flow.readers[value.index])
     return flow
 
 
@@ -167,7 +171,7 @@ def test_the_work_grows_with_the_graph(shape, monkeypatch):
         steps += 1
         heappush(heap, item)
 
-    monkeypatch.setattr("laurel_rewrite.residuals.heapq.heappush", counting)
+    monkeypatch.setattr("heapq.heappush", counting)
     counts = []
     for blocks in (50, 500):
         steps = 0

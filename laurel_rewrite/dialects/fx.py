@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from laurel_rewrite.dataflow import Dataflow, OpKind, Role, Value
 from laurel_rewrite.dialects.rules import (
+    DETACH,
     LINEAR,
     MIXING,
     POINTWISE,
@@ -22,11 +23,13 @@ from laurel_rewrite.dialects.rules import (
     SOURCE,
     STRUCTURE,
     TRANSPARENT,
+    cut,
     innermost_frame,
     reshaped_axes,
     scaled,
 )
 from laurel_rewrite.dialects.torch_ops import (
+    DRAWS,
     IGNORED,
     LEAF_MODULES,
     LIKE,
@@ -59,7 +62,8 @@ def dataflow_from_fx(
 
 
 class _Reader:
-    """Canonicalises while it reads: in-place ops become new values, and a view that was taken before such a change is read anew."""
+    """Canonicalises while it reads: in-place ops become new values, a view that was taken before such a change is read anew, and two equal
+    views of one value are one value. What leaves a no_grad region is detached there."""
 
     def __init__(self, graph: fx.Graph, modules: Callable[[str], torch.nn.Module] | None, parameters: frozenset[str]) -> None:
         self.graph = graph
@@ -73,6 +77,9 @@ class _Reader:
         self.version: dict[fx.Node, int] = {}  # base -> number of in-place changes so far
         self.seen: dict[fx.Node, int] = {}  # node -> the version that `current` reflects
         self.known: dict[tuple[str, Any], tuple[str, bool]] = {}  # a target's base name, and whether it mutates
+        self.views: dict[tuple[Any, ...], int] = {}  # op, operands and arguments of a view -> its value
+        self.recording = True  # of gradients: False inside a no_grad region
+        self.detached: dict[int, int] = {}  # what a no_grad region computed -> that as it is read outside
 
     def read(self) -> tuple[Dataflow, dict[fx.Node, int]]:
         for node in self.graph.nodes:
@@ -80,6 +87,8 @@ class _Reader:
                 self.flow.outputs.update(self._read(operand) for operand in node.all_input_nodes)
             else:
                 self._add(node)
+        written = [base for base in self.version if base.op in ("placeholder", "get_attr")]
+        self.flow.outputs.update(self._read(base) for base in written)  # the caller sees what its tensors hold then
         return self.flow, self.computed
 
     def _target(self, node: fx.Node) -> tuple[str, bool]:
@@ -91,6 +100,8 @@ class _Reader:
 
     def _add(self, node: fx.Node) -> None:
         op, writes = self._target(node)
+        if op == "_set_grad_enabled":
+            self.recording = bool(node.args[0])
         if op in IGNORED:
             return
         computed, values = self.computed, self.flow.values
@@ -101,6 +112,10 @@ class _Reader:
             if op in LIKE:
                 operands = operands[:1]
         inputs = [self._read(operand) for operand in operands]
+        if op == "copy":  # what was there before is gone
+            inputs = inputs[1:]
+        if self.recording:
+            inputs = [self._leave(index) for index in inputs]
         shape, floating = shape_of(node)
         if op == "setitem" and inputs:
             shape, floating = values[inputs[0]].shape, values[inputs[0]].floating
@@ -108,21 +123,49 @@ class _Reader:
             kind, data = SOURCE, node.op == "placeholder" and node.name not in self.parameters
         else:
             kind, data = self._kind(node, op, inputs, shape), op not in SHAPE_ONLY and any(values[i].data for i in inputs)
+        if discrete(node):
+            kind = cut(kind)
+        view = None if writes or op in DRAWS or kind.role not in (Role.TRANSPARENT, Role.SLICE) else self._view(node, op, inputs)
+        if view in self.views:
+            self._settle(node, op, self.views[view], operands)
+            return
         owner, existing = owner_of(node)
         value = self.flow.add(
             node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
-            trace=node.meta.get("stack_trace") or "",
+            trace=node.meta.get("stack_trace") or "", recorded=self.recording,
             call=(node.meta.get("custom") or {}).get("laurel_call") if op in SUMS else None,
         )  # fmt: skip
         if kind.role is Role.TRANSPARENT and inputs:
             value.axes = _axes(node, op, values[inputs[0]], value)
-        computed[node] = value.index
-        if operands and (writes or op in VIEWS):
-            if writes:
-                self._mutate(operands[0], value)
+        if view is not None:
+            self.views[view] = value.index
+        if writes and operands:
+            self._mutate(operands[0], value)
+        self._settle(node, op, value.index, operands)
+
+    def _settle(self, node: fx.Node, op: str, index: int, operands: list[fx.Node]) -> None:
+        """The node computed this value, in memory of its own or of its first operand."""
+        if operands and (op in VIEWS or self._target(node)[1]):
             self.base[node], self.parent[node] = self._base(operands[0]), operands[0]
-        self.current[node] = value.index
+        self.computed[node] = self.current[node] = index
         self.seen[node] = self.version.get(self._base(node), 0)
+
+    def _view(self, node: fx.Node, op: str, inputs: list[int]) -> tuple[Any, ...]:
+        """What two views of one value have in common: op, operands and arguments."""
+        arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.current.get(n, n.name))
+        return op, node.target, tuple(inputs), str(arguments), self.recording
+
+    def _leave(self, index: int) -> int:
+        """The value as it is read outside of the no_grad region that computed it."""
+        before = self.flow.values[index]
+        if before.recorded or not before.data:
+            return index
+        if index not in self.detached:
+            self.detached[index] = self.flow.add(
+                f"{before.name}_detached", "detach", DETACH, [index], shape=before.shape, floating=before.floating, data=True,
+                axes=before.shape and tuple(range(len(before.shape))), owner=before.owner, existing=before.existing, where=before.where,
+            ).index  # fmt: skip
+        return self.detached[index]
 
     def _base(self, node: fx.Node) -> fx.Node:
         return self.base.get(node, node)
@@ -157,7 +200,7 @@ class _Reader:
             if not (same or before.shape == value.shape):
                 inputs = [written] if whole else [before.index, written]
                 written = self.flow.add(
-                    f"{parent.name}_after", "update", TRANSPARENT if whole else POINTWISE, inputs, shape=before.shape,
+                    f"{parent.name}_after", "update", TRANSPARENT if whole else STRUCTURE, inputs, shape=before.shape,
                     floating=before.floating, data=True, owner=value.owner,
                 ).index  # fmt: skip
             node = parent
@@ -181,7 +224,7 @@ class _Reader:
             return SLICE if first.shape != shape else kind
         if kind.role is Role.SLICE and first is not None and first.shape == shape:
             return TRANSPARENT
-        if op in ("expand", "expand_as") and first is not None and first.shape != shape:
+        if op in ("expand", "expand_as", "copy") and first is not None and first.shape != shape:
             return STRUCTURE
         if kind.norm and op in ("layer_norm", "rms_norm", "native_layer_norm"):
             normalized = self._normalized_shape(node)
@@ -270,6 +313,14 @@ def _size(size: torch.SymInt) -> int | str:
     """A symbolic size in words; one that depends on the values of tensors is unknown, one that was found out is a number."""
     text = str(size)
     return int(text) if text.isdigit() else f"?{text}" if free_unbacked_symbols(size) else text
+
+
+def discrete(node: fx.Node) -> bool:
+    """Whether the result holds indices, counts or truth values. Narrow integers stand for real numbers in quantised graphs."""
+    val: Any = node.meta.get("val", node.meta.get("example_value"))
+    if not isinstance(val, torch.Tensor):
+        val = node.meta.get("tensor_meta")
+    return getattr(val, "dtype", None) in (torch.int64, torch.int32, torch.bool)
 
 
 def owner_of(node: fx.Node) -> tuple[str, bool]:

@@ -8,12 +8,18 @@ from __future__ import annotations
 from laurel_rewrite.dataflow import OpKind, Role
 from laurel_rewrite.dialects.rules import (
     CHANNEL_NORM,
+    CHOICE,
     CONV,
+    DIFFERENCE,
     LAYER_NORM,
     LINEAR,
     MAX_POOL,
+    NOISE,
     POINTWISE,
     POOL,
+    PRODUCT,
+    ROUND,
+    SCATTER,
     SLICE,
     SOFTMAX,
     STRUCTURE,
@@ -25,11 +31,15 @@ from laurel_rewrite.dialects.rules import (
 _VIEWS = "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Dropout QuantizeLinear DequantizeLinear"
 _SLICES = "Slice Split"
 _POINTWISE = """
-    Abs Acos Acosh And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Celu Clip Cos Cosh Elu Equal Erf
-    Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Div
-    Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Where
+    Abs Acos Acosh And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Celu Clip Cos Cosh Elu Equal Erf
+    Exp Gelu Greater GreaterOrEqual HardSigmoid HardSwish IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod
+    Div Not Or PRelu Pow Reciprocal Relu Selu Shrink Sigmoid Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Where
     Xor BiasGelu FastGelu QuickGelu BiasDropout
 """
+_ROUNDS = "Ceil Floor Round Sign Bernoulli"
+_CHOICES = "ArgMax ArgMin Multinomial NonZero OneHot"
+_NOISES = "RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
+_SCATTERS = "ScatterElements ScatterND Scatter TensorScatter"
 _POOLS = "AveragePool GlobalAveragePool"
 _MAX_POOLS = "MaxPool GlobalMaxPool"
 _UPSAMPLES = "Resize Upsample ConvTranspose"
@@ -65,7 +75,13 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(_POOLS.split(), POOL),
     **dict.fromkeys(_MAX_POOLS.split(), MAX_POOL),
     **dict.fromkeys(_UPSAMPLES.split(), UPSAMPLE),
-    **dict.fromkeys(("Concat", "Pad", "Expand", "Sub", "Neg"), STRUCTURE),
+    **dict.fromkeys(_ROUNDS.split(), ROUND),
+    **dict.fromkeys(_CHOICES.split(), CHOICE),
+    **dict.fromkeys(_NOISES.split(), NOISE),
+    **dict.fromkeys(_SCATTERS.split(), SCATTER),
+    **dict.fromkeys(("Concat", "Pad", "Expand", "Neg"), STRUCTURE),
+    "Mul": PRODUCT,
+    "Sub": DIFFERENCE,
     **dict.fromkeys(SUMS | QUANTISED_SUMS, SUM),
     "Softmax": SOFTMAX,
     **dict.fromkeys(("Gemm", "FusedGemm"), LINEAR),

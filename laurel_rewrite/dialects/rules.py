@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 from laurel_rewrite.dataflow import OpKind, Role, Value
 
@@ -16,6 +18,14 @@ SLICE = OpKind(Role.SLICE)
 STRUCTURE = OpKind(Role.POINTWISE, linear=True)
 SUBGRAPH = OpKind(Role.MIXING, enclosed=True)
 GATE = OpKind(Role.POINTWISE, gated=True)
+PRODUCT = OpKind(Role.POINTWISE, product=True)
+DIFFERENCE = OpKind(Role.POINTWISE, linear=True, subtracts=True)
+DETACH = OpKind(Role.TRANSPARENT, cut=True)
+ROUND = OpKind(Role.POINTWISE, cut=True)
+CHOICE = OpKind(Role.MIXING, cut=True)
+NOISE = OpKind(Role.POINTWISE, cut=True, noise=True)
+# Writes elements at given places: a low-rank delta that is scattered is still linear. As a shortcut it is like a convolution.
+SCATTER = OpKind(Role.MIXING, linear=True, wide=True)
 SOFTMAX = OpKind(Role.MIXING, softmax=True)
 # The votes for the feature axis: a normalisation says what its features are, a linear layer may mix tokens instead.
 LINEAR = OpKind(Role.MIXING, linear=True, axis=-1, vote=1)
@@ -26,6 +36,12 @@ CONV = OpKind(Role.MIXING, linear=True, axis=1, vote=2)
 CHANNEL_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3)
 LAYER_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=4)
 _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+@cache
+def cut(kind: OpKind) -> OpKind:
+    """The row of an op whose result is an index, a mask or a count: no gradient passes."""
+    return replace(kind, cut=True)
 
 
 def scaled(operands: Sequence[Value], *, learned: bool) -> OpKind | None:
@@ -39,7 +55,7 @@ def scaled(operands: Sequence[Value], *, learned: bool) -> OpKind | None:
     if fixed[0].shape in ((), (1,)) and not learned:
         return TRANSPARENT
     data = operands[1] if operands[0] is fixed[0] else operands[0]
-    return OpKind(Role.POINTWISE, linear=True, axis=_vector_axis(fixed[0], data), vote=2)
+    return replace(PRODUCT, linear=True, axis=_vector_axis(fixed[0], data), vote=2)
 
 
 def _vector_axis(constant: Value, other: Value) -> int | None:

@@ -8,13 +8,20 @@ from __future__ import annotations
 from laurel_rewrite.dataflow import OpKind
 from laurel_rewrite.dialects.rules import (
     CHANNEL_NORM,
+    CHOICE,
     CONV,
+    DETACH,
+    DIFFERENCE,
     GATE,
     LAYER_NORM,
     LINEAR,
     MAX_POOL,
     MIXING,
+    NOISE,
     POOL,
+    PRODUCT,
+    ROUND,
+    SCATTER,
     SLICE,
     SOFTMAX,
     STRUCTURE,
@@ -34,7 +41,7 @@ VIEWS = frozenset(
 """Ops whose result may share memory with their operand."""
 
 _COPIES = """
-    contiguous clone to _to_copy type_as type float half bfloat16 double lift_fresh lift_fresh_copy positive requires_grad_ cuda cpu
+    contiguous clone copy to _to_copy type_as type float half bfloat16 double lift_fresh lift_fresh_copy positive requires_grad_ cuda cpu
     dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout
 """
 _SLICES = """
@@ -44,9 +51,9 @@ _MIXING = """
     matmul mm bmm addmm addbmm baddbmm addmv mv dot einsum tensordot bilinear scaled_dot_product_attention multi_head_attention_forward
     multihead_attention _native_multi_head_attention _transformer_encoder_layer_fwd log_softmax softmin _log_softmax
     sum mean var std var_mean std_mean prod amax amin max min median logsumexp norm linalg_vector_norm linalg_norm cumsum cumprod
-    logcumsumexp argmax argmin topk sort fft_fft fft_ifft fft_fft2 fft_ifft2 fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_fftn
-    fft_ifftn fft_rfftn fft_irfftn stft istft roll flip gather index index_select index_put index_put_ take take_along_dim scatter
-    scatter_ scatter_add scatter_add_ index_add index_add_ masked_scatter grid_sampler grid_sample affine_grid lstm gru rnn_tanh rnn_relu
+    logcumsumexp topk sort fft_fft fft_ifft fft_fft2 fft_ifft2 fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_fftn
+    fft_ifftn fft_rfftn fft_irfftn stft istft roll flip gather index index_select take take_along_dim
+    grid_sampler grid_sample affine_grid lstm gru rnn_tanh rnn_relu
     rnn lstm_cell gru_cell rnn_cell im2col col2im fold unfold pixel_shuffle pixel_unshuffle channel_shuffle cdist diff normalize
     cosine_similarity embedding embedding_bag local_response_norm lp_pool2d glu associative_scan scan flex_attention while_loop cond
 """
@@ -61,7 +68,16 @@ _UPSAMPLES = """
     upsample_linear1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d interpolate upsample conv_transpose1d
     conv_transpose2d conv_transpose3d
 """
-_STRUCTURES = "cat concat concatenate stack pad constant_pad_nd"
+_SCATTERS = """
+    index_put index_copy index_add scatter scatter_add scatter_reduce slice_scatter select_scatter diagonal_scatter masked_scatter
+    index_fill masked_index_put
+"""
+_ROUNDS = "round floor ceil trunc fix sign sgn heaviside floor_divide bernoulli binomial poisson"
+_CHOICES = "argmax argmin argsort bucketize multinomial nonzero one_hot searchsorted"
+_NOISES = """
+    rand rand_like randn randn_like normal normal_functional uniform exponential cauchy log_normal geometric random
+"""
+_STRUCTURES = "cat concat concatenate stack pad constant_pad_nd neg setitem"
 
 SHAPE_ONLY = frozenset(
     """
@@ -70,6 +86,9 @@ SHAPE_ONLY = frozenset(
     """.split()
 )
 """Ops that read at most the shape of their operands: their results do not depend on data."""
+
+DRAWS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout".split())
+"""Views and copies that draw random numbers: two of one value differ."""
 
 LIKE = frozenset("type_as to expand_as view_as reshape_as".split())
 """Ops that take only the type or the shape of their further operands."""
@@ -95,7 +114,13 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(("softmax", "_softmax"), SOFTMAX),
     **dict.fromkeys(SUMS, SUM),
     "sum_in_subgraph": SUBGRAPH,
-    **dict.fromkeys(("sub", "rsub", "neg"), STRUCTURE),
+    **dict.fromkeys(_SCATTERS.split(), SCATTER),
+    **dict.fromkeys(_ROUNDS.split(), ROUND),
+    **dict.fromkeys(_CHOICES.split(), CHOICE),
+    **dict.fromkeys(_NOISES.split(), NOISE),
+    **dict.fromkeys(("detach", "detach_"), DETACH),
+    **dict.fromkeys(PRODUCTS, PRODUCT),
+    **dict.fromkeys(("sub", "subtract", "rsub", "isub"), DIFFERENCE),
     **dict.fromkeys(("addcmul", "addcdiv", "lerp"), GATE),
     **dict.fromkeys(("linear", "addmm"), LINEAR),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), CONV),
