@@ -108,6 +108,7 @@ class Value:
         owner: module path of the op.
         where: "file:line" of the op, or "".
         trace: the calls that led to it, in the words of the source graph, or ""; the same for every turn of a loop.
+        run: in which call of its owner the op ran, from 0, where the graph says so.
         call: index of the recorded call in the capture, None where there is none.
         existing: the op lies inside a LAuReL module that the model already had.
         recorded: the op runs where gradients are recorded, not under no_grad.
@@ -125,6 +126,7 @@ class Value:
     owner: str = ""
     where: str = ""
     trace: str = ""
+    run: int = 0
     call: int | None = None
     existing: bool = False
     recorded: bool = True

@@ -148,10 +148,12 @@ class _Picture:
 
 def _summary(values: list[Value]) -> str:
     """The module that the ops have in common, and the ops that matter, runs collapsed."""
-    owners = [value.owner.split(".") for value in values if value.owner]
+    shown = [value for value in values if value.role in (Role.MIXING, Role.POINTWISE, Role.SUM)]
+    # A view or a dropout at the border belongs to the module before or around.
+    owners = [value.owner.split(".") for value in shown or values if value.owner]
     shared = takewhile(lambda names: len(set(names)) == 1, zip(*owners, strict=False))
     module = ".".join(names[0] for names in shared)
-    ops = list(_runs(v.op for v in values if v.role in (Role.MIXING, Role.POINTWISE, Role.SUM)))
+    ops = list(_runs(value.op for value in shown))
     if len(ops) > _SHOWN:
         ops = [*ops[: _SHOWN - 1], f"{len(ops) - _SHOWN} more", ops[-1]]
     lines = [" · ".join(ops[i : i + 4]) for i in range(0, len(ops), 4)]

@@ -35,7 +35,7 @@ class LaurelConfig:
 
     Attributes:
         variant: "rw", "lr", "pa" or a sum of them, such as "rw+lr".
-        rank: r, the inner width of the low-rank maps; from 1 to D.
+        rank: r, the inner width of the low-rank maps, at least 1; a site whose D is smaller gets D, if any site has room for it.
         history: k, how many states of the stream PA reads, the skip included.
         normalize: how a and b are kept bounded: "softmax" (2 softmax(w), sum 2), "sigmoid" (a = 2 sigmoid(w), b = 2 - a), "none"
             (free) or "paper" (softmax(w), which starts at 1/2 and so does not keep the function of the model).
@@ -134,6 +134,7 @@ class Plan:
     Attributes:
         extra_turns: see `LaurelConfig`.
         left_out: sites that could not be chosen because the size of their feature axis is unknown.
+        narrowed: sites whose D is below the rank that was asked for, and what they got, in words.
     """
 
     sites: tuple[PlanSite, ...]
@@ -141,6 +142,7 @@ class Plan:
     model: str = ""
     extra_turns: str = "refuse"
     left_out: tuple[str, ...] = ()
+    narrowed: tuple[str, ...] = ()
 
     def streams(self) -> list[list[PlanSite]]:
         """The sites of each stream, in its order."""
@@ -205,7 +207,7 @@ class Plan:
 
         Raises:
             NoSiteError: the model has no residual connection.
-            ConfigError: a selector matches nothing, the rank is above a site's D, or D is unknown everywhere.
+            ConfigError: a selector matches nothing, D is unknown everywhere, or the rank is above every D.
         """
         if not sites.sites:
             raise NoSiteError(_nothing(sites))
@@ -218,23 +220,24 @@ class Plan:
         chosen = [site for site in chosen if site.dim is not None or not uses_rank]
         if not chosen:
             raise ConfigError(f"The size of the feature axis is unknown at every site, the first {left_out[0]}; --variant rw needs none.")
-        problems = [
-            f"{s.id}: rank {config.rank} is above its feature size {s.dim}." for s in chosen if uses_rank and config.rank > (s.dim or 0)
-        ]
-        if problems:
-            more = f" And {len(problems) - 5} more." if len(problems) > 5 else ""
-            raise ConfigError(" ".join(problems[:5]) + more)
+        widest = max(chosen, key=lambda site: site.dim or 0)
+        if uses_rank and config.rank > (widest.dim or 0):
+            others = " No other site has a larger one." if len(chosen) > 1 else ""
+            raise ConfigError(f"{widest.id}: rank {config.rank} is above its feature size {widest.dim}.{others}")
         given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in _SETTINGS}
-        rows = []
+        rows, narrowed = [], []
         for site in chosen:
             binding = sites.bindings[site.id]
             turns = binding.turns if binding.turn is not None else 0
+            rank = min(config.rank, site.dim or config.rank) if uses_rank else config.rank
+            if rank < config.rank:
+                narrowed.append(f"{site.id}: rank {rank} instead of {config.rank}, for D is {site.dim}")
             found = {
-                "dim": site.dim or 0, "calls": calls[site.module], "turns": turns, "holder": binding.holder, "side": binding.adds[0][1],
-                "repeats": repeats[site.module, site.stream],
+                "dim": site.dim or 0, "rank": rank, "calls": calls[site.module], "turns": turns, "holder": binding.holder,
+                "side": binding.adds[0][1], "repeats": repeats[site.module, site.stream],
             }  # fmt: skip
             rows.append(PlanSite(**{**asdict(site), **given, **found}))
-        return Plan(tuple(rows), seed=config.seed, extra_turns=config.extra_turns, left_out=left_out)
+        return Plan(tuple(rows), seed=config.seed, extra_turns=config.extra_turns, left_out=left_out, narrowed=tuple(narrowed))
 
     def check(self, sites: Sites) -> None:
         """Raise ConfigError unless every site of the plan is one of these, with the same feature axis."""
@@ -253,13 +256,14 @@ class Plan:
         """The plan as text."""
         import tomlkit
 
+        notes = "".join(f"# {note}.\n" for note in self.narrowed)
         head: dict[str, Any] = {"version": 1, "seed": self.seed}
         if self.model:
             head["model"] = self.model
         if self.extra_turns != "refuse":
             head["extra_turns"] = self.extra_turns
         rows = [{**asdict(site), "shape": list(site.shape)} for site in self.sites]
-        return _HEADER + "\n" + tomlkit.dumps({**head, "site": rows})
+        return _HEADER + notes + "\n" + tomlkit.dumps({**head, "site": rows})
 
     @staticmethod
     def from_toml(text: str, origin: str = "the plan") -> Plan:

@@ -288,24 +288,25 @@ def _holder(stacks: Sequence[tuple[tuple[str, str], ...]]) -> str:
 
 def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None) -> Sites:
     residuals, refusals = find_residuals(flow)
-    places = find_places(flow, residuals)
     values = flow.values
     sites = Sites(refusals=refusals, flow=flow, calls=calls)
 
-    def line(index: int) -> tuple[Any, ...] | None:
-        """What the executions of one line in one call of its owner have in common; None where the graph does not say."""
+    def line(index: int) -> tuple[str, int, Any] | None:
+        """The owner, which of its calls, and the expression there; None where the graph does not say."""
         call, value = sites.call(index), values[index]
         if call is not None:
             return call.owner, call.owner_call, call.steps
-        return (value.owner, None, value.trace) if value.trace else None
+        return (value.owner, value.run, value.trace) if value.trace else None
 
+    lines = [line(residual.adds[0][0]) for residual in residuals]
+    places = find_places(flow, residuals, [key and key[2] for key in lines])
     # How often each line ran, sites or not: a loop's turns. Without recorded calls a line may hold several adds, and only sites count.
     runs: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)
     for index in range(len(values)) if calls else (residual.adds[0][0] for residual in residuals):
         key = line(index) if not calls or sites.call(index) is not None else None
         if key is not None:
             runs[key][index] = len(runs[key])
-    ordinals: dict[str, dict[Any, int]] = defaultdict(dict)
+    ordinals: dict[tuple[str, int], dict[Any, int]] = defaultdict(dict)
     tied: dict[str, int] = defaultdict(int)
     added: dict[int, list[str]] = defaultdict(list)
     for residual, place in zip(residuals, places, strict=True):
@@ -315,7 +316,9 @@ def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None)
         key = line(inner)
         if key not in runs:
             key = None
-        ordinal = ordinals[owner].setdefault(key[2] if key is not None else residual.output, len(ordinals[owner]))
+        # The steps of a recorded call begin in its owner; a trace begins outside, so that it differs from call to call.
+        known = ordinals[owner, 0 if sites.call(inner) is not None else values[inner].run]
+        ordinal = known.setdefault(key[2] if key is not None else residual.output, len(known))
         turns = len(runs[key]) if key is not None else 1
         turn = runs[key][inner] if key is not None and turns > 1 else None
         path = f"{owner}.laurel_{ordinal}" if owner else f"laurel_{ordinal}"

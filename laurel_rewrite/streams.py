@@ -9,9 +9,10 @@ last axis is no change: Swin's blocks go from [B, H, W, D] to [B, H*W, D] and ba
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from laurel_rewrite.dataflow import Dataflow, Role, Value
+from laurel_rewrite.dataflow import Dataflow, Role, Shape, Value
 from laurel_rewrite.residuals import Residual
 
 _REACH = 40  # values looked at around a skip: enough for a decomposed normalisation, independent of the graph's size
@@ -27,8 +28,15 @@ class Place:
     dim: int | None
 
 
-def find_places(flow: Dataflow, residuals: list[Residual]) -> list[Place]:
-    """The place of each residual connection, in their order."""
+def find_places(flow: Dataflow, residuals: list[Residual], sources: Sequence[Hashable | None] = ()) -> list[Place]:
+    """The place of each residual connection, in their order.
+
+    Args:
+        flow: the dataflow.
+        residuals: from `find_residuals`.
+        sources: for each of them the expression in the source that adds, None where it is unknown. What is added by one expression in
+            one shape has one feature axis: the last turn of a loop is read otherwise than the turns before it.
+    """
     by_output = {residual.output: position for position, residual in enumerate(residuals)}
     streams: list[int] = []
     indices: list[int] = []
@@ -46,16 +54,36 @@ def find_places(flow: Dataflow, residuals: list[Residual]) -> list[Place]:
         streams.append(stream)
         indices.append(lengths[stream])
         lengths[stream] += 1
+    shapes = [flow.values[residual.skip].shape or () for residual in residuals]
+    group = _together(streams, list(zip(sources or [None] * len(residuals), shapes, strict=True)))
     votes: list[Counter[int]] = [Counter() for _ in lengths]
     for residual, stream in zip(residuals, streams, strict=True):
-        votes[stream].update(_votes(flow, residual))
+        votes[group[stream]].update(_votes(flow, residual))
     places = []
-    for residual, stream, index in zip(residuals, streams, indices, strict=True):
-        shape = flow.values[residual.skip].shape or ()
-        axis = votes[stream].most_common(1)[0][0] if votes[stream] else -1
-        size = shape[axis] if len(shape) > 1 or (shape and votes[stream]) else None  # a lone axis may be the batch
+    for shape, stream, index in zip(shapes, streams, indices, strict=True):
+        counts = votes[group[stream]]
+        axis = counts.most_common(1)[0][0] if counts else -1
+        size = shape[axis] if len(shape) > 1 or (shape and counts) else None  # a lone axis may be the batch
         places.append(Place(stream, index, axis, size if isinstance(size, int) else None))
     return places
+
+
+def _together(streams: list[int], sources: list[tuple[Hashable | None, Shape]]) -> dict[int, int]:
+    """For each stream the first of those that vote with it: streams that one expression writes in one shape."""
+    group = {stream: stream for stream in streams}
+
+    def first(stream: int) -> int:
+        while group[stream] != stream:
+            group[stream] = group[group[stream]]
+            stream = group[stream]
+        return stream
+
+    seen: dict[tuple[Hashable | None, Shape], int] = {}
+    for stream, source in zip(streams, sources, strict=True):
+        if source[0] is not None:
+            left, right = sorted((first(stream), first(seen.setdefault(source, stream))))
+            group[right] = left
+    return {stream: first(stream) for stream in group}
 
 
 def _predecessor(flow: Dataflow, residual: Residual, by_output: dict[int, int]) -> int | None:

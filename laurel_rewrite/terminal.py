@@ -113,7 +113,7 @@ def show_plan(console: Console, report: Report) -> None:
     console.print(_parameter_line(report))
     if report.plan.left_out:
         console.print(Text(f"Left out, for their feature axis is of unknown size: {', '.join(report.plan.left_out)}", style="yellow"))
-    for note in report.notes:
+    for note in (*report.plan.narrowed, *report.notes):
         console.print(Text(note))
 
 

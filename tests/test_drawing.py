@@ -47,6 +47,14 @@ def test_a_projection_has_a_box_on_its_skip():
     assert ("site:laurel_0", relu) in skip  # the stream goes on through the activation
 
 
+def test_a_box_is_called_after_the_module_of_its_ops():
+    """GPT-2: the dropout of the embeddings stands outside of the first block, and between it and the attention."""
+    example = real("gpt2")
+    graph = graph_of(detect(example.model, example.args, example.kwargs))
+    boxes = [graph.get_node(start) for start, end in edges(graph) - edges(graph, "skip") if str(end) == "site:transformer.h.0.laurel_0"]
+    assert [box.attr["label"].split("\n")[0] for box in boxes] == ["transformer.h.0"]
+
+
 @pytest.mark.parametrize("name", ["parallel", "tied", "loop", "post_norm"])
 def test_every_site_has_a_skip_and_its_branches(name):
     sites = sites_of(name)

@@ -271,6 +271,7 @@ SLICES = {
     "slices": lambda s, x: x[..., :8] + s.narrow(x[..., :8]),
     "chunks": lambda s, x: x.chunk(2, -1)[0] + s.narrow(x.chunk(2, -1)[0]),
     "views": lambda s, x: x.view(10, D)[:, :8] + s.narrow(x.view(10, D)[:, :8]),
+    "picked": lambda s, x: (i := x[0, :, 0].argsort(), x[:, i][..., :8] + s.narrow(x[:, i][..., :8]))[1],
     "written back": lambda s, x: (y := s.a(x), y[..., :8].copy_(y[..., :8] + s.narrow(y[..., :8])), y)[2],
     "an item": lambda s, x: (y := s.a(x), y.__setitem__((..., slice(0, 8)), y[..., :8] + s.narrow(y[..., :8])), y)[2],
 }

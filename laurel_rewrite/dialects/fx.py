@@ -34,6 +34,7 @@ from laurel_rewrite.dialects.torch_ops import (
     LEAF_MODULES,
     LIKE,
     OPS,
+    PICKS,
     POINTWISE_MODULES,
     PRODUCTS,
     SCALES,
@@ -125,14 +126,15 @@ class _Reader:
             kind, data = self._kind(node, op, inputs, shape), op not in SHAPE_ONLY and any(values[i].data for i in inputs)
         if discrete(node):
             kind = cut(kind)
-        view = None if writes or op in DRAWS or kind.role not in (Role.TRANSPARENT, Role.SLICE) else self._view(node, op, inputs)
+        reads = kind.role in (Role.TRANSPARENT, Role.SLICE) or op in PICKS
+        view = self._view(node, op, inputs) if reads and not writes and op not in DRAWS else None
         if view in self.views:
             self._settle(node, op, self.views[view], operands)
             return
-        owner, existing = owner_of(node)
+        owner, run, existing = owner_of(node)
         value = self.flow.add(
             node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
-            trace=node.meta.get("stack_trace") or "", recorded=self.recording,
+            trace=node.meta.get("stack_trace") or "", run=run, recorded=self.recording,
             call=(node.meta.get("custom") or {}).get("laurel_call") if op in SUMS else None,
         )  # fmt: skip
         if kind.role is Role.TRANSPARENT and inputs:
@@ -323,14 +325,16 @@ def discrete(node: fx.Node) -> bool:
     return getattr(val, "dtype", None) in (torch.int64, torch.int32, torch.bool)
 
 
-def owner_of(node: fx.Node) -> tuple[str, bool]:
-    """Path of the module that ran the node, and whether one of the modules around it is a LAuReL block of the model's own."""
+def owner_of(node: fx.Node) -> tuple[str, int, bool]:
+    """Path of the module that ran the node, in which of its calls, and whether one of the modules around is a LAuReL of the model's own."""
     stack = node.meta.get("nn_module_stack")
-    entries = [entry for key, entry in stack.items() if node.op != "call_module" or str(key) != str(node.target)] if stack else []
+    entries = [(key, entry) for key, entry in stack.items() if node.op != "call_module" or str(key) != str(node.target)] if stack else []
     if not entries:
-        return "", False
-    existing = any("laurel" in str(cls).rpartition(".")[2].lower() for _, cls in entries)
-    return str(entries[-1][0]).removeprefix("L['self']").lstrip("."), existing
+        return "", 0, False
+    existing = any("laurel" in str(cls).rpartition(".")[2].lower() for _, (_, cls) in entries)
+    key, (path, _) = entries[-1]
+    run = str(key).rpartition("@")[2]
+    return str(path).removeprefix("L['self']").lstrip("."), int(run) if run.isdigit() else 0, existing
 
 
 def where_of(node: fx.Node) -> str:

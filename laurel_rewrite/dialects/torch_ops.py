@@ -90,6 +90,9 @@ SHAPE_ONLY = frozenset(
 DRAWS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout".split())
 """Views and copies that draw random numbers: two of one value differ."""
 
+PICKS = frozenset("index gather index_select take take_along_dim".split())
+"""Ops that take elements at given places: two of one value, at the same places, are one value."""
+
 LIKE = frozenset("type_as to expand_as view_as reshape_as".split())
 """Ops that take only the type or the shape of their further operands."""
 
