@@ -8,6 +8,9 @@ from torch import nn
 from toys import IMAGE, D, axes, conv, found
 
 from laurel_rewrite import detect
+from laurel_rewrite.dataflow import Dataflow, OpKind, Role
+from laurel_rewrite.residuals import Residual
+from laurel_rewrite.streams import find_places
 
 
 def test_channels_first_and_last():
@@ -94,3 +97,22 @@ def test_a_change_of_shape_begins_a_new_stream():
     layers = {"one": conv(), "two": conv(), "down": conv(D, 32, 2), "three": conv(32), "four": conv(32), "norm2": nn.BatchNorm2d(32)}
     sites = found(body, IMAGE, **layers)
     assert [(site.stream, site.index, site.dim) for site in sites] == [(0, 0, D), (0, 1, D), (1, 0, 32), (1, 1, 32)]
+
+
+def test_streams_of_one_expression_vote_together():
+    flow = Dataflow()
+    like = {"shape": (2, 5, D), "floating": True, "data": True}
+
+    def site(x: int, reader: OpKind) -> Residual:
+        branch = flow.add("f", "roll", OpKind(Role.MIXING), (x,), **like).index
+        total = flow.add("z", "add", OpKind(Role.SUM), (x, branch), **like).index
+        flow.add("r", "reader", reader, (total,), **like)
+        return Residual(total, x, (branch,), ((total, 0),), "identity", x)
+
+    residuals = [
+        site(flow.add("x", "input", OpKind(Role.SOURCE), (), **like).index, OpKind(Role.MIXING, axis=axis, vote=vote))
+        for axis, vote in ((-1, 4), (1, 1))
+    ]
+    assert [place.axis for place in find_places(flow, residuals)] == [-1, 1]
+    assert [place.axis for place in find_places(flow, residuals, ["line", "line"])] == [-1, -1]
+    assert [place.axis for place in find_places(flow, residuals, ["line", None])] == [-1, 1]

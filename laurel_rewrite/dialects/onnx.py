@@ -24,6 +24,7 @@ from laurel_rewrite.dialects.rules import (
     SUBGRAPH,
     SUM,
     TRANSPARENT,
+    cut,
     innermost_frame,
     reshaped_axes,
     scaled,
@@ -147,6 +148,8 @@ class _Reader(OnnxFlow):
         owner, existing = _owner(node)
         existing = existing or f"{METADATA}site" in node.metadata_props
         data = any(self.flow.values[i].data for i in inputs) and node.op_type not in SHAPE_ONLY
+        if like.dtype in (ir.DataType.INT64, ir.DataType.BOOL):  # narrower integers stand for real numbers in quantised graphs
+            kind = cut(kind)
         return self.flow.add(
             name, op, kind, inputs, shape=sizes_of(like), floating=_floating(like), data=data, owner=owner, existing=existing,
             where=innermost_frame(node.metadata_props.get(_TRACE, "")), trace=node.metadata_props.get(_TRACE, ""),
