@@ -66,7 +66,7 @@ BY_VALUE = {
     "all() of a mask": (Net, lambda s, x: x + s.a(x) if all((x > -100).flatten()) else x),
     "a list of values": (Net, lambda s, x: x + s.a(x) * len(x.flatten().tolist())),
     "numpy in between": (Net, lambda s, x: x + s.a(x) * float(np.abs(x.detach().numpy()).max())),
-    "data of a branch": (Net, lambda s, x: x + s.a(x.data)),
+    "data of a tensor": (Net, lambda s, x: x + s.a(x) * x.data.abs().mean()),
     "a scripted part": (Scripted, lambda s, x: x + s.s(x)),
     "a kernel without backward": (Ungraded, lambda s, x: x + s.s(s.a(x))),
 }

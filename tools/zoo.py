@@ -105,21 +105,21 @@ def build(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 def survey(spec: str) -> Row:
     """Build, capture and detect, each apart, so that the times can be told apart."""
     from laurel_rewrite.capture import capture
-    from laurel_rewrite.sites import sites_of_program
+    from laurel_rewrite.sites import sites_of_capture
 
     identity, projection = EXPECTED["models"].get(spec, (None, None))
     row = Row(spec, (identity, projection))
     try:
         model, args, kwargs = build(spec)
         begin = time.perf_counter()
-        captured = capture(model, args, kwargs)
+        (captured, *_), _ = capture(model, args, kwargs)
         row.capture = time.perf_counter() - begin
     except Exception as error:  # whatever a library of models raises
         row.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
         return row
-    row.nodes = len(captured.program.graph.nodes)
+    row.nodes = len(captured.graph.nodes)
     begin = time.perf_counter()
-    sites = sites_of_program(captured.program, captured.calls)
+    sites = sites_of_capture(captured)
     row.detection = time.perf_counter() - begin
     row.kinds = Counter(site.kind for site in sites)
     return row
