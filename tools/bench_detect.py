@@ -106,8 +106,8 @@ def exported(spec: str) -> tuple[Any, float]:
 
     built = build(spec, device="meta")
     begin = time.perf_counter()
-    program = capture(built.model, built.args, built.kwargs).program
-    return program, time.perf_counter() - begin
+    (captured, *_), _ = capture(built.model, built.args, built.kwargs)
+    return captured, time.perf_counter() - begin
 
 
 def within(seconds: int, work: Callable[[], Any]) -> bool:
@@ -133,7 +133,7 @@ def case(name: str, rounds: int) -> dict[str, Any]:
     import torch
     from torch.fx.subgraph_rewriter import replace_pattern
 
-    from laurel_rewrite.sites import sites_of_graph, sites_of_program
+    from laurel_rewrite.sites import sites_of_graph, sites_of_capture
 
     torch.set_num_threads(1)
     kind, _, size = name.partition(":")
@@ -144,11 +144,11 @@ def case(name: str, rounds: int) -> dict[str, Any]:
         def detect() -> Any:
             return sites_of_graph(graph_module)
     else:
-        program, capture = exported(name)
-        graph_module = program.graph_module
+        captured, capture = exported(name)
+        graph_module = fx.GraphModule(torch.nn.Module(), captured.graph)
 
         def detect() -> Any:
-            return sites_of_program(program)
+            return sites_of_capture(captured)
 
     def resident(line: str) -> float:
         """VmRSS, what is resident now, or VmHWM, the peak of it, in MiB."""
