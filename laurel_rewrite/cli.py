@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
+import math
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +18,7 @@ import click
 
 from laurel_rewrite import __version__
 from laurel_rewrite.command_help import EPILOG, Command
-from laurel_rewrite.errors import ConfigError, LaurelError, LimitError, NoSiteError, VerificationError
+from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, LimitError, NoSiteError, VerificationError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +51,15 @@ _PRECISION = click.option(
 _MAX_TIME = click.option(
     "--max-time", "max_seconds", default=120.0, show_default=True, help="With --precision: seconds to measure at most at each shape."
 )
+
+
+_FORCE = click.option("--force", is_flag=True, help="Replace files in --out that are no earlier result, or were changed since, too.")
+
+
+def _seconds(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not 0 <= value < math.inf:  # nan is neither
+        raise click.BadParameter("it must be a number of seconds, 0 or more.")
+    return value
 
 
 def _common(function: Any) -> Any:
@@ -81,7 +95,8 @@ def _common(function: Any) -> Any:
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
-@click.option("--profile-seconds", default=10.0, show_default=True, help="Time to measure latency; 0 for no profile.")
+@_FORCE
+@click.option("--profile-seconds", default=10.0, show_default=True, callback=_seconds, help="Time to measure latency; 0 for no profile.")
 @_PRECISION
 @_MAX_TIME
 @click.option("--train", is_flag=True, help="Measure training steps too, eager and compiled.")
@@ -137,6 +152,7 @@ def rewrite(
     precision: float | None,
     max_seconds: float,
     train: bool,
+    force: bool,
     limits: tuple[str, ...],
     functions: str,
     target: str,
@@ -151,7 +167,7 @@ def rewrite(
 
     Of an ONNX file it makes an ONNX file, verifies it against the first, and profiles both.
     """
-    _start(verbose)
+    _start(verbose, as_json)
     if plan is not None:
         given = [name for name in _SITE_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
         if given:
@@ -200,13 +216,13 @@ def rewrite(
 
             report = graph_job.run(
                 job.graph_file(model, parse_settings(settings)), config, out, plan=plan, functions=functions, target=target, skip=skip,
-                effort=effort,
+                effort=effort, force=force,
                 listener=listener, **for_graphs,
             )  # fmt: skip
         else:
             report = job.run(
                 model, config, out, plan=plan, settings=parse_settings(settings), functions=functions, target=target, skip=skip,
-                effort=effort, train=train, unsupported=unsupported, listener=listener,
+                effort=effort, train=train, force=force, unsupported=unsupported, listener=listener,
             )  # fmt: skip
     except VerificationError as error:
         if len(error.args) > 1:
@@ -239,7 +255,7 @@ def sites(
 
     MODEL may be a graph here, too: an .onnx or a .pt2 file.
     """
-    _start(verbose)
+    _start(verbose, as_json)
     from laurel_rewrite import job, terminal
     from laurel_rewrite.drawing import check_format, draw
     from laurel_rewrite.explaining import explain
@@ -266,7 +282,10 @@ def sites(
 @click.command(cls=Command)
 @click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
-@click.option("--min-time", "seconds", default=10.0, show_default=True, help="Seconds of interleaved rounds at each shape.")
+@_FORCE
+@click.option(
+    "--min-time", "seconds", default=10.0, show_default=True, callback=_seconds, help="Seconds of interleaved rounds at each shape."
+)
 @click.option(
     "--shape", "shapes", multiple=True, metavar="NAME=SIZE[,SIZE...]", help="Sizes of an open dimension: batch=1,8. All combinations."
 )
@@ -295,7 +314,7 @@ def profile(
 ) -> None:
     """Measure ONNX files against the first: latency with intervals, memory, where the time goes, FLOPs, fusions. Writes report.html and
     report.json."""
-    _start(verbose)
+    _start(verbose, as_json)
     _check_limits(limits)
     from laurel_rewrite import profile_job, terminal
 
@@ -317,16 +336,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = f"laurel-rewrite {word}".strip()
     try:
         command.main(rest or ["--help"], prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Abort:
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        _stop("Interrupted.", 130)
     except click.ClickException as error:
         error.show()
         sys.exit(ConfigError.exit_code)
     except LaurelError as error:
-        label = "Nothing to do" if isinstance(error, NoSiteError) else "Error"
-        click.echo(f"{label}: {error.args[0]}", err=True)
-        sys.exit(error.exit_code)
+        _stop(f"{'Nothing to do' if isinstance(error, NoSiteError) else 'Error'}: {error.args[0]}", error.exit_code)
+    except SystemExit as error:  # our own are raised below: this one is a model's, or click's own for a reader that is gone
+        if isinstance(error.__context__, BrokenPipeError):
+            raise
+        _stop(f"Error: the model's code ended the program with sys.exit({error.code!r}). Nothing was written.", CaptureError.exit_code)
+    except BrokenPipeError:  # the reader has seen enough
+        _drop_stdout()
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno != errno.ENOSPC:
+            _unexpected(error, rest)
+        _drop_stdout()
+        _stop(f"Error: the output cannot be printed: {error.strerror}.", ConfigError.exit_code)
+    except Exception as error:  # the last net; a traceback would say as little to a user
+        _unexpected(error, rest)
+
+
+def _unexpected(error: Exception, arguments: Sequence[str]) -> None:
+    if {"-v", "--verbose"} & set(arguments):
+        traceback.print_exc()
+    first = next(iter(str(error).strip().splitlines()), "")[:300]
+    _stop(f"Internal error: {type(error).__name__}: {first}. Please report it, with the traceback that --verbose shows.", 70)
+
+
+def _stop(message: str, code: int) -> None:
+    with contextlib.suppress(OSError):  # standard error may be full or closed, too
+        click.echo(message, err=True)
+    sys.exit(code)
+
+
+def _drop_stdout() -> None:
+    """Let nothing be written at the end, which would fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 COMMANDS = {"sites": sites, "profile": profile}
@@ -351,10 +401,13 @@ def _stop_if_exceeded(limits: Sequence[str], result: Profile | None, skipped: in
         raise LimitError("; ".join(found))
 
 
-def _start(verbose: bool) -> None:
+def _start(verbose: bool, as_json: bool) -> None:
+    if as_json:  # what a model's code prints must not stand before the result
+        context = click.get_current_context()
+        context.obj = sys.stdout
+        context.with_resource(contextlib.redirect_stdout(sys.stderr))
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr)
     if not verbose:
-        import os
         import warnings
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -371,7 +424,7 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    click.echo(json.dumps(data, indent=1, default=str))
+    click.echo(json.dumps(data, indent=1, default=str), file=click.get_current_context().obj)
 
 
 def _check_writable(path: Path) -> None:

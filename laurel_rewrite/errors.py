@@ -72,6 +72,10 @@ class MissingPackageError(LaurelError):
     exit_code = 5
 
 
+FOREIGN = (Exception, SystemExit)
+"""What other people's code may raise when it is imported, called or unpickled: `sys.exit()` in a model must not end us as a success."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known names closest to `name`, or all of a short list."""
     names = list(known)

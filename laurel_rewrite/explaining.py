@@ -105,7 +105,7 @@ def _in_file(where: str, selector: str) -> bool:
 
 def _not_found(sites: Sites, verdicts: list[Residual | Refusal], selector: str) -> str:
     line = selector.rpartition(":")[2]
-    if line.isdigit():
+    if line.isdecimal() and len(line) < 10:
         places = {where for verdict in verdicts for index in _adds(sites.flow, verdict) for where in sites.lines(index)}
         close = sorted(
             (where for where in places if _in_file(where, selector)), key=lambda where: abs(int(where.rpartition(":")[2]) - int(line))
@@ -176,4 +176,4 @@ def _path(flow: Dataflow, source: int, end: int, first: str, last: str) -> str:
 
 def _code(where: str) -> str:
     path, _, line = where.rpartition(":")
-    return linecache.getline(path, int(line)).strip() if path and line.isdigit() else ""
+    return linecache.getline(path, int(line)).strip() if path and line.isdecimal() else ""

@@ -32,6 +32,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import check_form, inline_laurel, parameters_of
 from laurel_rewrite.operator import Laurel, sites_of
 from laurel_rewrite.operator_onnx import BRANCH, DOMAIN
+from laurel_rewrite.plan import portable
 from laurel_rewrite.verify import require
 from laurel_rewrite.verify_export import check_export, numbered, widened
 
@@ -144,6 +145,7 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, ma
                 exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
             assert exported is not None
             _name_dimensions(exported.model, _fixed_symbols(program))
+            _forget_places(exported.model)
             return exported.model
         except Exception as error:  # what the exporters raise for a foreign model is not documented
             reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
@@ -260,6 +262,28 @@ def laurel_initializers(model: ir.Model, modules: Mapping[str, Laurel]) -> list[
     """Parameters of LAuReL that the exporter listed although nothing reads them behind the markers."""
     names = {f"{site}.{name}" for site, module in modules.items() for name, _ in module.named_parameters()}
     return [key for key in model.graph.initializers if key in names]
+
+
+def _forget_places(model: ir.Model) -> None:
+    """Name the files of stack traces by their modules: the same model gives the same bytes on every machine and in every folder."""
+    places: dict[str, str] = {}
+
+    def moved(match: re.Match[str]) -> str:
+        file = match[1]
+        if file not in places:
+            places[file] = re.sub(r"^(<laurel .*) [0-9a-f]+>$", r"\1>", portable(f"{file}:0").removesuffix(":0"))
+        return f'File "{places[file]}"'
+
+    for node in _all_nodes(model):
+        for key, text in node.metadata_props.items():
+            if 'File "' in text:
+                node.metadata_props[key] = re.sub(r'File "([^"\n]+)"', moved, text)
+
+
+def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
 
 
 def _fixed_symbols(program: torch.export.ExportedProgram) -> dict[str, int]:

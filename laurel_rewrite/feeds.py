@@ -7,6 +7,7 @@ import itertools
 import math
 import operator
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ _SAME_NUMBERS = frozenset("Cast Reshape Unsqueeze Squeeze Identity Transpose Sli
 _REACH = 64  # values looked at behind an input
 _FEW = 4  # numbers that steer a graph
 _BYTES = 1 << 30  # of all drawn inputs together
+MOST_BYTES = 1 << 32
+"""Larger inputs are not read."""
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
@@ -200,10 +203,20 @@ def _inputs(model: ir.Model) -> list[ir.Value]:
 def read_feeds(file: Path) -> dict[str, np.ndarray]:
     """Inputs by name from an .npz file."""
     try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MOST_BYTES:
+            raise ConfigError(f"The inputs {file} are {size:,} bytes when unpacked, more than the {MOST_BYTES:,} that are read.")
         with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+            feeds = dict(arrays)
+    except ConfigError:
+        raise
     except Exception as error:  # numpy's, zipfile's and the file system's
-        raise ConfigError(f"The inputs {file} could not be read as .npz: {error}") from error
+        raise ConfigError(f"The inputs {file} could not be read as .npz: {' '.join(str(error).split())[:300]}") from error
+    for name, array in feeds.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of a member that is no .npy
+            raise ConfigError(f"The inputs {file} hold {name!r}, which is no array.")
+    return feeds
 
 
 def check_feeds(model: ir.Model, feeds: Mapping[str, np.ndarray], origin: object) -> None:

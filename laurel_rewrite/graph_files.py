@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import re
+import os
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
 
+from laurel_rewrite.checked import inner_name
 from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError
+from laurel_rewrite.graph_checks import complaints, first_line, is_unusual, read_proto, refused
 from laurel_rewrite.onnx_weights import parameters_of
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 EXTERNAL_DATA = ("reference", "copy")
 EXTERNAL_DATA_BYTES = 1 << 30
 """Above this size of its initializers a model gets its weights in a file of their own; protobuf ends at 2 GiB."""
+_OURS = {".onnx", ".toml", ".json", ".html", ".py", ".pt", ".safetensors"}
 _SMALL = 1024  # bytes; smaller tensors stay in the graph's file
 
 
@@ -36,12 +38,9 @@ def read_graph(path: Path) -> torch.export.ExportedProgram | ir.Model:
     """
     if path.suffix != ".pt2":
         return read_onnx(path)
-    import torch
+    from laurel_rewrite.program_files import read_program
 
-    try:
-        return torch.export.load(path)
-    except Exception as error:  # torch's and the file system's
-        raise CaptureError(f"{path} could not be read as an exported program: {type(error).__name__}: {error}") from error
+    return read_program(path)
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -52,15 +51,12 @@ def read_onnx(path: Path) -> ir.Model:
     """
     from laurel_rewrite.dialects.onnx_shapes import clean_sizes
 
+    proto = read_proto(path)
     try:
-        proto = onnx.load(path, load_external_data=False)
-        _check_names(proto, path)
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
-    except CaptureError:
-        raise
-    except Exception as error:  # protobuf's, onnx-ir's, the file system's
-        raise CaptureError(f"{path} could not be read as an ONNX graph: {_first_line(_root(error))}. Is the file complete?") from error
+    except Exception as error:  # onnx-ir's
+        raise CaptureError(f"{path} could not be read as an ONNX graph: {first_line(error)}. Is the file complete?") from error
     if not len(model.graph):
         raise CaptureError(f"{path} holds no graph, or one without nodes.")
     try:
@@ -68,7 +64,7 @@ def read_onnx(path: Path) -> ir.Model:
     except ValueError as error:
         raise CaptureError(f"{path}: the graph has a cycle.") from error
     _check_external(model, path)
-    _check_valid(model, path)
+    _check_valid(model, path, apart=is_unusual(proto))
     clean_sizes(model)
     return model
 
@@ -107,31 +103,14 @@ def _check_external(model: ir.Model, path: Path) -> None:
             raise CaptureError(f"{path}: {file} ends before the weights of {tensor.name!r} do. Is the file complete?")
 
 
-def _check_names(proto: onnx.ModelProto, path: Path) -> None:
-    graph = proto.graph
-    for kind, names in (
-        ("node", [node.name for node in graph.node]),
-        ("value", [name for node in graph.node for name in node.output] + [value.name for value in graph.input]),
-        ("initializer", [tensor.name for tensor in graph.initializer]),
-    ):
-        twice = [name for name, count in Counter(names).items() if name and count > 1]
-        if twice and not (kind == "node" and _refused(path) is None):  # what is read gives nodes names of their own
-            raise CaptureError(f"{path} has {len(twice)} {kind} names that stand twice, the first {twice[0]!r}.")
-
-
-def _check_valid(model: ir.Model, path: Path) -> None:
+def _check_valid(model: ir.Model, path: Path, *, apart: bool) -> None:
     """onnx's checker must pass the file; where that cannot judge, onnxruntime must load it."""
     standard = {"", "ai.onnx", *(function.domain for function in model.functions.values())}
-    complaint = ""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:  # the checker's, the inference's, protobuf's
-        complaint = f"{_first_line(error)}. "
     future = model.opset_imports.get("", 0) > onnx.defs.onnx_opset_version()
-    if complaint or future or any(node.domain not in standard for node in model.graph.all_nodes()):
-        refusal = _refused(path)
-        if refusal is not None:
-            raise CaptureError(f"{path} is no valid ONNX model: {complaint}onnxruntime says: {refusal}.")
+    foreign = future or any(node.domain not in standard for node in model.graph.all_nodes())
+    complaint, refusal = complaints(path, apart=apart, foreign=foreign)
+    if refusal is not None:
+        raise CaptureError(f"{path} is no valid ONNX model: {complaint}onnxruntime says: {refusal}.")
 
 
 # Writing
@@ -178,20 +157,31 @@ def place_onnx(model: ir.Model, path: Path, *, external_data: str | None = None)
         if location not in names:
             final, drafted = _settle(Path(tensor.path), location, draft, folder, external_data)
             names[location] = final, f"{draft.name}/{final}" if drafted else final
-    proto = ir.to_proto(model)
+    try:
+        proto = ir.to_proto(model)
+    except Exception as error:  # onnx-ir's
+        raise ExportError(f"{path.name} could not be written: {first_line(error)}.") from error
     references = [(entry, entry.value) for entry in _locations(proto)]
     loadable = folder / f"{draft.name}-{path.name}" if references else path
     try:
         for file, moment in {loadable: 1, path: 0}.items():
             for entry, location in references:
                 entry.value = names[location][moment]
-            file.write_bytes(proto.SerializeToString())
+            file.write_bytes(_serialized(proto, path))
         _check_written(loadable, draft, load=not references)
     except BaseException:
         if references:
             loadable.unlink(missing_ok=True)
         raise
     return loadable
+
+
+def _serialized(proto: onnx.ModelProto, path: Path) -> bytes:
+    try:
+        data: bytes = proto.SerializeToString(deterministic=True)
+        return data
+    except Exception as error:  # protobuf's, above 2 GiB
+        raise ExportError(f"{path.name} could not be written: {first_line(error)}.") from error
 
 
 def _with_own_file(model: ir.Model, draft: Path, name: str) -> ir.Model:
@@ -223,6 +213,9 @@ def _settle(file: Path, location: str, draft: Path, folder: Path, external_data:
         )
     if reachable and (external_data != "copy" or file.resolve() == (folder / location).resolve()):
         return str(file.resolve().relative_to(folder.resolve())), False
+    location = os.path.normpath(location)
+    if Path(location).suffix in _OURS or not inner_name(location):
+        location = f"external/{Path(location).name}"  # not in the place of a result
     try:
         if not (draft / location).exists():  # a model may be placed twice
             (draft / location).parent.mkdir(parents=True, exist_ok=True)
@@ -254,48 +247,13 @@ def _check_written(file: Path, scratch: Path, *, load: bool) -> None:
         onnx.checker.check_model(str(file))
         onnx.shape_inference.infer_shapes_path(str(file), str(inferred), strict_mode=True)
     except Exception as error:  # the checker's, the inference's, protobuf's, the file system's
-        refusal = _refused(file)
+        refusal = refused(file)
         if refusal is not None:
             raise ExportError(
-                f"{file.name} could not be written as valid ONNX: {_first_line(error)}. onnxruntime says: {refusal}."
+                f"{file.name} could not be written as valid ONNX: {first_line(error)}. onnxruntime says: {refusal}."
             ) from error
     else:
-        if load and (refusal := _refused(file)) is not None:
+        if load and (refusal := refused(file)) is not None:
             raise ExportError(f"{file.name} passes onnx's checker, and onnxruntime does not load it: {refusal}.")
     finally:
         inferred.unlink(missing_ok=True)
-
-
-def _refused(path: Path) -> str | None:
-    """What onnxruntime says against a file; None where it loads it, or found it right and lacks a kernel for it.
-
-    It knows operators and types that onnx's checker does not, and wants names of nodes to be unique.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        return None if "NOT_IMPLEMENTED" in str(error) else _first_line(error)
-    return None
-
-
-def _root(error: BaseException) -> BaseException:
-    """What an exception was raised for at first."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _first_line(error: BaseException) -> str:
-    """The start of a message without its colours, contexts and places in a runtime's source."""
-    text = re.sub(
-        r"\x1b\[\d+m|\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:|/onnxruntime_src/.*\)( const)? ", "", str(error)
-    )
-    text = re.sub(r", however input '(.*)' of node:", r", and \1 is not", text).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("==>")]
-    return (lines[0] if lines else type(error).__name__)[:400].rstrip(".")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from laurel_rewrite import job
-from laurel_rewrite.drafts import replacing, writable
+from laurel_rewrite.drafts import check_out, replacing
 from laurel_rewrite.errors import ConfigError, ExportError
 from laurel_rewrite.feeds import check_feeds, read_feeds
-from laurel_rewrite.graph_files import place_onnx, read_onnx, weight_count
+from laurel_rewrite.graph_files import external, place_onnx, read_onnx, weight_count
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.models import require_file
 from laurel_rewrite.onnx_runs import IN_FLOAT32, write_in_float32
@@ -19,8 +19,9 @@ from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start, inline_la
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
 from laurel_rewrite.profiling.latency import USUAL, Effort
-from laurel_rewrite.report import count
-from laurel_rewrite.saving import PLAN, save_graph
+from laurel_rewrite.report import HTML, JSON, count
+from laurel_rewrite.saved_folder import PLAN
+from laurel_rewrite.saving import save_graph
 
 if TYPE_CHECKING:
     from torch import fx
@@ -44,6 +45,7 @@ def run(
     verify: bool = True,
     emit_torch: bool = False,
     effort: Effort = USUAL,
+    force: bool = False,
     listener: job.Listener = job.silent,
 ) -> job.Report:
     """Rewrite an ONNX file. `laurel.onnx` and the rest appear in `out` when everything has passed; else nothing does.
@@ -60,6 +62,7 @@ def run(
         verify: run the original and the result in onnxruntime and compare.
         emit_torch: write a trainable PyTorch module as well, which `laurel_rewrite.load(out)` gives.
         effort: how long to measure; 0 seconds for no profile.
+        force: replace files in `out` that are no earlier result, too.
         listener: is told of the stages.
 
     Raises:
@@ -69,9 +72,9 @@ def run(
     """
     from laurel_rewrite.graph_proof import GraphProof
 
-    writable(out)
     if (out / NAME).exists() and (out / NAME).samefile(path):
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
+    check_out(out, "rewrite", (NAME, PLAN, JSON, HTML), force=force)
     wanted = job.read_plan(plan)
     if weights is not None:
         require_file(weights)
@@ -93,7 +96,8 @@ def run(
             str(path), chosen, rewrite.sites, job.parameters(weight_count(model), chosen), out=str(out), notes=list(rewrite.notes)
         )
         stage.done(job.insertion(report))
-    with replacing(out) as draft:
+    read = [path, *(Path(tensor.path) for tensor in external(model)), *(file for file in (weights, inputs) if file is not None)]
+    with replacing(out, "rewrite", force=force, keep=read) as draft:
         try:
             with listener("write") as stage:
                 file = place_onnx(rewrite.model, draft / (UNLOWERED if target == "ort-cpu" else NAME), external_data=external_data)
@@ -105,7 +109,7 @@ def run(
             job.stop_if_failed(report)
             if weights is not None:
                 with listener("weights") as stage:
-                    rewrite.load(weights)
+                    _load(rewrite, weights, plan)
                     file = place_onnx(rewrite.model, draft / file.name.removeprefix(f"{draft.name}-"), external_data=external_data)
                     proof.weights(file)
                     stage.done(str(weights))
@@ -125,7 +129,7 @@ def run(
                     report.notes.append(job.lowered(measured))
                     stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
                 job.stop_if_failed(report)
-            (draft / PLAN).write_text(chosen.to_toml())
+            (draft / PLAN).write_text(chosen.to_toml(), encoding="utf-8")
             unconverted: ExportError | None = None
             if emit_torch:
                 with listener("emit torch") as stage:
@@ -165,6 +169,17 @@ def run(
     if unconverted is not None:
         raise ExportError(f"{out / NAME} was written, but no PyTorch module: {unconverted}") from unconverted
     return report
+
+
+def _load(rewrite: GraphRewrite, weights: Path, plan: Path | None) -> None:
+    """Put trained parameters in; where they do not fit, and nobody said what they were trained as, name the plan beside them."""
+    try:
+        rewrite.load(weights)
+    except ConfigError as error:
+        beside = weights.parent / PLAN
+        if plan is not None or not beside.is_file():
+            raise
+        raise ConfigError(f"{error} Beside it lies {beside}, which says what was trained: --plan {beside}") from error
 
 
 def _torch_module(first: GraphRewrite, plan: Plan, weights: Path | None) -> fx.GraphModule:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from laurel_rewrite import variants
 from laurel_rewrite.detecting import detect
-from laurel_rewrite.drafts import replacing, writable
+from laurel_rewrite.drafts import check_out, replacing
 from laurel_rewrite.errors import ConfigError, VerificationError
+from laurel_rewrite.manifest import MANIFEST
 from laurel_rewrite.models import Built, build, require_file
 from laurel_rewrite.onnx_runs import IN_FLOAT32, session_of, write_in_float32
 from laurel_rewrite.owners import Skipped
@@ -22,6 +23,7 @@ from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report import count as number
+from laurel_rewrite.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
 from laurel_rewrite.sites import Sites
 from laurel_rewrite.verify import Check, check_gradients, failure, randomized
 from laurel_rewrite.verify_export import array_of, check_export, widened
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 PROBE = "probe.onnx"
 RANKS = (4, 8, 16, 32, 64)  # that a dry run compares
+FILES = ("baseline.onnx", "laurel.onnx", MODELING, WEIGHTS, PLAN, CONFIG, JSON, HTML)
 
 
 class Stage(Protocol):
@@ -191,12 +194,14 @@ def run(
     effort: Effort = USUAL,
     train: bool = False,
     unsupported: str = "skip",
+    force: bool = False,
     listener: Listener = silent,
 ) -> Report:
     """Do the main job for a model in Python; `graph_job.run` does it for an ONNX file.
 
     The files appear in `out` when everything has passed; else nothing does. Sites that cannot be rewritten keep their plain sum and are
-    reported, or with `unsupported="refuse"` stop the job.
+    reported, or with `unsupported="refuse"` stop the job. `force` replaces
+    files there that are no earlier result, too.
 
     Raises:
         VerificationError: a check failed; the report is its `args[1]`.
@@ -209,7 +214,7 @@ def run(
     from laurel_rewrite.rewriting import apply_plan
     from laurel_rewrite.saving import save
 
-    writable(out)
+    check_out(out, "rewrite", FILES, force=force)
     given = read_plan(plan)
     with listener("build") as stage:
         torch.manual_seed(config.seed)
@@ -236,7 +241,7 @@ def run(
         report.checks.append(check_gradients(rewritten, args, kwargs, seed=config.seed))
         stage.done(verdict(report.checks[-1:]))
     stop_if_failed(report)
-    with replacing(out) as draft:
+    with replacing(out, "rewrite", force=force, keep=built.files.values()) as draft:
         with listener("export") as stage:
             baseline = export(model, args, kwargs, draft / "baseline.onnx")
             written: dict[str, Any] = {"functions": functions, "target": target, "skip": skip}
@@ -288,7 +293,7 @@ def run(
 
 def add_report(report: Report, draft: Path) -> None:
     """List the files of a draft folder, and add the report to them."""
-    report.files = sorted([*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML])
+    report.files = sorted({*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML, MANIFEST})
     write_report(report.to_dict(), draft)
 
 

@@ -287,7 +287,9 @@ def away_from_start(path: Path, seed: int = 0, *, inline: bool = False) -> Itera
     if inline:
         inline_laurel(model)
     with tempfile.TemporaryDirectory(prefix="laurel-") as scratch:
-        handle, file = tempfile.mkstemp(prefix=".laurel-", suffix=".onnx", dir=path.parent if external(model) else scratch)
+        # Beside a draft's file, with the draft's name first, so that it is removed with the draft whatever happens.
+        prefix = path.name[: len(".laurel-") + 8] + "-" if path.name.startswith(".laurel-") else ".laurel-"
+        handle, file = tempfile.mkstemp(prefix=prefix, suffix=".onnx", dir=path.parent if external(model) else scratch)
         os.close(handle)
         try:
             ir.save(model, file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import variants
+from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, whole
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.residuals import REASONS
 from laurel_rewrite.sites import Site, Sites
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
     from laurel_rewrite.operator import Laurel
 
+MOST_TURNS = 10_000
+"""The largest loop whose turns get LAuReL modules."""
+MOST_SEED = 2**63 - 1
 _HEADER = """\
 # A plan of laurel-rewrite: one [[site]] for each LAuReL module. Delete a site to leave that connection as it is; change its
 # variant, rank, history, normalize, init_down or history_map. The other keys say what was found, and must stay.
@@ -77,8 +83,10 @@ class LaurelConfig:
                 problems.append(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}.")
         for name in ("rank", "history"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(f"{name} must be a whole number of at least 1, not {value!r}.")
+            if not is_whole(value) or value < 1:
+                problems.append(f"{name} must be a whole number of at least 1, not {shown(value)}.")
+        if not is_whole(self.seed) or not 0 <= self.seed <= MOST_SEED:
+            problems.append(f"seed must be a whole number from 0 to {MOST_SEED}, not {shown(self.seed)}.")
         for name in ("include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -224,6 +232,7 @@ class Plan:
         if uses_rank and config.rank > (widest.dim or 0):
             others = " No other site has a larger one." if len(chosen) > 1 else ""
             raise ConfigError(f"{widest.id}: rank {config.rank} is above its feature size {widest.dim}.{others}")
+        places = {where: portable(where) for where in {site.where for site in chosen}}
         given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in _SETTINGS}
         rows, narrowed = [], []
         for site in chosen:
@@ -233,8 +242,8 @@ class Plan:
             if rank < config.rank:
                 narrowed.append(f"{site.id}: rank {rank} instead of {config.rank}, for D is {site.dim}")
             found = {
-                "dim": site.dim or 0, "rank": rank, "calls": calls[site.module], "turns": turns, "holder": binding.holder,
-                "side": binding.adds[0][1], "repeats": repeats[site.module, site.stream],
+                "dim": site.dim or 0, "rank": rank, "where": places[site.where], "calls": calls[site.module], "turns": turns,
+                "holder": binding.holder, "side": binding.adds[0][1], "repeats": repeats[site.module, site.stream],
             }  # fmt: skip
             rows.append(PlanSite(**{**asdict(site), **given, **found}))
         return Plan(tuple(rows), seed=config.seed, extra_turns=config.extra_turns, left_out=left_out, narrowed=tuple(narrowed))
@@ -274,43 +283,23 @@ class Plan:
         """
         try:
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{origin} is not valid TOML: {error}") from error
-        if data.get("version") != 1:
-            raise ConfigError(f"{origin} has version {data.get('version')!r}; this program reads version 1.")
-        rows: list[PlanSite] = []
-        names = {f.name for f in fields(PlanSite)}
-        for number, row in enumerate(data.get("site", ()), start=1):
-            label = f"{origin}, site {row.get('id', number)}"
-            unknown, missing = set(row) - names, names - set(row) - {"calls", "turns", "holder", "side", "repeats"}
-            if unknown:
-                raise ConfigError(f"{label}: unknown key {sorted(unknown)[0]!r}. {nearest(sorted(unknown)[0], names)}")
-            if missing:
-                raise ConfigError(f"{label}: the key {sorted(missing)[0]!r} is missing.")
-            try:
-                checked = LaurelConfig(**{name: row[name] for name in _SETTINGS})
-            except ConfigError as error:
-                raise ConfigError(f"{label}: {error}") from error
-            if not 1 <= row["rank"] <= row["dim"] and variants.operator(checked.variant).uses_rank:
-                raise ConfigError(f"{label}: rank {row['rank']} is not between 1 and its feature size {row['dim']}.")
-            rows.append(PlanSite(**{"repeats": row.get("calls", 1), **row, "shape": tuple(row["shape"]), "variant": checked.variant}))
+        except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, of a thousand brackets
+            raise ConfigError(f"{origin} is not valid TOML: {str(error)[:200]}") from error
+        if "version" in data and data["version"] != 1:
+            raise ConfigError(f"{origin} has version {shown(data['version'])}; this program reads version 1.")
+        head = checked(data, _HEAD, origin)
+        rows = tuple(_row(row, f"{origin}, site {_label(row, number)}") for number, row in enumerate(head["site"], start=1))
         if not rows:
             raise ConfigError(f"{origin} has no site.")
         twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
         if twice:
             raise ConfigError(f"{origin} has the site {twice[0]!r} twice.")
-        beyond = str(data.get("extra_turns", "refuse"))
-        if beyond not in EXTRA_TURNS:
-            raise ConfigError(f"{origin}: extra_turns must be one of {', '.join(EXTRA_TURNS)}, not {beyond!r}.")
-        return Plan(tuple(rows), seed=int(data.get("seed", 0)), model=str(data.get("model", "")), extra_turns=beyond)
+        return Plan(rows, seed=head["seed"], model=head["model"], extra_turns=head["extra_turns"])
 
     @staticmethod
     def read(path: Path | str) -> Plan:
         """Read a plan file; ConfigError where there is none."""
-        try:
-            return Plan.from_toml(Path(path).read_text(), str(path))
-        except OSError as error:
-            raise ConfigError(f"The plan {path} cannot be read: {error.strerror}.") from error
+        return Plan.from_toml(read_text(Path(path), "The plan"), str(path))
 
     def without(self, ids: Collection[str]) -> Plan:
         """The plan less these sites, and less what shares a stream with one of them where the operator reads the stream's history."""
@@ -319,10 +308,88 @@ class Plan:
         return replace(self, sites=tuple(row for row in self.sites if row.id not in dropped))
 
     def with_model(self, model: str) -> Plan:
-        return replace(self, model=model)
+        """The plan with what the command built, without the folder of a file."""
+        prefix, colon, _ = model.partition(":")
+        named = colon and prefix.isalpha() and "/" not in prefix
+        return replace(self, model=model if named else model.rpartition("/")[2])
 
+
+# Files
 
 _SETTINGS = ("variant", "rank", "history", "normalize", "init_down", "history_map")
+_SIZE = whole(-1)  # -1 where an old exporter left a size open
+_ROW = {
+    "id": text(r"(.+\.)?laurel_[0-9]{1,9}(\.[0-9]{1,9})?(@[0-9]{1,9})?", "the owner's path, a dot, and laurel_ with a number"),
+    "kind": text(r"[a-z-]+", "a kind of site"),
+    "owner": text(),
+    "where": text(),
+    "shape": list_of(_SIZE, text(), most=64),
+    "axis": one_of(-1, 1),
+    "dim": whole(),
+    "stream": whole(),
+    "index": whole(),
+    "variant": text(),
+    "rank": whole(),
+    "history": whole(),
+    "normalize": text(),
+    "init_down": text(),
+    "history_map": text(),
+    "calls": optional(whole(1), 1),
+    "turns": optional(whole(0, MOST_TURNS), 0),
+    "holder": optional(text(), ""),
+    "side": optional(whole(0, 1), 0),
+    "repeats": optional(whole(1), 0),
+}
+_HEAD = {
+    "version": one_of(1),
+    "seed": optional(whole(0, MOST_SEED), 0),
+    "model": optional(text(), ""),
+    "extra_turns": optional(one_of(*EXTRA_TURNS), "refuse"),
+    "site": optional(list_of(anything(dict)), []),
+}
+
+
+def _label(row: Any, number: int) -> str:
+    name = row.get("id")
+    return shown(name)[1:-1] if isinstance(name, str) else str(number)
+
+
+def _row(row: dict[str, Any], label: str) -> PlanSite:
+    """A site of a plan; ConfigError where a value is of another type, out of range, or does not fit the others."""
+    values = checked(row, _ROW, label)
+    try:
+        config = LaurelConfig(**{name: values[name] for name in _SETTINGS})
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from error
+    if not 1 <= config.rank <= values["dim"] and variants.operator(config.variant).uses_rank:
+        raise ConfigError(f"{label}: rank {config.rank} is not between 1 and its feature size {values['dim']}.")
+    site = PlanSite(
+        **{**values, "repeats": values["repeats"] or values["calls"], "shape": tuple(values["shape"]), "variant": config.variant}
+    )
+    inside = f"{site.owner}." if site.owner else ""
+    tail = site.id.removeprefix(inside)
+    if not site.id.startswith(inside) or not tail.startswith("laurel_"):
+        raise ConfigError(f"{label}: the id does not begin with the owner {shown(site.owner)}.")
+    turn = tail.partition("@")[0].partition(".")[2]
+    if (site.turns > 0) != bool(turn) or (turn and int(turn) >= site.turns):
+        raise ConfigError(f"{label}: the id and turns = {site.turns} disagree; a loop's site ends in the number of its turn.")
+    return site
+
+
+def portable(where: str) -> str:
+    """ "file:line" without what is true on one machine only: the path of the file's module, such as "timm/layers/mlp.py:40".
+
+    A file that is no imported module keeps its name alone.
+    """
+    path, colon, line = where.rpartition(":")
+    if not os.path.isabs(path):
+        return where
+    for folder in ("/site-packages/", "/dist-packages/"):
+        if folder in path:
+            return path.rpartition(folder)[2] + colon + line
+    name = next((name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == path), "")
+    depth = name.count(".") + (path.endswith("/__init__.py") and name != "__main__")
+    return "/".join(path.split("/")[-1 - depth :]) + colon + line
 
 
 def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laurel_rewrite.drafts import replacing, writable
+from laurel_rewrite.drafts import check_out, replacing
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.feeds import read_feeds
 from laurel_rewrite.job import Listener, silent
+from laurel_rewrite.manifest import MANIFEST
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling import profile as measure
 from laurel_rewrite.report import HTML, JSON, write_report
@@ -21,6 +22,7 @@ def run(
     *,
     shapes: dict[str, list[int]] | None = None,
     inputs: Path | None = None,
+    force: bool = False,
     listener: Listener = silent,
     **options: Any,
 ) -> tuple[dict[str, Any], Profile]:
@@ -31,20 +33,21 @@ def run(
         out: folder for `report.html`, `report.json` and the raw traces, which appear when all is done.
         shapes, options: see `profile`.
         inputs: an .npz file.
+        force: replace files in `out` that are no earlier result, too.
         listener: is told of the stages.
 
     Raises:
         ConfigError: see `profile`.
     """
-    writable(out)
+    check_out(out, "profile", (JSON, HTML), force=force)
     feeds = read_feeds(inputs) if inputs is not None else None
-    with replacing(out) as draft:
+    with replacing(out, "profile", force=force, keep=[*models, *([inputs] if inputs is not None else [])]) as draft:
         with listener("profile") as stage:
             result = measure(models, inputs=feeds, shapes=shapes, traces=draft, progress=stage.progress, **options)
             stage.done(
                 ", ".join(f"{row.name} {row.latency.ratio:.3f}x" for row in result.rows[1:]) or f"{result.rows[0].latency.median_ms:.2f} ms"
             )
-        files = sorted([*(file.name for file in draft.iterdir()), JSON, HTML])
+        files = sorted([*(file.name for file in draft.iterdir()), JSON, HTML, MANIFEST])
         title = (
             " against ".join([", ".join(row.name for row in result.rows[1 : len(models)]), result.rows[0].name])
             if len(models) > 1

@@ -9,7 +9,8 @@ import io
 import json
 import platform
 import sys
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +21,18 @@ import torch
 from torch import fx, nn
 
 from laurel_rewrite import __version__, models
-from laurel_rewrite.drafts import replacing
-from laurel_rewrite.errors import CaptureError, ConfigError
+from laurel_rewrite.checked import inner_name, read_bytes, read_json, read_text, shown
+from laurel_rewrite.drafts import reading, replacing
+from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError, nearest
 from laurel_rewrite.functions import BASE, unheard
+from laurel_rewrite.manifest import MANIFEST
 from laurel_rewrite.modeling import module_text
 from laurel_rewrite.models import Built
 from laurel_rewrite.plan import Plan
+from laurel_rewrite.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS, check_size, check_whole, importable, load_weights, read_config
 from laurel_rewrite.surgery import RECORD, Rewriting, install, rewriting_of
 
-MODELING, WEIGHTS, PLAN, CONFIG, SKELETON = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "skeleton.pt"
+SKELETON = "skeleton.pt"
 GRAPH = "model.pt"
 BASE_CONFIG = "base_config.json"
 _ORIGIN = "_laurel_origin"
@@ -42,25 +46,25 @@ the original's own text. `laurel_rewrite.load(folder)` builds the model from it.
 '''
 
 
-def save(model: nn.Module, folder: Path | str, *, built: Built | None = None) -> Path:
+def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, force: bool = False) -> Path:
     """Write a rewritten model so that `load` can build it anywhere.
 
     Args:
         model: what `rewrite` or `load` returned.
-        folder: is created; files of these names in it are replaced.
+        folder: is created. An earlier result that nobody changed is replaced as a whole.
         built: how the base model was built, where it is known: then `load` builds it so, from its configuration. Without it, a
             transformers model is built from its own configuration, and any other from a pickle of its modules without weights
             (`skeleton.pt`), for which its classes must be importable where it is loaded.
+        force: replace files that are no earlier result, or that were changed since, too.
 
     Returns:
-        The folder, with `modeling_laurel.py`, `model.safetensors`, `plan.toml` and `laurel_config.json`.
+        The folder, with `modeling_laurel.py`, `model.safetensors`, `plan.toml`, `laurel_config.json` and `laurel_manifest.json`.
 
     Raises:
-        ConfigError: the model was not rewritten, or its weights are on the meta device, or the folder cannot be written.
+        ConfigError: the model was not rewritten, its weights are on the meta device, the folder cannot be written, or it holds files that
+            would be replaced and are no earlier result.
         RewriteError: a class of the model cannot be imported again.
     """
-    from safetensors.torch import save_model
-
     if isinstance(model, fx.GraphModule):
         raise ConfigError("A rewritten graph has no classes to save. Save the graph with torch.export, or rewrite the module it came from.")
     record = rewriting_of(model)
@@ -68,37 +72,57 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None) ->
         raise ConfigError("The model is on the meta device and has no weights to save.")
     text, names = source_of(record, type(model).__name__)
     folder = Path(folder)
-    with replacing(folder) as draft:
-        (draft / MODELING).write_text(text)
-        (draft / PLAN).write_text(record.plan.to_toml())
-        save_model(model, str(draft / WEIGHTS))
-        origin = getattr(model, _ORIGIN, None) if built is None else _origin(built)
-        if origin is None:
-            origin = _own_origin(model)
+    origin = getattr(model, _ORIGIN, None) if built is None else _origin(built)
+    if origin is None:
+        origin = _own_origin(model)
+    _check_names(origin.files)
+    config = {
+        **_versions(),
+        "seed": record.plan.seed,
+        "class": _name(type(model)),
+        "model": {**origin.recipe, "files": sorted(origin.files)},
+        "classes": names,
+    }
+    for package in ("transformers", "timm", "torchvision"):
+        if package in sys.modules:
+            config[package] = getattr(sys.modules[package], "__version__", "unknown")
+    with replacing(folder, "save", force=force) as draft:
+        _write(draft / MODELING, text)
+        _write(draft / PLAN, record.plan.to_toml())
+        _write_weights(model, draft / WEIGHTS)
         for name, content in origin.files.items():
-            target = draft / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-        config = {
-            **_versions(),
-            "seed": record.plan.seed,
-            "class": _name(type(model)),
-            "model": {**origin.recipe, "files": sorted(origin.files)},
-            "classes": names,
-        }
-        for package in ("transformers", "timm", "torchvision"):
-            if package in sys.modules:
-                config[package] = getattr(sys.modules[package], "__version__", "unknown")
-        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).write_bytes(content)
+        _write(draft / CONFIG, json.dumps(config, indent=2) + "\n")
     return folder
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_weights(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    try:
+        save_model(model, str(path))
+    except Exception as error:  # safetensors' own, for a full disk too
+        raise ConfigError(f"The weights could not be written: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _check_names(files: Iterable[str]) -> None:
+    """The files of a model must not take the places of ours, nor others outside the folder."""
+    for name in files:
+        if name in (MODELING, WEIGHTS, PLAN, CONFIG, MANIFEST) or not inner_name(name):
+            raise ConfigError(f"The model's file {shown(name)} cannot be saved beside ours under this name; rename it.")
 
 
 def save_graph(module: fx.GraphModule, folder: Path, plan: Plan) -> None:
     """Write a rewritten graph module, pickled, so that `load` finds it; the packages of its modules must be installed there."""
     torch.save(module, folder / GRAPH)
-    (folder / PLAN).write_text(plan.to_toml())
+    _write(folder / PLAN, plan.to_toml())
     config = {**_versions(), "seed": plan.seed, "class": _name(type(module)), "model": {"kind": "graph", "files": [GRAPH]}, "classes": {}}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _versions() -> dict[str, str]:
@@ -129,77 +153,94 @@ def load(folder: Path | str, device: torch.device | str | None = None) -> nn.Mod
         The model in train mode, with the saved weights, ready to train.
 
     Raises:
-        ConfigError: the folder is none of ours, a file is missing, or weights and plan do not fit.
+        ConfigError: the folder is none of ours, a file is missing or damaged, the files were not written together, or weights and plan do
+            not fit. An edited source or plan is loaded as it is, and said in the log.
+        CaptureError: the folder's code raises.
     """
-    folder = Path(folder)
-    if (folder / CONFIG).is_file() and (folder / GRAPH).is_file() and not (folder / MODELING).is_file():
-        return _load_graph(folder, device)
-    missing = [name for name in (MODELING, PLAN, CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    with reading(Path(folder)):
+        return _load(Path(folder), device)
+
+
+def _load(folder: Path, device: torch.device | str | None) -> nn.Module:
+    meta = device is not None and torch.device(device).type == "meta"
+    graph = (folder / CONFIG).is_file() and (folder / GRAPH).is_file() and not (folder / MODELING).is_file()
+    needed = (PLAN, CONFIG, GRAPH) if graph else (MODELING, PLAN, CONFIG, WEIGHTS)
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ConfigError(f"{folder} is not a folder written by laurel-rewrite: {missing[0]} is missing.")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        plan = Plan.read(folder / PLAN)
-        recipe, names = config["model"], config["classes"]
-        origin = Origin(recipe, {name: (folder / name).read_bytes() for name in recipe["files"]})
-    except OSError as error:
-        raise ConfigError(f"{folder} is incomplete: {error.filename} cannot be read ({error.strerror}).") from error
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ConfigError(f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}") from error
-    meta = device is not None and torch.device(device).type == "meta"
-    with _importable(folder):
+    config = read_config(folder)
+    recipe, names = config["model"], config["classes"]
+    check_whole(folder, [CONFIG, *recipe["files"], *([] if meta or graph else [WEIGHTS])])
+    if graph:
+        return _load_graph(folder, device)
+    plan = Plan.read(folder / PLAN)
+    origin = Origin({k: v for k, v in recipe.items() if k != "files"}, {name: _own_file(folder, name) for name in recipe["files"]})
+    if not meta:
+        check_size(plan, folder / WEIGHTS)
+    with importable(folder, origin.files):
         model = _base(folder, recipe, meta=meta)
+        _check_owners(model, names, folder)
         with unheard({type(model.get_submodule(owner)) for owner in names}):
             module = _import_modeling(folder)
-    classes: dict[str, type] = {}
-    for owner, name in names.items():
-        base = type(model.get_submodule(owner))
-        cls = getattr(module, name, None)
-        if cls is None or not issubclass(cls, base):
-            raise ConfigError(f"{folder / MODELING} has no class {name} made from {base.__name__}, which {owner or 'the model'} needs.")
-        cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
-        setattr(cls, BASE, base)
-        classes[owner] = cls
+    classes = _classes(model, module, names, folder)
+    _check_places(model, plan, folder / PLAN)
     install(model, plan, classes)
-    setattr(model, RECORD, Rewriting(plan, {}, (folder / MODELING).read_text(), names))
+    setattr(model, RECORD, Rewriting(plan, {}, read_text(folder / MODELING, "The source"), names))
     setattr(model, _ORIGIN, origin)
     model.train()
     if meta:
         return model.to("meta")
-    _load_weights(model, folder / WEIGHTS)
+    load_weights(model, folder / WEIGHTS)
     return model if device is None else model.to(device)
+
+
+def _check_owners(model: nn.Module, owners: Iterable[str], folder: Path) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for owner in owners:
+        if owner not in modules:
+            raise ConfigError(
+                f"{folder / CONFIG} names the module {shown(owner)}, which the model does not have. {nearest(owner, modules)}"
+            )
+
+
+def _classes(model: nn.Module, module: ModuleType, names: Mapping[str, str], folder: Path) -> dict[str, type]:
+    """The class of each owner in the folder's module, made to look like the class that it replaces."""
+    classes: dict[str, type] = {}
+    for owner, name in names.items():
+        base = type(model.get_submodule(owner))
+        cls = getattr(module, name, None)
+        if not isinstance(cls, type) or not issubclass(cls, base):
+            raise ConfigError(f"{folder / MODELING} has no class {name} made from {base.__name__}, which {owner or 'the model'} needs.")
+        cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
+        setattr(cls, BASE, base)
+        classes[owner] = cls
+    return classes
+
+
+def _check_places(model: nn.Module, plan: Plan, path: Path) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for row in plan.sites:
+        for name in (row.owner, row.holder):
+            if name not in modules:
+                raise ConfigError(f"{path}, site {row.id}: the model has no module {shown(name)}. {nearest(name, modules)}")
 
 
 def _load_graph(folder: Path, device: torch.device | str | None) -> nn.Module:
     from laurel_rewrite.emit_torch import onnx2torch
 
     onnx2torch()  # whose modules were pickled
-    try:
-        model: nn.Module = torch.load(folder / GRAPH, map_location=device, weights_only=False)
-    except Exception as error:  # unpickling raises whatever the modules raise
-        raise CaptureError(f"{folder / GRAPH} could not be loaded: {type(error).__name__}: {error}") from error
+    model = _unpickled(folder / GRAPH, device)
     return model.train()
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_model
-
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    with safe_open(str(path), "pt") as file:
-        for key in file.keys():  # noqa: SIM118  # not a dict
-            tensor = own.get(key)
-            dtype = file.get_slice(key).get_dtype()
-            wanted = _DTYPES.get(dtype)
-            if tensor is not None and wanted is not None and (tensor.dtype != wanted or not tensor.is_contiguous()):
-                tensor.data = torch.empty(tensor.shape, dtype=wanted, device=tensor.device)
+def _unpickled(path: Path, device: torch.device | str | None = None) -> nn.Module:
     try:
-        load_model(model, str(path))
-    except RuntimeError as error:
-        raise ConfigError(f"{path} does not fit the model: {str(error)[:600]}") from error
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        model = torch.load(path, map_location=device, weights_only=False)
+    except FOREIGN as error:  # unpickling raises whatever the modules raise
+        raise CaptureError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{path} holds no module, but {type(model).__name__}.")
+    return model
 
 
 # How the base model is built again
@@ -256,63 +297,71 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return remove(copy.deepcopy(model, memo), inplace=True)
 
 
-def _base(folder: Path, origin: Mapping[str, Any], *, meta: bool) -> nn.Module:
-    kind = origin.get("kind")
+def _base(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Module:
+    """The model as it was before LAuReL. Of what a configuration can name nothing is called but makers of models: see each."""
+    kind = recipe["kind"]
     if kind == "spec":
-        spec = origin["spec"]
-        path = str(folder / spec) if ".py" in spec else spec
-        return models.build(path, origin["settings"], device="meta" if meta else "cpu").model
+        spec = recipe["spec"]
+        file = spec.rpartition(":")[0] if ".py:" in spec else spec
+        if file.endswith(".py"):
+            if file not in recipe["files"]:
+                raise ConfigError(f"{folder / CONFIG} names the model {shown(spec)}, which is none of its files.")
+            spec = str(folder / spec)
+        return models.build(spec, recipe["settings"], device="meta" if meta else "cpu", offered=True).model
     if kind == "transformers":
-        config_class, cls = _named(origin["config"]), _named(origin["class"])
-        config = config_class.from_dict(json.loads((folder / BASE_CONFIG).read_text()))
+        return _from_transformers(folder, recipe, meta=meta)
+    if kind == "skeleton" and SKELETON in recipe["files"]:
+        return _unpickled(folder / SKELETON)
+    raise ConfigError(f"{folder / CONFIG} does not say how to build the model.")
+
+
+def _from_transformers(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Module:
+    models.require("transformers")
+    import transformers
+
+    config_class, cls = _named(recipe["config"], transformers.PreTrainedConfig), _named(recipe["class"], transformers.PreTrainedModel)
+    data = read_json(folder / BASE_CONFIG, "The configuration")
+    try:
+        config = config_class.from_dict(data)
         with torch.device("meta") if meta else nullcontext():
-            return cls._from_config(config)  # type: ignore[no-any-return]  # a PreTrainedModel
-    if kind == "skeleton":
-        model = torch.load(folder / SKELETON, weights_only=False)
-        return model  # type: ignore[no-any-return]  # what was saved
-    raise ConfigError(f"{folder / CONFIG} names an unknown kind of model: {kind!r}.")
+            model: nn.Module = cls._from_config(config)
+    except FOREIGN as error:  # of values that the library does not expect
+        raise CaptureError(f"{folder / BASE_CONFIG} gives no {cls.__name__}: {type(error).__name__}: {str(error)[:300]}") from error
+    return model
 
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _named(name: str) -> Any:
+def _named(name: str, kind: type) -> Any:
+    """A class by its name; ConfigError unless it is one of this kind."""
     module, _, attribute = name.partition(":")
-    thing: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        thing = getattr(thing, part)
+    try:
+        thing: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            thing = getattr(thing, part)
+    except FOREIGN as error:  # whatever the import of a module raises
+        raise ConfigError(f"The class {name} cannot be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(thing, type) or not issubclass(thing, kind):
+        raise ConfigError(f"{name} is no {kind.__name__}.")
     return thing
 
 
-class _importable:
-    """The folder's own modules first, without replacing what is imported already under their names."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
-
-    def __enter__(self) -> None:
-        sys.path.insert(0, str(self.folder))
-        own = {p.stem for p in self.folder.glob("*.py")} | {p.name for p in self.folder.iterdir() if p.is_dir()}
-        self.hidden = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in own}
-        for name in self.hidden:
-            del sys.modules[name]
-
-    def __exit__(self, *_: Any) -> None:
-        sys.path.remove(str(self.folder))
-        sys.modules.update(self.hidden)
+def _own_file(folder: Path, name: str) -> bytes:
+    return read_bytes(folder / name, "The file", most=1 << 32)
 
 
 def _import_modeling(folder: Path) -> ModuleType:
     path = folder / MODELING
-    name = f"modeling_laurel_{abs(hash(str(path.resolve()))):x}"
+    name = f"modeling_laurel_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever an edited file raises
+    except FOREIGN as error:  # whatever an edited file raises
         del sys.modules[name]
         raise CaptureError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
     return module

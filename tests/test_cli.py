@@ -41,6 +41,7 @@ FILES = {
     "report.json",
     "report.html",
 }
+MANIFEST = "laurel_manifest.json"
 TRACES = {"trace-baseline.json", "trace-laurel.json"}
 
 
@@ -64,12 +65,12 @@ def test_the_main_job(net):
     assert done.stderr == ""  # no progress in a pipe
     assert "Verification" in done.stdout
     assert "Profile in onnxruntime" in done.stdout
-    assert {p.name for p in (net / "laurel_out").iterdir()} == FILES | TRACES | {"net.py"}
+    assert {p.name for p in (net / "laurel_out").iterdir()} == FILES | TRACES | {"net.py", MANIFEST}
     report = json.loads((net / "laurel_out" / "report.json").read_text())
     assert all(check["passed"] for check in report["verification"])
     assert report["parameters"]["added"] == 2 + 2 * 4 * D
     assert report["profile"]["rows"][0]["latencies"][0]["verdict"] == "baseline"
-    assert set(report["files"]) == FILES | TRACES | {"net.py"}
+    assert set(report["files"]) == FILES | TRACES | {"net.py", MANIFEST}
     code = "import laurel_rewrite, torch; print(type(laurel_rewrite.load('laurel_out').laurel_0).__name__)"
     assert subprocess.run([sys.executable, "-c", code], cwd=net, capture_output=True, text=True, check=True).stdout == "Laurel\n"
 
@@ -83,7 +84,7 @@ def test_the_examples_through_every_variant(name, settings, variant, here, tmp_p
     report = json.loads(done.stdout)
     assert len(report["plan"]["sites"]) == (6 if name == "gpt" else 8)
     assert not any(check["outcome"] == "FAILED" for check in report["verification"])
-    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == FILES | {f"{name}.py"}
+    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == FILES | {f"{name}.py", MANIFEST}
 
 
 def test_sites(net):

@@ -138,7 +138,7 @@ def test_weights_are_copied_into_another_folder(tmp_path, here):
     result = here("model/model.onnx", "--rank", "16", "--profile-seconds", "0.1")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "laurel_out"
-    results = {"laurel.onnx", "laurel.onnx.data", "weights.bin", "plan.toml", "report.html", "report.json"}
+    results = {"laurel.onnx", "laurel.onnx.data", "weights.bin", "plan.toml", "report.html", "report.json", "laurel_manifest.json"}
     assert {p.name for p in out.iterdir()} == results | {"trace-laurel.json", "trace-model.json"}
     assert locations(out / "laurel.onnx") == {"laurel.onnx.data", "weights.bin"}
     assert {p.name for p in path.parent.iterdir()} == {"model.onnx", "weights.bin"}
@@ -160,6 +160,7 @@ def test_weights_beside_the_result_are_referred_to(tmp_path, here):
         "plan.toml",
         "report.html",
         "report.json",
+        "laurel_manifest.json",
     }
     assert locations(tmp_path / "laurel.onnx") == {"laurel.onnx.data", "weights.bin"}
     np.testing.assert_array_equal(outputs(tmp_path / "laurel.onnx"), outputs(path))

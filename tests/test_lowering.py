@@ -17,6 +17,7 @@ from toys import CASES, D
 
 from laurel_rewrite import ConfigError, export_onnx, rewrite, rewrite_onnx
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.manifest import MANIFEST
 from laurel_rewrite.profiling.fusions import count_ops
 from laurel_rewrite.profiling.sessions import session_of
 from laurel_rewrite.profiling.sessions import settings as settings_of
@@ -131,7 +132,15 @@ def test_onnx_graphs_by_the_command(exported, tmp_path, here):
     result = here(str(exported("gpt2")), "--rank", "4", "--profile-seconds", "0.2")
     assert result.returncode == 0, result.stderr
     assert "lowered against not, random LAuReL" in result.stdout
-    files = {"laurel.onnx", "plan.toml", "report.html", "report.json", "trace-gpt2.json", "trace-laurel.json", "trace-one-more-layer.json"}
+    files = {
+        "laurel.onnx",
+        "plan.toml",
+        "report.html",
+        "report.json",
+        "trace-gpt2.json",
+        "trace-laurel.json",
+        "trace-one-more-layer.json",
+    } | {MANIFEST}
     assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == files
     lowered = ir.load(tmp_path / "laurel_out" / "laurel.onnx")
     assert not lowered.functions

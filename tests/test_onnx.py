@@ -338,7 +338,13 @@ def test_the_job(exported, tmp_path, here):
         str(given), "--variant", "rw+lr", "--rank", "4", "--profile-seconds", "0", "--target", "portable", "--onnx-functions", "inline"
     )
     assert result.returncode == 0, result.stderr
-    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {"laurel.onnx", "plan.toml", "report.html", "report.json"}
+    assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == {
+        "laurel.onnx",
+        "plan.toml",
+        "report.html",
+        "report.json",
+        "laurel_manifest.json",
+    }
     report = json.loads((tmp_path / "laurel_out" / "report.json").read_text())
     assert [check["passed"] for check in report["verification"]] == [True] * 4
     assert report["verification"][0]["difference"] == 0

@@ -16,7 +16,7 @@ from laurel_rewrite import ConfigError, load, remove, rewrite, save
 from laurel_rewrite.models import build
 from laurel_rewrite.operator import sites_of
 
-FILES = {"modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json"}
+FILES = {"modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "laurel_manifest.json"}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "falcon_sequential", "t5"])
@@ -130,6 +130,12 @@ def test_an_edited_class_is_what_is_loaded(tmp_path):
     [
         (lambda d: (d / "plan.toml").unlink(), "plan.toml is missing"),
         (lambda d: (d / "laurel_config.json").write_text("{"), "is damaged"),
+        (
+            lambda d: (d / "laurel_config.json").write_text((d / "laurel_config.json").read_text() + " "),
+            "not the file that was written with",
+        ),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 999), "not the file that was written with the others"),
+        (lambda d: (d / "laurel_manifest.json").write_text("[]"), "must be a table"),
         (lambda d: (d / "modeling_laurel.py").write_text("class Other: pass\n"), "has no class Plain"),
         (lambda d: (d / "skeleton.pt").unlink(), "skeleton.pt cannot be read"),
         (lambda d: (d / "plan.toml").write_text((d / "plan.toml").read_text().replace("rank = 4", "rank = 2")), "does not fit the model"),

@@ -131,6 +131,7 @@ def within(seconds: int, work: Callable[[], Any]) -> bool:
 def case(name: str, rounds: int) -> dict[str, Any]:
     """One line of the table, measured in this process."""
     import torch
+    from torch import fx
     from torch.fx.subgraph_rewriter import replace_pattern
 
     from laurel_rewrite.sites import sites_of_graph, sites_of_capture
