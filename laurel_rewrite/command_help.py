@@ -29,6 +29,7 @@ _STATUS = (
     ("3", "no residual connection"),
     ("4", "capture or export failed"),
     ("5", "an optional package is missing"),
+    ("70", "an error of this program's own"),
 )
 EPILOG: dict[str, Sequence[tuple[str, str]]] = {"Other commands": _COMMANDS, "MODEL": _MODELS, "Exit status": _STATUS}
 
