@@ -134,7 +134,7 @@ def case(name: str, rounds: int) -> dict[str, Any]:
     from torch import fx
     from torch.fx.subgraph_rewriter import replace_pattern
 
-    from laurel_rewrite.sites import sites_of_graph, sites_of_capture
+    from laurel_rewrite.sites import sites_of_capture, sites_of_graph
 
     torch.set_num_threads(1)
     kind, _, size = name.partition(":")
