@@ -429,8 +429,12 @@ def _print_json(data: dict[str, Any]) -> None:
 
 def _check_writable(path: Path) -> None:
     """Raise ConfigError where a plan cannot be written, before the work of a capture is done."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"The plan {path} cannot be written: {'it is' if path.is_dir() else f'{path.parent} is not'} a folder.")
+    try:
+        folder, inside = path.is_dir(), path.parent.is_dir()
+    except OSError as error:  # a name that the file system does not take
+        raise ConfigError(f"The plan {str(path)[:80]} cannot be written: {error.strerror}.") from error
+    if folder or not inside:
+        raise ConfigError(f"The plan {path} cannot be written: {'it is' if folder else f'{path.parent} is not'} a folder.")
 
 
 def _write_plan(path: Path, text: str) -> None:

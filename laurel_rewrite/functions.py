@@ -196,6 +196,42 @@ def without_fast_path(base: type) -> dict[str, Any]:
 # Pickle
 
 
+@dataclass(frozen=True)
+class Written:
+    """A class of a saved module: its base, the module's text, and its name there. It pickles as `Rewritten` does."""
+
+    base: type
+    text: str
+    name: str
+
+    @property
+    def cls(self) -> type:
+        """The class; the same one each time."""
+        if self not in _adopted:
+            filename = f"<laurel {hashlib.sha256(self.text.encode()).hexdigest()[:12]}>"
+            linecache.cache[filename] = (len(self.text), None, self.text.splitlines(keepends=True), filename)
+            scope: dict[str, Any] = {"__name__": "modeling_laurel"}
+            with unheard([self.base]):
+                exec(compile(self.text, filename, "exec"), scope)
+            adopt(scope[self.name], self)
+        return _adopted[self]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Written:
+        return self
+
+
+_adopted: dict[Written, type] = {}
+
+
+def adopt(cls: type, recipe: Written) -> None:
+    """Make a class of a saved module look like the class that it replaces."""
+    base: Any = recipe.base
+    cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
+    setattr(cls, BASE, base)
+    cls.__reduce_ex__ = picklable(recipe, base)  # type: ignore[method-assign]  # as `Rewritten` has it from the start
+    _adopted[recipe] = cls
+
+
 def picklable(recipe: Any, base: type) -> Any:
     """`__reduce_ex__` for a class that no module holds: the base's own, with a recipe, whose `cls` it is, in the place of the class."""
 

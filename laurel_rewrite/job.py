@@ -90,7 +90,7 @@ class Report:
             "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites], "left_out": self.plan.left_out},
             "skipped": [asdict(site) for site in self.skipped],
             "parameters": self.parameters,
-            "notes": [*self.plan.narrowed, *self.notes],
+            "notes": [*self.sites.notes, *self.plan.narrowed, *self.notes],
             "verification": [check.to_dict() for check in self.checks],
             "profile": self.profile.to_dict() if self.profile is not None else None,
             "training": self.training.to_dict() if self.training is not None else None,

@@ -24,10 +24,11 @@ from laurel_rewrite import __version__, models
 from laurel_rewrite.checked import inner_name, read_bytes, read_json, read_text, shown
 from laurel_rewrite.drafts import reading, replacing
 from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError, nearest
-from laurel_rewrite.functions import BASE, unheard
+from laurel_rewrite.functions import BASE, Written, adopt, unheard
 from laurel_rewrite.manifest import MANIFEST
 from laurel_rewrite.modeling import module_text
 from laurel_rewrite.models import Built
+from laurel_rewrite.pickling import MODULE
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS, check_size, check_whole, importable, load_weights, read_config
 from laurel_rewrite.surgery import RECORD, Rewriting, install, rewriting_of
@@ -46,7 +47,7 @@ the original's own text. `laurel_rewrite.load(folder)` builds the model from it.
 '''
 
 
-def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, force: bool = False) -> Path:
+def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, factory: str | None = None, force: bool = False) -> Path:
     """Write a rewritten model so that `load` can build it anywhere.
 
     Args:
@@ -55,6 +56,8 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, fo
         built: how the base model was built, where it is known: then `load` builds it so, from its configuration. Without it, a
             transformers model is built from its own configuration, and any other from a pickle of its modules without weights
             (`skeleton.pt`), for which its classes must be importable where it is loaded.
+        factory: instead, "package.module:function": a function without arguments that gives the base model, in a module that also has
+            `example_inputs`, as the command takes it.
         force: replace files that are no earlier result, or that were changed since, too.
 
     Returns:
@@ -73,6 +76,8 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, fo
     text, names = source_of(record, type(model).__name__)
     folder = Path(folder)
     origin = getattr(model, _ORIGIN, None) if built is None else _origin(built)
+    if factory is not None:
+        origin = Origin({"kind": "spec", "spec": factory, "settings": {}})
     if origin is None:
         origin = _own_origin(model)
     _check_names(origin.files)
@@ -182,10 +187,11 @@ def _load(folder: Path, device: torch.device | str | None) -> nn.Module:
         _check_owners(model, names, folder)
         with unheard({type(model.get_submodule(owner)) for owner in names}):
             module = _import_modeling(folder)
-    classes = _classes(model, module, names, folder)
+    text = read_text(folder / MODELING, "The source")
+    classes = _classes(model, module, names, text, folder)
     _check_places(model, plan, folder / PLAN)
     install(model, plan, classes)
-    setattr(model, RECORD, Rewriting(plan, {}, read_text(folder / MODELING, "The source"), names))
+    setattr(model, RECORD, Rewriting(plan, {}, text, names))
     setattr(model, _ORIGIN, origin)
     model.train()
     if meta:
@@ -203,7 +209,7 @@ def _check_owners(model: nn.Module, owners: Iterable[str], folder: Path) -> None
             )
 
 
-def _classes(model: nn.Module, module: ModuleType, names: Mapping[str, str], folder: Path) -> dict[str, type]:
+def _classes(model: nn.Module, module: ModuleType, names: Mapping[str, str], text: str, folder: Path) -> dict[str, type]:
     """The class of each owner in the folder's module, made to look like the class that it replaces."""
     classes: dict[str, type] = {}
     for owner, name in names.items():
@@ -211,8 +217,7 @@ def _classes(model: nn.Module, module: ModuleType, names: Mapping[str, str], fol
         cls = getattr(module, name, None)
         if not isinstance(cls, type) or not issubclass(cls, base):
             raise ConfigError(f"{folder / MODELING} has no class {name} made from {base.__name__}, which {owner or 'the model'} needs.")
-        cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
-        setattr(cls, BASE, base)
+        adopt(cls, Written(base, text, name))
         classes[owner] = cls
     return classes
 
@@ -273,11 +278,11 @@ def _own_origin(model: nn.Module) -> Origin:
         return Origin(recipe, {BASE_CONFIG: config.to_json_string(use_diff=False).encode()})
     buffer = io.BytesIO()
     try:
-        torch.save(_skeleton(model), buffer)
+        torch.save(_skeleton(model), buffer, pickle_module=MODULE)
     except Exception as error:  # pickle raises whatever an attribute of the model raises
         raise ConfigError(
             f"{type(model).__name__} cannot be saved without knowing how it is built: pickling its modules failed ({error}). "
-            "Build it in a file with build_model() and use the command, which saves that file."
+            'Say how with factory="package.module:function", or build it in a file with build_model() and use the command, which saves that file.'
         ) from error
     return Origin({"kind": "skeleton"}, {SKELETON: buffer.getvalue()})
 

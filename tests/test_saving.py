@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import away_from_start, output, real
+from torch import nn
 from toys import CASES, D
 
 import laurel_rewrite
@@ -170,3 +172,42 @@ def test_importing_the_package_is_light():
     assert all(getattr(laurel_rewrite, name) is not None for name in laurel_rewrite.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = laurel_rewrite.nothing
+
+
+class Parametrised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.conv = nn.utils.parametrizations.spectral_norm(nn.Conv1d(16, 16, 1))
+        self.kernel = torch.nn.attention.SDPBackend.MATH
+
+    def forward(self, x):
+        x = x + self.linear(x)
+        return x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_parametrised_modules_and_enumerations_are_saved(tmp_path):
+    x = torch.randn(2, 5, 16)
+    better = away_from_start(rewrite(Parametrised(), (x,), rank=4).eval())
+    save(better, tmp_path)
+    again = load(tmp_path).eval()
+    assert torch.equal(again(x), better(x))
+    assert again.kernel is better.kernel
+
+
+def test_a_loaded_model_pickles(tmp_path):
+    """In a process that never saw the folder, too."""
+    example = real("gpt2")
+    save(away_from_start(rewrite(example.model, (), example.kwargs, variant="rw+lr+pa", rank=4)), tmp_path / "saved")
+    model = load(tmp_path / "saved").eval()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(example.kwargs, tmp_path / "inputs.pt")
+    shutil.rmtree(tmp_path / "saved")
+    code = (
+        "import sys, torch; model, inputs = (torch.load(f'{sys.argv[1]}/{n}.pt', weights_only=False) for n in ('model', 'inputs'));"
+        "torch.save(model(**inputs).logits, f'{sys.argv[1]}/logits.pt')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert torch.allclose(torch.load(tmp_path / "logits.pt"), model(**example.kwargs).logits, rtol=1e-5, atol=1e-6)
