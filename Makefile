@@ -1,9 +1,9 @@
-# make demo, test, lint and zoo each work on their own on a fresh machine with Python 3.11.
+# make demo, test, lint, zoo and fuzz each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint zoo clean
+.PHONY: demo test lint zoo fuzz clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -32,5 +32,10 @@ lint: $(VENV)/dev
 zoo: $(VENV)/dev
 	$(BIN)/python tools/zoo.py
 
+# Ten minutes of random cases, from where the last run stopped.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/dev
+	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS) --state .fuzz.json
+
 clean:
-	rm -rf $(VENV) laurel_out
+	rm -rf $(VENV) laurel_out .fuzz.json

@@ -75,7 +75,7 @@ class FunctionEditor(TextEdits):
 
     def replace(self, span: Span, term: Term, site: str) -> None:
         """Put the LAuReL module in the place of the add (`inner`), or weight the branch that a further add brings."""
-        if not self._take(span, term.laurel):
+        if not self._take(span, f"{term.laurel} {term.side}"):  # another way to it may bring the skip as the other operand
             return
         if self.helper and term.inner:
             if self._holds is not None:

@@ -211,6 +211,12 @@ def _parallel(c: _Class) -> None:
 def _shared(c: _Class) -> None:
     block = c.block()
     attribute = c.own(f"{block.name}()", "block")
+    if c.draw.random() < 0.2:
+        c.file.classes.append("class Join(nn.Module):\n    def forward(self, a, b):\n        return a + b\n") if not any("class Join" in text for text in c.file.classes) else None
+        join = c.own("Join()", "join")
+        second = c.draw.choice(["x, {}", "b={}, a=x", "{}, x"])
+        c.add(f"x = {join}(x, {c.branch()})", f"x = {join}({second.format(c.branch())})", sites=2)
+        return
     times = c.draw.randint(2, 3)
     c.add(*[f"x = {attribute}(x)"] * times, sites=times * block.sites)
 
@@ -276,7 +282,8 @@ def _helper(c: _Class) -> None:
             c.add(f"for layer in {layers}:", f"    x = self.{name}(x, layer)", sites=turns)
         case 3:
             join = c.file.helper("join", "def join(a, b):\n    return a + b\n")
-            c.add(f"x = {join}(x, {c.branch()})", f"x = {join}({c.branch()}, b=x)", sites=2)
+            second = c.draw.choice(["x, b={}", "a=x, b={}", "{}, b=x"])  # the last: another operand holds the skip
+            c.add(f"x = {join}(x, {c.branch()})", f"x = {join}({second.format(c.branch())})", sites=2)
         case 4:  # the outer name calls the inner one
             c.methods.append(f"def {name}(self, x):\n    return self.{name}_inner(x, {c.branch()})")
             c.methods.append(f"def {name}_inner(self, x, y):\n    return {c.sum('x', 'y')}")

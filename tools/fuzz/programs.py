@@ -82,7 +82,7 @@ def _tried(case: Program, model: nn.Module, seed: int) -> str:
     plain = laurel_rewrite.remove(better)
     _same(_outcome(model, other, False), _outcome(plain, other, False), "after training and remove")
     assert plain.state_dict().keys() == model.state_dict().keys(), "the state dict after remove has other keys"
-    left_out += _as_graph(model, better, config, x, case.sites)
+    left_out += _as_graph(model, better, config, x, [site.module for site in sites])
     if seed % ONNX_EVERY == 0:
         _as_onnx(better, x)
         left_out += ", ONNX too"
@@ -147,22 +147,22 @@ def _move(model: nn.Module, seed: int) -> None:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def _as_graph(model: nn.Module, better: nn.Module, config: LaurelConfig, x: Tensor, count: int) -> str:
-    """The rewritten graph computes what the rewritten module does; what of it could not be compared."""
+def _as_graph(model: nn.Module, better: nn.Module, config: LaurelConfig, x: Tensor, modules: list[str]) -> str:
+    """The rewritten graph computes what the rewritten module does; what could not be compared.
+
+    `modules` are the paths of the LAuReL modules, one for each site in order of execution.
+    """
     graph = torch.export.export(copy.deepcopy(model).eval(), (x.clone(),)).module()
     assert isinstance(graph, fx.GraphModule)
     sites = laurel_rewrite.detect(graph, (x.clone(),))
-    assert len(sites) == count, f"{len(sites)} sites in the exported graph and not {count}: {', '.join(site.id for site in sites)}"
+    assert len(sites) == len(modules), f"{len(sites)} sites in the exported graph and not {len(modules)}: {', '.join(site.id for site in sites)}"
     try:
         InsertLaurel(Plan.from_sites(sites, config))(graph)
     except RewriteError:
         return ", graph refused"
-    ours = sites_of(better)
-    for site, laurel in sites_of(graph).items():
-        twin = ours.get(site.partition("@")[0])
-        if twin is None:
-            return ", ids differ"
-        _copy(twin, laurel)
+    ours, theirs = sites_of(better), sites_of(graph)
+    for site, module in zip(sites, modules, strict=True):  # by order: a graph has its own numbers for calls of shared modules, and for turns
+        _copy(ours[module], theirs[site.module])
     with torch.no_grad():
         _close(graph(x.clone()), copy.deepcopy(better).eval()(x.clone()), "the rewritten graph")
     return ""
