@@ -495,6 +495,17 @@ class Partial(One):
         return self.joined(x)
 
 
+def joined(a, b):
+    return a + b
+
+
+@refused("one expression serves two sites")
+class HelperWithTheSkipOnEitherSide(Three):
+    def forward(self, x):
+        x = joined(x, self.layers[0](x))
+        return joined(self.layers[1](x), x)
+
+
 def inputs(seed=0):
     return torch.randn(3, 6, D, generator=torch.Generator().manual_seed(seed))
 

@@ -101,7 +101,9 @@ class _Class:
 
     def linear(self) -> str:
         """A layer that is linear in what it reads, and mixes."""
-        return self.own(f"nn.Linear({D}, {D})" if self.form == "sequence" else f"nn.Conv2d({D}, {D}, {self.draw.choice(['1', '3, padding=1'])})")
+        return self.own(
+            f"nn.Linear({D}, {D})" if self.form == "sequence" else f"nn.Conv2d({D}, {D}, {self.draw.choice(['1', '3, padding=1'])})"
+        )
 
     def norm(self) -> str:
         images = [f"nn.BatchNorm2d({D})", f"nn.GroupNorm(2, {D})"]
@@ -146,7 +148,14 @@ class _Class:
         """a + b, in one of its forms."""
         if self.draw.random() < 0.5:
             a, b = b, a
-        forms = ["{} + {}", "torch.add({}, {})", "({}).add({})", "operator.add({}, {})", "torch.add(input={}, other={})", "({}).__add__({})"]
+        forms = [
+            "{} + {}",
+            "torch.add({}, {})",
+            "({}).add({})",
+            "operator.add({}, {})",
+            "torch.add(input={}, other={})",
+            "({}).__add__({})",
+        ]
         return self.draw.choice(forms).format(a, b)
 
     def add(self, *lines: str, sites: int = 0) -> None:
@@ -195,7 +204,15 @@ def _nested(c: _Class) -> None:
 
 def _n_ary(c: _Class) -> None:
     one, two, three = c.branch(), c.branch(), c.branch()
-    forms = ["x + {} + {}", "{} + x + {}", "x + ({} + {})", "{} + ({} + x)", "torch.add(x + {}, {})", "x + {} + {} + {}", "(x + {}).add_({})"]
+    forms = [
+        "x + {} + {}",
+        "{} + x + {}",
+        "x + ({} + {})",
+        "{} + ({} + x)",
+        "torch.add(x + {}, {})",
+        "x + {} + {} + {}",
+        "(x + {}).add_({})",
+    ]
     c.add(f"x = {c.draw.choice(forms).format(one, two, three)}", sites=1)
 
 
@@ -212,7 +229,7 @@ def _shared(c: _Class) -> None:
     block = c.block()
     attribute = c.own(f"{block.name}()", "block")
     if c.draw.random() < 0.2:
-        c.file.classes.append("class Join(nn.Module):\n    def forward(self, a, b):\n        return a + b\n") if not any("class Join" in text for text in c.file.classes) else None
+        c.file.helper("Join", "class Join(nn.Module):\n    def forward(self, a, b):\n        return a + b\n")
         join = c.own("Join()", "join")
         second = c.draw.choice(["x, {}", "b={}, a=x", "{}, x"])
         c.add(f"x = {join}(x, {c.branch()})", f"x = {join}({second.format(c.branch())})", sites=2)
@@ -232,7 +249,9 @@ def _loop(c: _Class) -> None:
         case 2:
             c.add(f"x = functools.reduce(lambda h, layer: {c.sum('h', 'layer(h)')}, {layers}, x)", sites=turns)
         case 3:
-            norms = c.own(f"nn.ModuleList([nn.LayerNorm({D}) if {c.form == 'sequence'} else nn.GroupNorm(2, {D}) for _ in range({turns})])", "norms")
+            norms = c.own(
+                f"nn.ModuleList([nn.LayerNorm({D}) if {c.form == 'sequence'} else nn.GroupNorm(2, {D}) for _ in range({turns})])", "norms"
+            )
             c.add(f"for layer, norm in zip({layers}, {norms}):", f"    x = {c.sum('x', 'layer(norm(x))')}", sites=turns)
         case 4:
             c.add(f"for layer in {layers}:", "    h = x", f"    x = layer(x) + h + {c.linear()}(h)", sites=turns)
@@ -245,11 +264,20 @@ def _conditional(c: _Class) -> None:
     match c.draw.randrange(7):
         case 0:
             layers = c.own(f"nn.ModuleList([{c.layer()} for _ in range({turns})])", "layers")
-            test = [f"    if i % 2:\n        x = layer(x)\n    else:\n        x = {c.sum('x', 'layer(x)')}", f"    x = {c.sum('x', 'layer(x)')} if i % 2 == 0 else layer(x)"]
+            test = [
+                f"    if i % 2:\n        x = layer(x)\n    else:\n        x = {c.sum('x', 'layer(x)')}",
+                f"    x = {c.sum('x', 'layer(x)')} if i % 2 == 0 else layer(x)",
+            ]
             c.add(f"for i, layer in enumerate({layers}):", *c.draw.choice(test).splitlines(), sites=(turns + 1) // 2)
         case 1:
             layers = c.own(f"nn.ModuleList([{c.layer()} for _ in range({turns})])", "layers")
-            c.add(f"for i, layer in enumerate({layers}):", "    if i == 1:", "        continue", f"    x = {c.sum('x', 'layer(x)')}", sites=turns - 1)
+            c.add(
+                f"for i, layer in enumerate({layers}):",
+                "    if i == 1:",
+                "        continue",
+                f"    x = {c.sum('x', 'layer(x)')}",
+                sites=turns - 1,
+            )
         case 2:
             layers = c.own(f"nn.ModuleList([{c.layer()} for _ in range({turns})])", "layers")
             c.add(f"for i, layer in enumerate({layers}):", f"    x = {c.sum('x', 'layer(x)')}", "    if i == 1:", "        break", sites=2)
@@ -289,7 +317,9 @@ def _helper(c: _Class) -> None:
             c.methods.append(f"def {name}_inner(self, x, y):\n    return {c.sum('x', 'y')}")
             c.add(f"x = self.{name}(x)", sites=1)
         case 5:
-            c.methods.append(f"def {name}(self, x):\n    for layer in (self.first{name}, self.second{name}):\n        x = x + layer(x)\n    return x")
+            c.methods.append(
+                f"def {name}(self, x):\n    for layer in (self.first{name}, self.second{name}):\n        x = x + layer(x)\n    return x"
+            )
             c.layers += [f"self.first{name} = {c.layer()}", f"self.second{name} = {c.layer()}"]
             c.add(f"x = self.{name}(x)", sites=2)
 
@@ -314,7 +344,12 @@ def _in_place(c: _Class) -> None:
 
 
 def _cast(c: _Class) -> None:
-    forms = ["x = ({} + x.double()).float()", "x = (x.to(torch.float64) + {}).to(x.dtype)", "x = x + ({}).double()\nx = x.float()", "x = torch.add(x.double(), {}).type_as(x)"]
+    forms = [
+        "x = ({} + x.double()).float()",
+        "x = (x.to(torch.float64) + {}).to(x.dtype)",
+        "x = x + ({}).double()\nx = x.float()",
+        "x = torch.add(x.double(), {}).type_as(x)",
+    ]
     c.add(*c.draw.choice(forms).format(c.branch()).splitlines(), sites=1)
 
 

@@ -155,13 +155,17 @@ def _as_graph(model: nn.Module, better: nn.Module, config: LaurelConfig, x: Tens
     graph = torch.export.export(copy.deepcopy(model).eval(), (x.clone(),)).module()
     assert isinstance(graph, fx.GraphModule)
     sites = laurel_rewrite.detect(graph, (x.clone(),))
-    assert len(sites) == len(modules), f"{len(sites)} sites in the exported graph and not {len(modules)}: {', '.join(site.id for site in sites)}"
+    assert len(sites) == len(modules), (
+        f"{len(sites)} sites in the exported graph and not {len(modules)}: {', '.join(site.id for site in sites)}"
+    )
     try:
         InsertLaurel(Plan.from_sites(sites, config))(graph)
     except RewriteError:
         return ", graph refused"
     ours, theirs = sites_of(better), sites_of(graph)
-    for site, module in zip(sites, modules, strict=True):  # by order: a graph has its own numbers for calls of shared modules, and for turns
+    for site, module in zip(
+        sites, modules, strict=True
+    ):  # by order: a graph has its own numbers for calls of shared modules, and for turns
         _copy(ours[module], theirs[site.module])
     with torch.no_grad():
         _close(graph(x.clone()), copy.deepcopy(better).eval()(x.clone()), "the rewritten graph")
