@@ -61,8 +61,14 @@ def rewritten_owners(model: nn.Module, sites: Sites, plan: Plan, *, keep: Collec
     kept, counted = (
         {(rows[name].owner, rows[name].attribute) for name in names if name in rows} for names in (keep, by_run)
     )  # all turns alike
+    sides: dict[str, set[tuple[int, ...]]] = defaultdict(set)  # of a module's calls
+    for site in sites:
+        sides[site.module].add(tuple(side for _, side, _ in sites.bindings[site.id].adds))
     for row in plan.sites:
         place = row.owner, row.attribute
+        if len(sides[row.id]) > 1:
+            owners.problems.append(Skipped(row.id, row.where, "its module is called with the skip as one operand, and again as another"))
+            continue
         change = _change(row, sites, keep=place in kept, by_turn=place not in counted)
         if isinstance(change, str):
             owners.problems.append(Skipped(row.id, row.where, change))

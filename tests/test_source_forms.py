@@ -485,6 +485,22 @@ class OneLambdaTwice(Three):
         return join(self.layers[1], join(self.layers[0], x))
 
 
+class _Join(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+@refused("its module is called with the skip as one operand, and again as another")
+class ModuleWithTheSkipOnEitherSide(Three):
+    def __init__(self):
+        super().__init__()
+        self.join = _Join()
+
+    def forward(self, x):
+        x = self.join(x, self.layers[0](x))
+        return self.join(self.layers[1](x), x)
+
+
 @refused("residual_laurel")  # the copy is called without what the partial object holds
 class Partial(One):
     def __init__(self):
