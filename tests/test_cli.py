@@ -134,7 +134,7 @@ def test_a_dry_run_compares_configurations_with_one_capture(net, here, monkeypat
 @pytest.mark.parametrize("words", [("--plan", "missing.toml"), ("--plan", "broken.toml"), ("--plan-out", "nowhere/plan.toml")])
 @pytest.mark.parametrize("model", ["net.py", "net.onnx"])
 def test_files_are_looked_at_before_the_capture(words, model, net, here, monkeypatch):
-    from laurel_rewrite import graph_files, job
+    from laurel_rewrite import graph_files, graph_job, job  # all of them before anything is replaced
 
     def refuse(*arguments, **named):
         raise AssertionError("captured")
@@ -142,7 +142,7 @@ def test_files_are_looked_at_before_the_capture(words, model, net, here, monkeyp
     monkeypatch.setattr(job, "_build_and_detect", refuse)
     monkeypatch.setattr(job, "_build", refuse)
     monkeypatch.setattr(graph_files, "read_onnx", refuse)
-    monkeypatch.setattr("laurel_rewrite.graph_job.read_onnx", refuse)
+    monkeypatch.setattr(graph_job, "read_onnx", refuse)
     (net / "broken.toml").write_text("no plan")
     (net / "net.onnx").write_text("")
     for more in ((), ("--dry-run",)):
