@@ -12,12 +12,13 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx.traceback
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
@@ -185,7 +186,13 @@ class _Captor:
                 raise CaptureError("a model on the meta device has no values to run with")
             if not fits_twice(self.model):
                 raise CaptureError("the model does not fit into memory twice, and so cannot be run and put back")
-        with preserved(self.model, self.args, self.kwargs, values=values), training(self.model, train), without_caches(self.model), quiet():
+        with (
+            preserved(self.model, self.args, self.kwargs, values=values),
+            training(self.model, train),
+            without_caches(self.model),
+            plain_checkpoints(),
+            quiet(),
+        ):
             yield
 
     def _explain(self) -> str:
@@ -294,6 +301,24 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     finally:
         for config in changed:
             config.use_cache = True
+
+
+class _PlainCheckpoint:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextlib.contextmanager
+def plain_checkpoints() -> Iterator[None]:
+    """Reentrant activation checkpoints call their function as it is. They run it under no_grad, and again in backward, so that in a graph of
+    the forward pass their blocks would look like code that is never trained."""
+    checkpoint: Any = torch.utils.checkpoint
+    before, checkpoint.CheckpointFunction = checkpoint.CheckpointFunction, _PlainCheckpoint
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = before
 
 
 @contextlib.contextmanager

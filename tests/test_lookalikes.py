@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from toys import D, Net, X, found, kinds, reasons
 
 from laurel_rewrite import detect
@@ -81,6 +82,41 @@ def test_a_branch_that_no_gradient_reaches_is_none(name):
     sites = found(CUT[name])
     assert not sites.sites
     assert reasons(sites) & {"detached", "pointwise"} == {"detached"}
+
+
+class Step(Net):
+    def forward(self, x):
+        return x + self.a(self.norm(x))
+
+
+class Frozen(nn.Module):
+    """A backbone that is run without gradients, and a head that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Step(None), Step(None)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.backbone(x)
+        return self.head(x)
+
+
+class Recomputed(Frozen):
+    """Reentrant activation checkpoints run their blocks under no_grad, and again in backward."""
+
+    def forward(self, x):
+        return self.head(checkpoint(self.backbone, x, use_reentrant=True))
+
+
+def test_a_frozen_backbone_is_left_alone():
+    sites = detect(Frozen(), (X,))
+    assert [site.id for site in sites] == ["head.laurel_0"]
+    assert [(r.owner, r.reason) for r in sites.rejected] == [("backbone", "no gradient")]
+
+
+def test_a_checkpointed_block_is_trained():
+    assert [site.id for site in detect(Recomputed(), (X.clone().requires_grad_(),))] == ["backbone.laurel_0", "head.laurel_0"]
 
 
 def test_positions_of_detached_boxes_are_embeddings():
