@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite import cli, export_onnx
@@ -218,6 +221,21 @@ def close(found: Sequence[Any], expected: Sequence[Any], rtol: float = 1e-4, ato
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_once() -> Iterator[None]:
+    """Half of the export of a small model is torch parsing its own library of operators, each time anew."""
+    parse = functools.cache(ONNXRegistry.from_torchlib)
+
+    def parsed(opset_version: int = TORCHLIB_OPSET) -> ONNXRegistry:
+        registry = copy.copy(parse(opset_version))
+        registry.functions = {target: [*functions] for target, functions in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(parsed))
+        yield
 
 
 @pytest.fixture(scope="session")
