@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,9 @@ TEXT = 65536
 """Characters of the longest text that a file may hold under one key."""
 FILE_BYTES = 64 << 20
 """The largest plan or configuration that is read."""
+_MOST_PARTS = 100
+_STRINGS = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|\'[^\'\n]*+\'?')
+_DOTTED = re.compile(r'(?<![\w-])(?:(?:[\w-]++|"")[ \t]*+\.[ \t]*+)++')
 _REQUIRED = object()
 
 
@@ -151,6 +155,17 @@ def decoded(data: bytes, label: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{label} is no text in UTF-8: byte {error.start} is 0x{data[error.start]:02x}.") from error
+
+
+def toml_of(text: str, origin: str) -> dict[str, Any]:
+    """The tables of a TOML text; ConfigError where it is none."""
+    # The parser's time grows with the square of the parts of one dotted key.
+    if any(key[0].count(".") >= _MOST_PARTS for key in _DOTTED.finditer(_STRINGS.sub('""', text))):
+        raise ConfigError(f"{origin} is not valid TOML here: a key has more than {_MOST_PARTS} parts.")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, of a thousand brackets
+        raise ConfigError(f"{origin} is not valid TOML: {str(error)[:200]}") from error
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -96,38 +96,62 @@ def export_onnx(
         raise ExportError(f"{path} could not be written: there is no folder {path.parent}.")
     args, kwargs = call_inputs(args, kwargs)
     with replacing(path.parent) as draft:
-        exported = export(model, args, kwargs, draft / path.name, target=target, functions=functions, skip=skip)
+        exported = Exporter(model, args, kwargs, target=target, functions=functions, skip=skip).write(draft / path.name)
         if verify:
             require(check_export(model, exported, args, kwargs, name=path.name)[0])
     return path
 
 
-def export(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    path: Path,
-    *,
-    target: str = "ort-cpu",
-    functions: str = "keep",
-    skip: Collection[str] = (),
-) -> Export:
-    """Write a model into a draft folder, and compare nothing; see `export_onnx`."""
-    check_form(target, functions)
-    if any(p.is_meta for p in model.parameters()):
-        raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
-    exported = Export(path)
-    graph = _export(model, args, dict(kwargs or {}), markers=target != "none")
-    if target != "none" and sites_of(model):
-        exported.values = _insert(graph, model)
-    if target == "ort-cpu":
-        exported.scales = lower(graph, skip=skip, verify=False).scales
-    elif functions == "inline":
-        inline_laurel(graph)
-    loadable = place_onnx(graph, path)
-    if loadable != path:  # its weights lie in the draft folder, too
-        loadable.unlink()
-    return exported
+class Exporter:
+    """One model on its way to ONNX, which may be written several times: what an export takes long for is done once.
+
+    Args:
+        model, args, kwargs, target, functions, skip: see `export_onnx`.
+
+    Raises:
+        ConfigError: an unknown target or pass, or another word for `functions`.
+        ExportError: the model is on the meta device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        *,
+        target: str = "ort-cpu",
+        functions: str = "keep",
+        skip: Collection[str] = (),
+    ) -> None:
+        check_form(target, functions)
+        if any(p.is_meta for p in model.parameters()):
+            raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
+        self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
+        self.target, self.functions, self.skip = target, functions, skip
+        self._traced: ir.Model | None = None
+
+    def write(self, path: Path) -> Export:
+        """Write the model with LAuReL's parameters as they are now into a draft folder, and compare nothing."""
+        exported = Export(path)
+        graph = self._graph()
+        if self.target != "none" and sites_of(self.model):
+            exported.values = _insert(graph, self.model)
+        if self.target == "ort-cpu":
+            exported.scales = lower(graph, skip=self.skip, verify=False).scales
+        elif self.functions == "inline":
+            inline_laurel(graph)
+        loadable = place_onnx(graph, path)
+        if loadable != path:  # its weights lie in the draft folder, too
+            loadable.unlink()
+        return exported
+
+    def _graph(self) -> ir.Model:
+        """The graph with a marker in the place of each LAuReL; with target "none" it holds LAuReL's parameters, and must be made anew."""
+        if self.target == "none":
+            return _export(self.model, self.args, self.kwargs, markers=False)
+        if self._traced is None:
+            self._traced = _export(self.model, self.args, self.kwargs, markers=True)
+        return self._traced.clone()
 
 
 def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, markers: bool) -> ir.Model:

@@ -209,7 +209,7 @@ def run(
     """
     import torch
 
-    from laurel_rewrite.exporting import export
+    from laurel_rewrite.exporting import Exporter
     from laurel_rewrite.operator import refuse_second_time
     from laurel_rewrite.rewriting import apply_plan
     from laurel_rewrite.saving import save
@@ -243,13 +243,13 @@ def run(
     stop_if_failed(report)
     with replacing(out, "rewrite", force=force, keep=built.files.values()) as draft:
         with listener("export") as stage:
-            baseline = export(model, args, kwargs, draft / "baseline.onnx")
-            written: dict[str, Any] = {"functions": functions, "target": target, "skip": skip}
-            laurel = export(rewritten, args, kwargs, draft / "laurel.onnx", **written)
+            baseline = Exporter(model, args, kwargs).write(draft / "baseline.onnx")
+            exporter = Exporter(rewritten, args, kwargs, functions=functions, target=target, skip=skip)
+            laurel = exporter.write(draft / "laurel.onnx")
             stage.done("baseline.onnx, laurel.onnx")
         with listener("verify ONNX") as stage:
             with randomized(rewritten, config.seed):
-                probe = export(rewritten, args, kwargs, draft / PROBE, **written)
+                probe = exporter.write(draft / PROBE)
                 checks, random = check_export(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
             if target == "ort-cpu":
                 report.notes.append(lowered(probe.path))

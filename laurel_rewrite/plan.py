@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import variants
-from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, whole
+from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, toml_of, whole
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.residuals import REASONS
 from laurel_rewrite.sites import Site, Sites
@@ -281,10 +280,7 @@ class Plan:
         Raises:
             ConfigError: not TOML, an unknown or missing key, a value out of range; the message names the site.
         """
-        try:
-            data = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, of a thousand brackets
-            raise ConfigError(f"{origin} is not valid TOML: {str(error)[:200]}") from error
+        data = toml_of(text, origin)
         if "version" in data and data["version"] != 1:
             raise ConfigError(f"{origin} has version {shown(data['version'])}; this program reads version 1.")
         head = checked(data, _HEAD, origin)

@@ -58,7 +58,7 @@ def check_export(
 
     Args:
         model: is left as it was.
-        file: as `laurel_rewrite.exporting.export` gives it.
+        file: as `laurel_rewrite.exporting.Exporter` writes it.
         args, kwargs: that it was exported with.
 
     Returns:

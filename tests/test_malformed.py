@@ -73,6 +73,7 @@ PLANS = {
     "seed is huge": (lambda text: text.replace("seed = 0", "seed = " + "9" * 6000), "not valid TOML"),
     "sites are numbers": (lambda text: "version = 1\nsite = [1]\n", "site must be a list"),
     "deep": (lambda text: "a = " + "[" * 100_000, "not valid TOML"),
+    "a key of many parts": (lambda text: "a." * 1_000_000 + "b = 1", "more than 100 parts"),
     "an unknown key at the top": (lambda text: "sede = 3\n" + text, "unknown key 'sede'. Nearest: seed"),
     "an id that is another attribute": (lambda text: text.replace("laurel_0", "forward"), "id must be the owner's path"),
     "an id of another owner": (lambda text: re.sub(r"owner = .*", 'owner = "other"', text), "does not begin with the owner"),

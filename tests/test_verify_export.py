@@ -13,7 +13,7 @@ from torch import nn
 from toys import CASES, D
 
 from laurel_rewrite import VerificationError, export_onnx, rewrite
-from laurel_rewrite.exporting import export
+from laurel_rewrite.exporting import Exporter
 from laurel_rewrite.verify_export import check_export
 
 X = (torch.randn(2, 5, D),)
@@ -41,7 +41,7 @@ def example_inputs():
 
 def test_a_fault_in_the_lowering_is_no_file(tmp_path, monkeypatch):
     better = away_from_start(rewrite(CASES["plain"].make(), X, variant="rw+lr", rank=4)).eval()
-    exported = export(better, X, None, tmp_path / "model.onnx")
+    exported = Exporter(better, X, None).write(tmp_path / "model.onnx")
     checks, _ = check_export(better, exported, X, {}, name="model.onnx")
     assert [check.outcome for check in checks] == ["passed", "passed"]
     assert checks[0].detail == f"2 of 2 sites and the outputs; x[3, 3, {D}]; x[5, 3, {D}]"
@@ -75,7 +75,7 @@ def test_what_a_model_returns_beside_tensors_has_no_output(tmp_path):
 
 def test_a_model_that_differs_from_itself_is_not_verified(tmp_path):
     model = Draws(drawing=True)
-    exported = export(model, X, None, tmp_path / "model.onnx")
+    exported = Exporter(model, X, None).write(tmp_path / "model.onnx")
     (check,), _ = check_export(model, exported, X, {}, name="model.onnx")
     assert check.outcome == "not run"
     assert "differs from itself" in check.detail
