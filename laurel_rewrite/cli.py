@@ -178,8 +178,7 @@ def rewrite(
         raise ConfigError("--onnx-functions is for --target portable.")
     for_graphs = {name: options.pop(name) for name in _GRAPH_OPTIONS}
     given = [name for name in _GRAPH_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
-    if given and not model.endswith(".onnx"):
-        raise ConfigError(f"--{given[0].replace('_', '-')} is for ONNX files, and {model} is none.")
+    _only_for_onnx(model, *given)
     if train and model.endswith(".onnx"):
         raise ConfigError("--train is for models in PyTorch, and an ONNX file is none.")
     measured = _check_limits(limits)
@@ -197,7 +196,7 @@ def rewrite(
     if dry_run or plan_out is not None:
         if plan_out is not None:
             _check_writable(plan_out)
-        report = job.plan_only(model, config, plan=plan, settings=parse_settings(settings), listener=listener)
+        report = job.plan_only(model, config, plan=plan, settings=parse_settings(settings), inputs=for_graphs["inputs"], listener=listener)
         others = job.configurations(report, config) if dry_run and plan is None else []
         if plan_out is not None:
             _write_plan(plan_out, report.plan.to_toml())
@@ -236,15 +235,22 @@ def rewrite(
     _stop_if_exceeded(limits, report.profile, len(report.skipped))
 
 
+def _only_for_onnx(model: str, *given: str) -> None:
+    if any(given) and not model.endswith(".onnx"):
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for ONNX files, and {model} is none.")
+
+
 @click.command(cls=Command)
 @click.argument("model")
 @click.option("--explain", "selector", metavar="SITE|LINE", help="Why an addition is, or is not, a site: an id, a module, or [FILE:]LINE.")
+@click.option("--inputs", type=click.Path(path_type=Path), help="model.onnx: inputs (.npz) for sizes that cannot be inferred.")
 @click.option("--graph", "drawing", type=click.Path(path_type=Path), metavar="FILE", help="Draw streams, sites and branches: .svg, .dot.")
 @_SET
 @_common
 def sites(
     model: str,
     selector: str | None,
+    inputs: Path | None,
     drawing: Path | None,
     settings: tuple[str, ...],
     as_json: bool,
@@ -263,9 +269,10 @@ def sites(
 
     if drawing is not None:
         check_format(drawing)
+    _only_for_onnx(model, "inputs" if inputs is not None else "")
     listener = terminal.Stages(_console(stderr=True), quiet=quiet)
     with listener("detect"):
-        found = job.find_sites(model, parse_settings(settings))
+        found = job.find_sites(model, parse_settings(settings), inputs)
     explanations = explain(found, selector) if selector is not None else None
     if drawing is not None:
         draw(found, drawing, f"{model}: {len(found)} residual connections")

@@ -9,11 +9,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from laurel_rewrite.capture import capture
 from laurel_rewrite.dataflow import Dataflow
+from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.inputs import call_inputs
 from laurel_rewrite.sites import (
     Binding,
@@ -43,7 +45,8 @@ def detect(
         model: a module on any device (meta included), an `fx.GraphModule`, an exported program, an ONNX model, or the path of a .pt2 or
             .onnx file.
         args, kwargs: inputs of its forward: a tuple, one tensor, or a dictionary of keyword arguments. Give a batch of 2 or more where
-            possible: a batch of 1 hides broadcasts. A graph that carries shapes already needs none.
+            possible: a batch of 1 hides broadcasts. A graph that carries shapes already needs none. Of an ONNX model: arrays by the
+            names of its inputs, for sizes that cannot be inferred; without them, inputs are drawn where they are needed.
         dynamic_shapes: as `torch.export.export` takes them; the sites are the same, their shapes symbolic.
 
     Returns:
@@ -51,6 +54,7 @@ def detect(
 
     Raises:
         CaptureError: the model cannot be captured with these inputs, or the file cannot be read.
+        ConfigError: an ONNX model has other inputs.
 
     Example:
         >>> import torch
@@ -75,12 +79,24 @@ def detect(
     if isinstance(model, torch.export.ExportedProgram):
         return sites_of_program(model)
     if not isinstance(model, nn.Module):
-        return sites_of_onnx(model)
+        return sites_of_onnx(model, _feeds(model, args, kwargs))
     captured, notes = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     sites, *others = [sites_of_capture(one) for one in captured]
     for other in others:
         sites = _union(sites, other, ["train" if one.train else "eval" for one in captured])
     return replace(sites, notes=(*sites.notes, *notes))
+
+
+def _feeds(model: onnx_ir.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    from laurel_rewrite.feeds import check_feeds
+
+    if args:
+        raise ConfigError("The inputs of an ONNX model are given by their names, in a dictionary.")
+    if not kwargs:
+        return None
+    feeds = {name: np.asarray(value) for name, value in kwargs.items()}
+    check_feeds(model, feeds, "The model")
+    return feeds
 
 
 # Two modes

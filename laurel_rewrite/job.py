@@ -13,6 +13,7 @@ from laurel_rewrite import variants
 from laurel_rewrite.detecting import detect
 from laurel_rewrite.drafts import check_out, replacing
 from laurel_rewrite.errors import ConfigError, VerificationError
+from laurel_rewrite.feeds import read_feeds
 from laurel_rewrite.manifest import MANIFEST
 from laurel_rewrite.models import Built, build, require_file
 from laurel_rewrite.onnx_runs import IN_FLOAT32, session_of, write_in_float32
@@ -99,11 +100,11 @@ class Report:
         }
 
 
-def find_sites(spec: str, settings: Mapping[str, Any]) -> Sites:
-    """The sites of what a MODEL names: Python, an architecture, or a graph in a file."""
+def find_sites(spec: str, settings: Mapping[str, Any], inputs: Path | None = None) -> Sites:
+    """The sites of what a MODEL names: Python, an architecture, or a graph in a file, whose inputs may lie in an .npz file."""
     if Path(spec).suffix not in (".onnx", ".pt2"):
         return _build_and_detect(spec, settings)[1]
-    return detect(graph_file(spec, settings))
+    return detect(graph_file(spec, settings), None if inputs is None else read_feeds(inputs))
 
 
 def graph_file(spec: str, settings: Mapping[str, Any]) -> Path:
@@ -147,16 +148,22 @@ def make_plan(sites: Sites, config: LaurelConfig, given: Plan | None, model: str
 
 
 def plan_only(
-    spec: str, config: LaurelConfig, *, plan: Path | None = None, settings: Mapping[str, Any] | None = None, listener: Listener = silent
+    spec: str,
+    config: LaurelConfig,
+    *,
+    plan: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Path | None = None,
+    listener: Listener = silent,
 ) -> Report:
-    """Detection and plan, nothing more."""
+    """Detection and plan, nothing more; `inputs` of an ONNX file are an .npz file."""
     given = read_plan(plan)
     with listener("detect") as stage:
         if spec.endswith(".onnx"):
             from laurel_rewrite.graph_files import read_onnx, weight_count
 
             model = read_onnx(graph_file(spec, settings or {}))
-            count, sites = weight_count(model), detect(model)
+            count, sites = weight_count(model), detect(model, None if inputs is None else read_feeds(inputs))
         else:
             built, sites = _build_and_detect(spec, settings or {})
             count = built.parameters

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from laurel_rewrite import variants
 from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, toml_of, whole
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
-from laurel_rewrite.residuals import REASONS
 from laurel_rewrite.sites import Site, Sites
 from laurel_rewrite.turns import EXTRA_TURNS
 from laurel_rewrite.variants import SiteConfig
@@ -217,7 +216,7 @@ class Plan:
             ConfigError: a selector matches nothing, D is unknown everywhere, or the rank is above every D.
         """
         if not sites.sites:
-            raise NoSiteError(_nothing(sites))
+            raise NoSiteError(sites.nothing())
         calls = Counter(site.module for site in sites)
         repeats = Counter((site.module, site.stream) for site in sites)
         unique = [site for site in sites if site.id == site.module]
@@ -401,16 +400,3 @@ def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
     if not chosen:
         raise ConfigError("The selectors leave no site to rewrite.")
     return chosen
-
-
-def _nothing(sites: Sites) -> str:
-    reasons = Counter(rejected.reason for rejected in sites.rejected)
-    undecided = sites.undecided()
-    if undecided:
-        return f"No residual connection was found. {undecided}"
-    common = reasons.most_common(1)
-    rule = f". {REASONS[common[0][0]][0].upper()}{REASONS[common[0][0]][1:]}" if common else ""
-    why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
-    return "The model has no residual connection. " + (
-        f"Of its {len(sites.rejected)} additions: {why}{rule}." if why else "It has no addition at all."
-    )

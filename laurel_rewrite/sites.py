@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from laurel_rewrite.dataflow import Dataflow
 from laurel_rewrite.dialects.fx import dataflow_from_fx
 from laurel_rewrite.dialects.regions import flattened
 from laurel_rewrite.errors import CaptureError, nearest
-from laurel_rewrite.residuals import Refusal, Residual, find_residuals
+from laurel_rewrite.residuals import REASONS, Refusal, Residual, find_residuals
 from laurel_rewrite.streams import find_places
 
 if TYPE_CHECKING:
@@ -162,9 +162,26 @@ class Sites:
             else ""
         )
 
+    def nothing(self) -> str:
+        """Why there is no site, for the user."""
+        undecided = self.undecided()
+        if undecided:
+            return f"Whether there is a residual connection is not known. {undecided}"
+        reasons = Counter(rejected.reason for rejected in self.rejected)
+        common = reasons.most_common(1)
+        rule = f". {REASONS[common[0][0]][0].upper()}{REASONS[common[0][0]][1:]}" if common else ""
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
+        return "The model has no residual connection. " + (
+            f"Of its {len(self.rejected)} additions: {why}{rule}." if why else "It has no addition at all."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As `laurel-rewrite sites --json` prints it."""
-        return {"sites": [asdict(site) for site in self.sites], "rejected": [asdict(rejected) for rejected in self.rejected]}
+        return {
+            "sites": [asdict(site) for site in self.sites],
+            "rejected": [asdict(rejected) for rejected in self.rejected],
+            "notes": list(self.notes),
+        }
 
 
 @contextlib.contextmanager
@@ -203,9 +220,9 @@ def sites_of_graph(module: fx.GraphModule) -> Sites:
 
 
 @_uncollected()
-def sites_of_onnx(model: onnx_ir.Model) -> Sites:
-    """The sites of an ONNX model, which stays as it is."""
-    return read_onnx_sites(model)[0]
+def sites_of_onnx(model: onnx_ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> Sites:
+    """The sites of an ONNX model, which stays as it is; see `read_onnx_sites`."""
+    return read_onnx_sites(model, feeds)[0]
 
 
 def read_onnx_sites(model: onnx_ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> tuple[Sites, OnnxFlow, onnx_ir.Model]:

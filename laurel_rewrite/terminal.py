@@ -75,8 +75,8 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
     if counts:
         rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
         _show(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
-    if not sites.sites:
-        console.print("No residual connection was found.")
+    for note in (*sites.notes, *([] if sites.sites else [sites.nothing()])):
+        console.print(Text(note))
 
 
 def show_explanations(console: Console, explanations: list[Explanation]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -116,9 +118,11 @@ def test_the_model_that_is_read_stays_as_it_is():
 # Sizes that no inference knows
 
 
-def _reshaped():
-    """x + reshape(x W), where the shape goes through a comparison, as the older exporter writes `expand`."""
+def _reshaped(before=(), given=None, **tables):
+    """x + reshape(x W), where the shape goes through a comparison, as the older exporter writes `expand`; behind other nodes, with an input
+    and tables of theirs."""
     nodes = [
+        *before,
         helper.make_node("MatMul", ["x", "w"], ["m"]),
         helper.make_node("Shape", ["m"], ["s"]),
         helper.make_node("Equal", ["s", "minus"], ["e"]),
@@ -127,9 +131,10 @@ def _reshaped():
         helper.make_node("Add", ["x", "f"], ["y"]),
     ]
     graph = helper.make_graph(
-        nodes, "graph", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", D])],
+        nodes, "graph", [given or helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", D])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", "c"])],
-        [numpy_helper.from_array(torch.randn(D, D).numpy(), "w"), *(numpy_helper.from_array(np.full(3, n), name) for name, n in (("minus", -1), ("ones", 1)))],
+        [numpy_helper.from_array(array, name) for name, array in {**tables, "w": torch.randn(D, D).numpy()}.items()]
+        + [numpy_helper.from_array(np.full(3, n), name) for name, n in (("minus", -1), ("ones", 1))],
     )  # fmt: skip
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
 
@@ -150,6 +155,37 @@ def test_inputs_of_ones_own_settle_sizes():
     wrong = {"x": np.ones((3, 5, D + 1), np.float32)}
     sites, _, _ = read_onnx_sites(_reshaped(), wrong)
     assert [rejected.reason for rejected in sites.rejected] == ["open sizes"]
+
+
+def test_inputs_of_ones_own_from_python_and_by_the_command(tmp_path, here):
+    """A graph that no drawn inputs fit: its indices must be 97 and 98."""
+    model = _reshaped()
+    assert len(detect(model, {"x": np.ones((3, 5, D), np.float32)})) == 1
+    with pytest.raises(ConfigError, match=r"takes the inputs \['x'\], not \['z'\]"):
+        detect(model, {"z": np.ones((3, 5, D), np.float32)})
+    with pytest.raises(ConfigError, match="by their names"):
+        detect(model, np.ones((3, 5, D), np.float32))
+    write_onnx(_for_few_indices(), tmp_path / "model.onnx")
+    np.savez(tmp_path / "inputs.npz", i=np.array([[97, 98, 97], [98, 98, 97]]))
+    assert "Whether there is a residual connection is not known" in " ".join(here("sites", "model.onnx").stdout.split())
+    given = ["model.onnx", "--json", "--inputs", "inputs.npz"]
+    assert len(json.loads(here("sites", *given).stdout)["sites"]) == 1
+    assert len(json.loads(here(*given, "--dry-run", "--rank", "4").stdout)["plan"]["sites"]) == 1
+    done = here("sites", "net.py", "--inputs", "inputs.npz")
+    assert done.returncode == 2
+    assert "--inputs is for ONNX files" in done.stderr
+
+
+def _for_few_indices():
+    """`_reshaped` behind two tables that have two rows in common, so that most indices are out of range."""
+    nodes = [
+        helper.make_node("Gather", ["low", "i"], ["l"]),
+        helper.make_node("Sub", ["i", "first"], ["j"]),
+        helper.make_node("Gather", ["high", "j"], ["h"]),
+        helper.make_node("Add", ["l", "h"], ["x"]),
+    ]
+    indices = helper.make_tensor_value_info("i", TensorProto.INT64, ["batch", "length"])
+    return _reshaped(nodes, indices, low=torch.randn(99, D).numpy(), high=torch.randn(2, D).numpy(), first=np.array(97))
 
 
 def test_sums_whose_sizes_stay_open_are_not_called_different():
