@@ -76,6 +76,41 @@ class PrivateOfAParent(Private):
     pass
 
 
+class Wrapping(One):
+    """Wraps the forward of each subclass, and does its work where that wrapper is the outermost one, as transformers' layers do."""
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def wrapper(self, x):
+            outermost = type(self).forward is wrapper
+            return 2 * forward(self, x) if outermost else forward(self, x)
+
+        cls.forward = wrapper
+
+
+@form
+class WrappedByABaseClass(Wrapping):
+    def forward(self, x):
+        return x + self.a(x)
+
+
+@form
+class WrappedTwice(Wrapping):
+    def doubled(function):
+        @functools.wraps(function)
+        def wrapper(self, x):
+            return 3 * function(self, x)
+
+        return wrapper
+
+    @doubled
+    def forward(self, x):
+        return x + self.a(x)
+
+
 @form
 class PrivateHelper(nn.Module):
     def __init__(self):
