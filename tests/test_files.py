@@ -23,6 +23,7 @@ from laurel_rewrite.drafts import READY, check_out, reading, replacing
 from laurel_rewrite.manifest import MANIFEST, Manifest
 from laurel_rewrite.models import build
 from laurel_rewrite.plan import Plan, portable
+from tools.fuzz import kills
 
 
 def written(folder: Path, files: dict[str, str], kind: str = "rewrite", **options) -> None:
@@ -386,3 +387,13 @@ def test_a_number_of_seconds_is_one(tmp_path):
         done = run(tmp_path, "net.py", "--profile-seconds", word)
         assert done.returncode == 2
         assert "a number of seconds" in done.stderr
+
+
+KILLED = [seed for seed in range(45) if seed not in (2, 15, 22, 23)]  # which run the whole command
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_writers_that_are_killed_at_a_random_moment(part):
+    """SIGKILL, in processes of their own: what is there then is the old result or the new one."""
+    found = {kills.run(seed) for seed in KILLED[part::3]}
+    assert len(found) > 1

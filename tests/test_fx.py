@@ -31,8 +31,11 @@ def insert(graph, args, variant="rw+lr"):
 
 
 @pytest.mark.parametrize("how", ["symbolic", "export"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", TRACEABLE)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(name, variant) for name in TRACEABLE for variant in ("rw", "rw+lr+pa")]
+    + [(name, variant) for name in ("loop", "parallel") for variant in VARIANTS if variant not in ("rw", "rw+lr+pa")],
+)
 def test_exact_at_the_start_and_equal_to_the_module_back_end(name, variant, how):
     case = CASES[name]
     model = case.make().eval()
