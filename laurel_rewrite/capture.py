@@ -43,12 +43,14 @@ class Capture:
         graph: with shapes, source lines and module stacks in its nodes' metadata.
         parameters: names of the placeholders that hold parameters, buffers and constants.
         train: in which mode it was made.
+        by_values: it was made in one run on concrete values.
         sums: see `Recorder`.
     """
 
     graph: fx.Graph
     parameters: frozenset[str]
     train: bool
+    by_values: bool = False
     calls: list[Call] = field(default_factory=list)
     sums: Sums = field(default_factory=Counter)
 
@@ -105,6 +107,12 @@ class _Captor:
                 self.failed = failed | self.failed if first is None else failed
         if first is None:
             raise CaptureError(self._explain()) from next(iter(self.failed.values()))
+        if first.by_values:
+            why = _reason(self.failed.get(("export", first.train)) or next(iter(self.failed.values())))
+            self.notes.append(
+                "The model was captured in one run on these inputs, because torch.export could not; additions in branches that this run did "
+                f"not take were not seen ({why})."
+            )
         if _has_sizes_by_value(first.graph):
             first = self._try("run", first.train) or first
         other = self._other(first)
@@ -141,7 +149,7 @@ class _Captor:
         except (Exception, SystemExit) as error:  # whatever the user's code raises, and torch
             self.failed[way, train] = error
             return None
-        return Capture(graph, parameters, train, recorder.calls, recorder.sums)
+        return Capture(graph, parameters, train, way == "run", recorder.calls, recorder.sums)
 
     def _export(self, recorder: Recorder) -> tuple[fx.Graph, frozenset[str]]:
         with torch.fx.traceback.preserve_node_meta(), recorder:

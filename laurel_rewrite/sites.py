@@ -171,9 +171,8 @@ class Sites:
         common = reasons.most_common(1)
         rule = f". {REASONS[common[0][0]][0].upper()}{REASONS[common[0][0]][1:]}" if common else ""
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
-        return "The model has no residual connection. " + (
-            f"Of its {len(self.rejected)} additions: {why}{rule}." if why else "It has no addition at all."
-        )
+        counted = f"Of its {len(self.rejected)} additions: {why}{rule}." if why else "It has no addition at all."
+        return " ".join(["The model has no residual connection.", counted, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """As `laurel-rewrite sites --json` prints it."""

@@ -75,7 +75,7 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
     if counts:
         rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
         _show(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
-    for note in (*sites.notes, *([] if sites.sites else [sites.nothing()])):
+    for note in sites.notes if sites.sites else [sites.nothing()]:
         console.print(Text(note))
 
 
@@ -113,7 +113,7 @@ def show_plan(console: Console, report: Report) -> None:
     console.print(_parameter_line(report))
     if report.plan.left_out:
         console.print(Text(f"Left out, for their feature axis is of unknown size: {', '.join(report.plan.left_out)}", style="yellow"))
-    for note in (*report.plan.narrowed, *report.notes):
+    for note in (*report.sites.notes, *report.plan.narrowed, *report.notes):
         console.print(Text(note))
 
 

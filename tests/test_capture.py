@@ -78,6 +78,14 @@ def test_what_an_export_cannot_capture_is_run_once(name):
     assert kinds(detect(make(body), (X,))) == {"identity": 1}
 
 
+@pytest.mark.parametrize("bound", [-1e9, 1e9])
+def test_what_one_run_cannot_see_is_said(bound):
+    sites = detect(Net(lambda s, x: x + s.a(x) if x.sum() > bound else x), (X,))
+    assert len(sites) == (bound < 0)
+    assert "branches that this run did not take were not seen" in sites.notes[0]
+    assert bound < 0 or sites.notes[0] in sites.nothing()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "vit_small", "resnet50", "cohere"])
 def test_a_run_finds_what_an_export_finds(name, request):
     example = real(name)

@@ -221,7 +221,10 @@ BAD = {
         NET.replace("return Net()", f"import laurel_rewrite; return laurel_rewrite.rewrite(Net(), (torch.randn(2, {D}),), rank=2)"),
         ["bad.py"], 2, "rewritten already",
     ),
-    "value-dependent": (NET.replace("return x + self.l(x)", "return x + self.l(x) if x.sum() > 0 else x"), ["bad.py"], 4, "could not be captured"),
+    "value-dependent": (
+        NET.replace("return x + self.l(x)", "return x + self.l(x) if x.sum() > 1e9 else x"), ["bad.py"], 3,
+        "additions in branches that this run did not take were not seen",
+    ),
     "unknown option": (NET, ["bad.py", "--nothing"], 2, "No such option"),
     "unknown architecture": (None, ["hf:gtp2"], 2, "Nearest: gpt2"),
     "unknown timm": (None, ["timm:resnet5"], 2, "timm has no model"),

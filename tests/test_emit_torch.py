@@ -10,12 +10,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import close, light, onnx_graph, trained, yolo
-from onnx import TensorProto, helper
+from onnx import helper, numpy_helper
 from toys import CASES, D
 
 from laurel_rewrite import (
     ExportError,
     detect,
+    emit_torch,
     export_onnx,
     load,
     write_onnx,
@@ -137,17 +138,23 @@ def test_a_module_that_does_not_run_leaves_the_onnx_result(tmp_path, here):
 
 
 @pytest.mark.parametrize("words", [(), ("--no-verify",)])
-def test_a_module_is_compared_in_every_case(words, tmp_path, here):
-    """onnx2torch gets CumSum wrong."""
+def test_a_module_is_compared_in_every_case(words, tmp_path, here, monkeypatch):
+    """A conversion that is wrong."""
+    right = emit_torch.to_torch
+
+    def wrong(model, plan):
+        module = right(model, plan)
+        next(iter(sites_of(module).values())).mix.data[0] += 0.1
+        return module
+
+    monkeypatch.setattr(emit_torch, "to_torch", wrong)
     nodes = [
-        helper.make_node("Cos", ["x"], ["c"]),
-        helper.make_node("CumSum", ["c", "axis"], ["s"], exclusive=1, reverse=1),
-        helper.make_node("Softmax", ["s"], ["f"]),
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["f"]),
         helper.make_node("Add", ["x", "f"], ["y"]),
     ]
-    model = onnx_graph(nodes, {"x": (2, D)})
-    proto = ir.to_proto(model)
-    proto.graph.initializer.append(helper.make_tensor("axis", TensorProto.INT64, (), [1]))
+    proto = ir.to_proto(onnx_graph(nodes, {"x": (2, D)}, w=(D, D)))
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(torch.randn(D, D).numpy(), "w"))
     onnx.save(proto, tmp_path / "model.onnx")
     result = here("model.onnx", "--rank", "4", "--profile-seconds", "0", "--emit-torch", *words)
     assert result.returncode in (1, 4)

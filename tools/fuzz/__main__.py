@@ -9,13 +9,18 @@ import argparse
 import importlib
 import json
 import os
+import platform
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from laurel_rewrite.profiling import processor
 
 FOLDER = Path(__file__).parent
 KINDS = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef run(seed: int)" in path.read_text())
@@ -30,14 +35,16 @@ class Kind:
         next: the first seed that was not tried yet.
         counts: tried cases by sort.
         failed: the first line of the error of each seed that failed.
+        seconds: spent on all of them.
     """
 
     next: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     failed: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def load(self, data: dict[str, Any]) -> None:
-        self.next, self.counts = data["next"], Counter(data["counts"])
+        self.next, self.counts, self.seconds = data["next"], Counter(data["counts"]), data["seconds"]
         self.failed = {int(seed): error for seed, error in data["failed"].items()}
 
 
@@ -80,12 +87,14 @@ class Fuzzing:
 
     def try_one(self, name: str, seed: int) -> None:
         kind = self.kinds[name]
+        start = time.monotonic()
         try:
             kind.counts[self.runs[name](seed)] += 1
             kind.failed.pop(seed, None)
         except Exception as error:
             kind.failed[seed] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             print(f"{name} {seed}: {kind.failed[seed]}\n    python -c 'from tools.fuzz.{name} import run; run({seed})'", flush=True)
+        kind.seconds += time.monotonic() - start
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
@@ -104,6 +113,24 @@ class Fuzzing:
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}} {count:>7,}" for name, count in rows)
 
+    def report(self) -> str:
+        """All that was tried so far, in Markdown."""
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime"))
+        lines = [
+            f"# Random cases, {date.today()}",
+            "",
+            f"Python {platform.python_version()}, {packages}; {processor()}. `python -m tools.fuzz --state ... --report ...`, over as many runs as it took: "
+            "seeds go on where the last run stopped, and seeds that failed were tried again after each mend.",
+            "",
+            "| kind | cases | seconds a case | failed | sorts |",
+            "|---|---:|---:|---:|---|",
+        ]
+        for name, kind in self.all.items():
+            tried = kind.counts.total() + len(kind.failed)
+            sorts = ", ".join(f"{sort} {count:,}" for sort, count in sorted(kind.counts.items(), key=lambda pair: (-pair[1], pair[0])))
+            lines.append(f"| {name} | {tried:,} | {kind.seconds / max(tried, 1):.2f} | {len(kind.failed)} | {sorts} |")
+        return "\n".join(lines) + "\n"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +139,7 @@ def main() -> int:
     parser.add_argument("--state", type=Path, help="a file to go on from, and to keep seeds, counts and failures in")
     parser.add_argument("--from", type=int, dest="first", metavar="SEED", help="the first seed, in place of the state's")
     parser.add_argument("--again", action="store_true", help="try the seeds that failed once more, and no new ones")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write all counts of the state as a table in Markdown")
     options = parser.parse_args()
     fuzzing = Fuzzing(options.kind, options.state)
     if options.first is not None:
@@ -123,6 +151,8 @@ def main() -> int:
         print("interrupted")
     fuzzing.save()
     print(fuzzing.table())
+    if options.report is not None:
+        options.report.write_text(fuzzing.report())
     return int(any(kind.failed for kind in fuzzing.kinds.values()))
 
 
