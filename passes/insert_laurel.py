@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import fx
+from torch import fx, nn
 
-from laurel_rewrite.dialects.fx import mutates
+from laurel_rewrite.dialects.fx import is_seen_elsewhere, mutates
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.operator import Laurel, refuse_second_time
 from laurel_rewrite.passes.base import Pass, PassResult
@@ -44,12 +45,13 @@ class InsertLaurel(Pass[fx.GraphModule]):
         wanted = {row.id for row in self.plan.sites}
         for site in self._sites:
             if site.module in wanted:
-                for name, _, _ in self._sites.bindings[site.id].adds:
+                names = [name for name, _, _ in self._sites.bindings[site.id].adds]
+                for name in names:
                     if name not in nodes:
                         raise RewriteError(
                             f"{site.id}: {name} stands in a region of its own in the graph (autocast, no_grad, a checkpoint)"
                         )
-                    _check_in_place(nodes[name], site.id)
+                _check_in_place([nodes[name] for name in names], site.id, graph.get_submodule)
 
     def call(self, graph: fx.GraphModule) -> PassResult[fx.GraphModule]:
         assert self._sites is not None
@@ -67,7 +69,7 @@ class InsertLaurel(Pass[fx.GraphModule]):
                 earlier = states[site.stream]
                 lags = self.plan.lags(rows[site.module])
                 past = tuple(earlier[::-1][: lags - 1]) if lags > 1 else None
-                earlier.append(_replace(graph.graph, nodes, self._sites.bindings[site.id], site.module, past))
+                earlier.append(_replace(graph, nodes, self._sites.bindings[site.id], site.module, past))
         graph.graph.lint()
         graph.recompile()
         return PassResult(graph, tuple(row.id for row in self.plan.sites))
@@ -79,36 +81,33 @@ class InsertLaurel(Pass[fx.GraphModule]):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
 
 
-def _replace(graph: fx.Graph, nodes: dict[str, fx.Node], binding: Binding, target: str, past: tuple[fx.Node, ...] | None) -> fx.Node:
+def _replace(module: fx.GraphModule, nodes: dict[str, fx.Node], binding: Binding, target: str, past: tuple[fx.Node, ...] | None) -> fx.Node:
     """Put one call in the place of the sum's binary adds, in the order of operands in which they added; returns the skip."""
     adds = [(nodes[name], side) for name, side, _ in binding.adds]
-    skip = adds[0][0].args[adds[0][1]]
-    branches = [add.args[1 - side] for add, side in adds]
-    root = adds[-1][0]
-    with graph.inserting_after(root):
-        call = graph.call_module(target, (skip, *branches), {} if past is None else {"past": past})
-    call.meta = {key: value for key, value in root.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
-    root.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    root, _ = adds[-1]
+    operands: list[Any] = [adds[0][0].args[adds[0][1]], *(add.args[1 - side] for add, side in adds)]
+    graph = module.graph
+    seen = mutates(root) and is_seen_elsewhere(root, module.get_submodule)
+    with graph.inserting_before(root):
+        if seen:  # the sum goes into the memory that the source added to, and what was there is read before that
+            operands = [graph.call_method("clone", (operand,)) if operand is root.args[0] else operand for operand in operands]
+        call = graph.call_module(target, tuple(operands), {} if past is None else {"past": past})
+        made = graph.call_method("copy_", (root.args[0], call)) if seen else call
+    for node in {call, made}:
+        node.meta = {key: value for key, value in root.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
+    root.replace_all_uses_with(made)
     for add, _ in reversed(adds):
         if mutates(add):  # what was added in place is read under its old name from there on
             written = add.args[0]
             assert isinstance(written, fx.Node)
-            written.replace_all_uses_with(call, delete_user_cb=lambda user: user > call)
+            written.replace_all_uses_with(made, delete_user_cb=lambda user: user > made)
         graph.erase_node(add)
-    assert isinstance(skip, fx.Node)
+    skip: fx.Node = operands[0]
     return skip
 
 
-def _check_in_place(add: fx.Node, site: str) -> None:
-    """An in-place add may only be replaced where no other view of its memory is read afterwards."""
-    if not mutates(add):
-        return
-    written = add.args[0]
-    assert isinstance(written, fx.Node)
-    if written.op == "placeholder":
-        raise RewriteError(f"{site}: {add.name} adds into an input of the graph")
-    base = written
-    while base.op == "call_function" and base.all_input_nodes and "view" in str(base.target):
-        base = base.all_input_nodes[0]
-    if base is not written and any(user > add for user in base.users):
-        raise RewriteError(f"{site}: {add.name} adds into a view of {base.name}, which is read afterwards")
+def _check_in_place(adds: Sequence[fx.Node], site: str, modules: Callable[[str], nn.Module]) -> None:
+    """Of several adds, which become one call, only the last may be seen under another name: the others' results would be missing there."""
+    for add in adds[:-1]:
+        if mutates(add) and is_seen_elsewhere(add, modules, besides=adds):
+            raise RewriteError(f"{site}: {add.name} adds in place, and another tensor of the same memory is read before the sum is whole")

@@ -164,7 +164,6 @@ REAL = {
     "torchvision:resnet18": {"identity": 5, "projection": 3},
     "torchvision:resnet50": {"identity": 12, "projection": 4},
     "torchvision:vgg11": {},
-    "torchvision:densenet121": {},
     "timm:vit_small_patch16_224": {"identity": 24},
     "timm:convnext_tiny": {"identity": 18},
     "timm:swin_tiny_patch4_window7_224": {"identity": 24},
@@ -176,8 +175,6 @@ REAL = {
     "hf:t5": {"identity": 30},
     "hf:llama": {"identity": 64},
     "hf:falcon": {"identity": 32},
-    "hf:gptj": {"identity": 28},
-    "hf:mamba": {"identity": 32},
     "hf:albert": {"identity": 24},
 }
 

@@ -46,8 +46,10 @@ VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 GRAPHS = {"resnet50": 16, "shufflenet": 13, "yolo": 6}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("yolo", variant) for variant in VARIANTS] + [("resnet50", "rw+lr+pa"), ("shufflenet", "rw+lr+pa"), ("shufflenet", "rw")],
+)
 def test_third_party_graphs(name, variant, tmp_path):
     given = yolo() if name == "yolo" else light(name)
     model = ir.load(given)
@@ -123,13 +125,15 @@ ROUND_TRIPS = ["gpt2", "llama", "t5", "resnet50", "cohere"]
 
 
 @pytest.mark.parametrize("name", ROUND_TRIPS)
-def test_weights_trained_in_pytorch(name, tmp_path):
+def test_weights_trained_in_pytorch(name, exported, tmp_path):
     """Train in PyTorch, put the weights into the ONNX graph of the base model: it computes what the export of the trained model does."""
     example = real(name)
     better = rewrite(example.model.train(), example.args, example.kwargs, variant="rw+lr+pa", rank=4)
     trained_in_pytorch(better, example.args, example.kwargs)
     expected = export_onnx(better, example.args, example.kwargs, tmp_path / "expected.onnx")
-    base = export_onnx(remove(copy.deepcopy(better)), example.args, example.kwargs, tmp_path / "base.onnx")
+    base = exported(name)
+    if name == "resnet50":  # whose statistics have moved
+        base = export_onnx(remove(copy.deepcopy(better)), example.args, example.kwargs, tmp_path / "base.onnx")
     save(better, tmp_path / "trained")
     model = rewrite_onnx(base, variant="rw+lr+pa", rank=4, weights=tmp_path / "trained" / "model.safetensors")
     path = write_onnx(model, tmp_path / "laurel.onnx")

@@ -5,7 +5,7 @@ Every node whose result is a tensor needs its shape, in `meta["val"]` (torch.exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from laurel_rewrite.dialects.rules import (
 from laurel_rewrite.dialects.torch_ops import (
     DRAWS,
     IGNORED,
+    KEEPS,
     LEAF_MODULES,
     LIKE,
     OPS,
@@ -295,6 +296,35 @@ def mutates(node: fx.Node) -> bool:
     if node.op == "call_method":
         return bool(name.endswith("_")) and not name.endswith("__")
     return node.op == "call_function" and name in ("iadd", "imul", "isub", "itruediv", "setitem")
+
+
+def is_seen_elsewhere(node: fx.Node, modules: Callable[[str], torch.nn.Module], besides: Collection[fx.Node] = ()) -> bool:
+    """Whether what a node writes into its first operand may be read under another name later, or by the caller of the graph.
+
+    Args:
+        modules: gets a module by its path.
+        besides: nodes whose reading does not count.
+    """
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    base, names = written, {node}
+    while (held := _memory_of(base, modules)) is not None:
+        base = held
+    if base.op in ("placeholder", "get_attr"):
+        return True
+    stack = [base]
+    while stack:
+        name = stack.pop()
+        names.add(name)
+        stack += [user for user in name.users if user not in names and _memory_of(user, modules) is name]
+    return any(user > node and user not in besides for name in names - {written, node} for user in name.users)
+
+
+def _memory_of(node: fx.Node, modules: Callable[[str], torch.nn.Module]) -> fx.Node | None:
+    """The operand whose memory a node's result may lie in."""
+    operands = node.all_input_nodes
+    name = base_name(node, modules) if operands else ""
+    return operands[0] if operands and (name in VIEWS or name in KEEPS or mutates(node)) else None
 
 
 def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:

@@ -40,9 +40,16 @@ VIEWS = frozenset(
 )
 """Ops whose result may share memory with their operand."""
 
+KEEPS = frozenset(
+    """
+    contiguous to type_as type float half bfloat16 double lift_fresh requires_grad_ cuda cpu
+    dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout
+    """.split()
+)
+"""Ops whose result is their operand itself where there is nothing to do."""
+
 _COPIES = """
-    contiguous clone copy to _to_copy type_as type float half bfloat16 double lift_fresh lift_fresh_copy positive requires_grad_ cuda cpu
-    dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout native_dropout
+    clone copy _to_copy lift_fresh_copy positive native_dropout
 """
 _SLICES = """
     slice select narrow split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk diagonal
@@ -107,7 +114,7 @@ SUMS = frozenset({"add", "iadd"})
 
 OPS: dict[str, OpKind] = {
     **dict.fromkeys(VIEWS, TRANSPARENT),
-    **dict.fromkeys(_COPIES.split(), TRANSPARENT),
+    **dict.fromkeys([*KEEPS, *_COPIES.split()], TRANSPARENT),
     **dict.fromkeys(_SLICES.split(), SLICE),
     **dict.fromkeys(_MIXING.split(), MIXING),
     **dict.fromkeys(_POOLS.split(), POOL),
