@@ -364,7 +364,8 @@ class FunctionEditor(TextEdits):
                 self.put(comma, after, f", {between}")
         for keyword in form.named:
             first = source.starts[keyword.lineno - 1] + keyword.col_offset
-            self.put(first, source.extent(keyword.value)[0], between if keyword.value is form.right and not form.method else "")
+            after = source.text.index(b"=", first) + 1  # the value may stand in parentheses, which stay
+            self.put(first, after, between if keyword.value is form.right and not form.method else "")
         if form.alpha is not None:
             factor = source.segment(form.alpha.value)
             comma = source.text.rindex(b",", 0, source.starts[form.alpha.lineno - 1] + form.alpha.col_offset)

@@ -269,7 +269,13 @@ def _code(function: Function, original: FunctionType, scope: list[str]) -> CodeT
     indented = function.text[:1].isspace()
     first = original.__code__.co_firstlineno
     filename = f"<laurel {original.__module__}.{original.__qualname__} {hashlib.sha256(function.text.encode()).hexdigest()[:12]}>"
-    tree = ast.parse(("if 1:\n" if indented else "") + function.text)
+    try:
+        tree = ast.parse(("if 1:\n" if indented else "") + function.text)
+    except SyntaxError as error:  # a form of addition that nobody thought of
+        where = f"{original.__code__.co_filename}:{first + (error.lineno or 1) - 1 - indented}"
+        raise RewriteError(
+            f"{where}: the edited source of {original.__qualname__} would be no Python ({error.msg}); please report it"
+        ) from error
     node: Any = tree.body[0].body[0] if indented else tree.body[0]  # type: ignore[attr-defined]  # an If
     ast.increment_lineno(node, first - node.lineno)
     body: ast.stmt = node

@@ -19,6 +19,9 @@ UNSUPPORTED = ("refuse", "skip")
 """What becomes of a site that cannot be rewritten: an error before anything is changed, or its plain sum stays."""
 
 
+_TORN = "its module is called in several streams in turns, so that PA would read the states of another one; use a variant without pa"
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A site that kept its plain sum: its id, where it stands, and why."""
@@ -64,10 +67,14 @@ def rewritten_owners(model: nn.Module, sites: Sites, plan: Plan, *, keep: Collec
     sides: dict[str, set[tuple[int, ...]]] = defaultdict(set)  # of a module's calls
     for site in sites:
         sides[site.module].add(tuple(side for _, side, _ in sites.bindings[site.id].adds))
+    torn = torn_histories(sites, plan)
     for row in plan.sites:
         place = row.owner, row.attribute
         if len(sides[row.id]) > 1:
             owners.problems.append(Skipped(row.id, row.where, "its module is called with the skip as one operand, and again as another"))
+            continue
+        if row.id in torn:
+            owners.problems.append(Skipped(row.id, row.where, _TORN))
             continue
         change = _change(row, sites, keep=place in kept, by_turn=place not in counted)
         if isinstance(change, str):
@@ -98,6 +105,31 @@ def rewritten_owners(model: nn.Module, sites: Sites, plan: Plan, *, keep: Collec
     order = {row.id: number for number, row in enumerate(plan.sites)}
     owners.problems.sort(key=lambda skipped: order[skipped.id])
     return owners
+
+
+def torn_histories(sites: Sites, plan: Plan) -> set[str]:
+    """Modules that would not read the states of their own stream in some call: PA's slots know modules, and not which of several streams
+    a shared module is called in."""
+    rows = {row.id: row for row in plan.sites}
+    shared = {row.stream for row in plan.sites if row.repeats > 1}
+    first = {stream[0].id: stream[0].stream for stream in plan.streams() if stream[0].repeats == 1}
+    most = max(row.history for row in plan.sites)
+    own: dict[int, list[str]] = defaultdict(list)  # the last calls of each stream of the model, nearest first
+    ring: dict[int, list[str]] = defaultdict(list)  # the last calls of any module of each stream of the plan, nearest first
+    slots: dict[int, dict[str, str]] = defaultdict(dict)  # the last call of each module of each stream of the plan
+    torn: set[str] = set()
+    for site in (site for site in sites if site.module in rows):
+        row = rows[site.module]
+        if site.module in first:
+            ring[row.stream], slots[row.stream] = [], {}
+        lags = plan.lags(row) - 1
+        found = ring[row.stream][:lags] if row.stream in shared else [slots[row.stream].get(name, "") for name in plan.past(row)]
+        if found != own[site.stream][:lags]:
+            torn.add(site.module)
+        own[site.stream] = [site.id, *own[site.stream]][:most]
+        ring[row.stream] = [site.id, *ring[row.stream]][:most]
+        slots[row.stream][site.module] = site.id
+    return torn
 
 
 def _change(row: PlanSite, sites: Sites, *, keep: bool, by_turn: bool) -> Change | str:

@@ -23,6 +23,19 @@ def test_programs_keep_every_promise_of_a_rewrite(part):
     assert kinds["refused"] <= 2  # of five
 
 
+FORMER_FAULTS = {
+    "an add in place that a view sees, in a graph": 2018,
+    "keywords in parentheses": 108,
+    "a shared block that begins another stream": 109,
+    "a loop that begins another stream": 347,
+}
+
+
+@pytest.mark.parametrize("name", FORMER_FAULTS)
+def test_programs_that_were_faults(name):
+    programs.run(FORMER_FAULTS[name])
+
+
 def test_the_seeds_have_most_themes():
     assert len({program(seed).theme for seed in SEEDS}) >= len(THEMES) - 3
 

@@ -112,6 +112,12 @@ class WrappedTwice(Wrapping):
 
 
 @form
+class KeywordsInParentheses(One):
+    def forward(self, x):
+        return torch.add(input=(x), other=(self.a(x) if self.a.in_features else x))
+
+
+@form
 class PrivateHelper(nn.Module):
     def __init__(self):
         super().__init__()
