@@ -122,13 +122,13 @@ class Fuzzing:
             f"Python {platform.python_version()}, {packages}; {processor()}. `python -m tools.fuzz --state ... --report ...`, over as many runs as it took: "
             "seeds go on where the last run stopped, and seeds that failed were tried again after each mend.",
             "",
-            "| kind | cases | seconds a case | failed | sorts |",
-            "|---|---:|---:|---:|---|",
+            "| kind | cases | next seed | seconds a case | failed | sorts |",
+            "|---|---:|---:|---:|---:|---|",
         ]
         for name, kind in self.all.items():
             tried = kind.counts.total() + len(kind.failed)
             sorts = ", ".join(f"{sort} {count:,}" for sort, count in sorted(kind.counts.items(), key=lambda pair: (-pair[1], pair[0])))
-            lines.append(f"| {name} | {tried:,} | {kind.seconds / max(tried, 1):.2f} | {len(kind.failed)} | {sorts} |")
+            lines.append(f"| {name} | {tried:,} | {kind.next} | {kind.seconds / max(tried, 1):.2f} | {len(kind.failed)} | {sorts} |")
         return "\n".join(lines) + "\n"
 
 
