@@ -117,6 +117,8 @@ def _refused_again(better: nn.Module, x: Tensor) -> None:
 
 def _gradients(model: nn.Module, better: nn.Module, x: Tensor) -> bool:
     """Whether the original can be trained at all; if so, every parameter of LAuReL has a gradient after two steps."""
+    # torch crashes in GroupNorm's backward where a channels-last input needs no gradient.
+    x = x.clone().requires_grad_()
     try:
         copy.deepcopy(model).train()(x.clone()).square().mean().backward()
     except RuntimeError:  # it changes in place what its backward needs
