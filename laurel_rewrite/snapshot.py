@@ -10,6 +10,7 @@ import contextlib
 import functools
 import random
 import sys
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,9 +52,10 @@ def preserved(*things: object, values: bool = True) -> Iterator[None]:
         RuntimeError: something could not be put back (the rest was), or there is no memory for the copy.
     """
     undo = list(_process_state())
-    for thing in _reachable(things):
+    reached = [*_reachable(things)]
+    for thing in reached:
         undo += _undo(thing)
-    undo += [_undo_bytes(memory) for memory in _memories(things, registered=values)]
+    undo += [_undo_bytes(memory) for memory in _memories(reached, registered=values)]
     try:
         yield
     finally:
@@ -69,13 +71,13 @@ def preserved(*things: object, values: bool = True) -> Iterator[None]:
 
 def state_bytes(*things: object) -> int:
     """Size of all tensors that these things hold, in bytes; a tensor on the meta device has none."""
-    return sum(memory.numel() for memory in _memories(things))
+    return sum(memory.numel() for memory in _memories([*_reachable(things)]))
 
 
 def fits_twice(*things: object) -> bool:
     """Whether there is memory for a second copy of all tensors that these things hold, with room to spare for a run."""
     needed: Counter[str] = Counter()
-    for memory in _memories(things):
+    for memory in _memories([*_reachable(things)]):
         needed[memory.device.type] += memory.numel()
     return all(1.25 * size <= _free_bytes(device) for device, size in needed.items())
 
@@ -166,6 +168,15 @@ def _attributes(thing: object) -> dict[str, Any]:
 
 def _slots(cls: type) -> tuple[str, ...]:
     """Names of the attributes outside `__dict__` that a class of Python declares."""
+    if cls not in _known_slots:
+        _known_slots[cls] = _declared_slots(cls)
+    return _known_slots[cls]
+
+
+_known_slots: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def _declared_slots(cls: type) -> tuple[str, ...]:
     names: list[str] = []
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())
@@ -272,16 +283,16 @@ def _restore_grad(tensor: Tensor, grad: Tensor | None) -> None:
         tensor.grad = grad
 
 
-def _memories(things: Sequence[object], *, registered: bool = True) -> Iterator[Tensor]:
-    """The memory behind every tensor that is reached, as bytes, each piece once: views and tied tensors share theirs.
+def _memories(reached: Sequence[Any], *, registered: bool = True) -> Iterator[Tensor]:
+    """The memory behind every tensor among these things, as bytes, each piece once: views and tied tensors share theirs.
 
     Without `registered`, that of parameters and buffers is left out.
     """
     seen: set[int] = set()
-    for module in _reachable(things) if not registered else ():
+    for module in reached if not registered else ():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if isinstance(module, nn.Module) else ():
             seen.update(part.untyped_storage()._cdata for part in _plain_tensors(tensor))
-    for thing in _reachable(things):
+    for thing in reached:
         for tensor in _plain_tensors(thing) if isinstance(thing, Tensor) else ():
             storage = tensor.untyped_storage()
             if storage._cdata not in seen and storage.device.type != "meta" and storage.nbytes():

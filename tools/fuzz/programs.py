@@ -29,6 +29,7 @@ from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.operator import Laurel, sites_of
 from laurel_rewrite.passes import InsertLaurel
 from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.rewriting import apply_plan
 from tools.fuzz.grammar import Program, program
 
 VARIANTS = ("rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa")
@@ -70,7 +71,7 @@ def _tried(case: Program, model: nn.Module, seed: int) -> str:
     sites = laurel_rewrite.detect(model, (x,))
     found = [f"{site.id} ({site.where})" for site in sites]
     assert len(found) == case.sites, f"{len(found)} sites and not {case.sites}: {', '.join(found)}"
-    better = laurel_rewrite.rewrite(model, (x,), plan=Plan.from_sites(sites, config))
+    better = apply_plan(model, sites, Plan.from_sites(sites, config), (x,)).model
     for given in (x, other):
         for train in (False, True):
             _same(_outcome(model, given, train), _outcome(better, given, train), f"the start on {tuple(given.shape)}, train={train}")
