@@ -223,8 +223,11 @@ class Written:
 _adopted: dict[Written, type] = {}
 
 
-def adopt(cls: type, recipe: Written) -> None:
-    """Make a class of a saved module look like the class that it replaces."""
+def adopt(cls: type, recipe: Written) -> type:
+    """Make a class of a saved module look like the class that it replaces. Where the same text was loaded before, the class of then is
+    given back: a recipe has one class, by which the models of both pickle."""
+    if recipe in _adopted:
+        return _adopted[recipe]
     base: Any = recipe.base
     for name, value in list(vars(cls).items()):
         held = next((vars(c)[name] for c in base.__mro__ if name in vars(c)), None)
@@ -235,6 +238,7 @@ def adopt(cls: type, recipe: Written) -> None:
     setattr(cls, BASE, base)
     cls.__reduce_ex__ = picklable(recipe, base)  # type: ignore[method-assign]  # as `Rewritten` has it from the start
     _adopted[recipe] = cls
+    return cls
 
 
 def picklable(recipe: Any, base: type) -> Any:

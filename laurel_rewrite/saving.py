@@ -217,8 +217,7 @@ def _classes(model: nn.Module, module: ModuleType, names: Mapping[str, str], tex
         cls = getattr(module, name, None)
         if not isinstance(cls, type) or not issubclass(cls, base):
             raise ConfigError(f"{folder / MODELING} has no class {name} made from {base.__name__}, which {owner or 'the model'} needs.")
-        adopt(cls, Written(base, text, name))
-        classes[owner] = cls
+        classes[owner] = adopt(cls, Written(base, text, name))
     return classes
 
 

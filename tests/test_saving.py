@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -213,3 +214,12 @@ def test_a_loaded_model_pickles(tmp_path):
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert torch.allclose(torch.load(tmp_path / "logits.pt"), model(**example.kwargs).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_models_of_one_folder_that_is_loaded_twice_pickle(tmp_path):
+    case = CASES["helper"]
+    x = torch.randn(case.shape)
+    save(away_from_start(rewrite(case.make(), (x,), rank=4)), tmp_path)
+    loaded = [load(tmp_path), load(tmp_path)]
+    for model in loaded:
+        assert torch.equal(output(pickle.loads(pickle.dumps(model)), (x,)), output(model, (x,)))
