@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -144,7 +144,7 @@ def _union(one: Sites, other: Sites, modes: Sequence[str]) -> Sites:
         at += 1
     sites = _joined(one, other, rows)
     added = [site.id for site in sites if site.stream >= streams]
-    return replace(sites, notes=(*notes, _note(modes[::-1], added)))
+    return replace(sites, notes=(*notes, _note(modes[::-1], added), *_apart(sites, fewer, added)))
 
 
 def _joined(one: Sites, other: Sites, rows: list[_Row]) -> Sites:
@@ -213,6 +213,18 @@ def _moved(binding: Binding, by: int) -> Binding:
     branches = tuple(branch + by for branch in r.branches)
     moved = replace(r, output=r.output + by, skip=r.skip + by, branches=branches, adds=adds, source=r.source + by)
     return replace(binding, residual=moved)
+
+
+def _apart(sites: Sites, one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
+    """A note where a module has connections that only one mode runs, and others that only the other runs: `if self.training` may choose
+    between two additions that are one connection."""
+    for owner in dict.fromkeys(sites[name].owner for name in one):
+        here, there = ([name for name in names if sites[name].owner == owner] for names in (one, other))
+        if there:
+            yield (
+                f"{owner or 'The model'} adds at other places in train mode than in eval mode ({', '.join((*here[:2], *there[:2]))}): each has a "
+                "LAuReL of its own, so that what is trained does not act in eval mode. Where they are one connection, write one addition."
+            )
 
 
 def _note(modes: Sequence[str], ids: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from laurel_rewrite.containers import methods_of
 from laurel_rewrite.errors import RewriteError
 
 BASE = "_laurel_base"
@@ -153,7 +154,7 @@ def _class_of(rewritten: Rewritten) -> type:
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace[BASE] = base
     namespace["__reduce_ex__"] = picklable(rewritten, base)
-    namespace |= without_fast_path(base)
+    namespace |= without_fast_path(base) | methods_of(base)
     return _quietly(base, namespace)
 
 
@@ -282,13 +283,15 @@ def _code(function: Function, original: FunctionType, scope: list[str]) -> CodeT
         ) from error
     node: Any = tree.body[0].body[0] if indented else tree.body[0]  # type: ignore[attr-defined]  # an If
     ast.increment_lineno(node, first - node.lineno)
-    body: ast.stmt = node
+    body: list[ast.stmt] = [node]
     if function.owner is not None:
-        body = _at(ast.ClassDef(name=function.owner, bases=[], keywords=[], body=[node], decorator_list=[], **_TYPED), first)
+        body = [_at(ast.ClassDef(name=function.owner, bases=[], keywords=[], body=[node], decorator_list=[], **_TYPED), first)]
+        if function.owner not in scope:  # the class that the text names is the module's, not this one around it
+            body.insert(0, _at(ast.Global(names=[function.owner]), first))
     arguments = ast.arguments(
         posonlyargs=[], args=[_at(ast.arg(arg=name), first) for name in scope], kwonlyargs=[], kw_defaults=[], defaults=[]
     )
-    outer = _at(ast.FunctionDef(name="_scope", args=arguments, body=[body], decorator_list=[], **_TYPED), first)
+    outer = _at(ast.FunctionDef(name="_scope", args=arguments, body=body, decorator_list=[], **_TYPED), first)
     flags = original.__code__.co_flags & _FUTURE
     module = compile(ast.Module(body=[outer], type_ignores=[]), filename, "exec", flags=flags, dont_inherit=True)
     text = "\n" * (first - 1) + function.text

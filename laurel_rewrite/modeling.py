@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
+from laurel_rewrite.containers import methods_of, view_of
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.functions import Function, Rewritten, mangled, without_fast_path
 
@@ -74,6 +75,11 @@ class _ModuleWriter:
             if without_fast_path(item.base)
             else ""
         )
+        view = view_of(item.base)
+        if view is not None:
+            holder = self._import_class(view)
+            extra += "\n    # LAuReL is no element of the container.\n"
+            extra += "".join(f"    {method} = {holder}.{method}\n" for method in methods_of(item.base))
         return "\n\n".join([*helpers, f"class {name}({base}):\n{body}{extra}"]), name
 
     def _define(self, name: str) -> str:

@@ -139,7 +139,7 @@ def _change(row: PlanSite, sites: Sites, *, keep: bool, by_turn: bool) -> Change
     if row.kind == "partial":
         return "the skip is a slice of what the branch reads"
     if len(adds) != len(binding.adds):
-        return "its sum is spread over several modules, or was not made by Python code"
+        return "its sum is spread over several modules, was not made by Python code, or stands in a torch.autograd.Function with its own backward"
     return Change(row.attribute, tuple(adds), binding.turn is not None, by_turn, keep)
 
 

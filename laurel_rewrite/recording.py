@@ -20,6 +20,7 @@ _TORCH = torch.__path__[0]
 _MACHINERY = tuple(f"{_TORCH}/{part}" for part in ("_", "fx/", "overrides", "utils/", "export/", "functional", "autograd/", "compiler/"))
 _CALL = f"{_TORCH}/nn/modules/module.py"
 _ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "iadd"})
+_APPLY = torch.autograd.Function.apply.__code__
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]  # a property of C
 
 
@@ -90,6 +91,8 @@ class Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _locate(self, frame: FrameType | None) -> Call | None:
+        if _has_own_backward(frame):
+            return None
         frame = _outside_machinery(frame)
         steps: list[Span] = []
         while frame is not None and frame.f_code.co_filename != _CALL:
@@ -156,6 +159,15 @@ def _outside_machinery(frame: FrameType | None) -> FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
         frame = frame.f_back
     return frame
+
+
+def _has_own_backward(frame: FrameType | None) -> bool:
+    """Whether a frame runs in the forward of a `torch.autograd.Function`: its backward is written for the sums that stand there."""
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _can_be_residual(args: Any) -> bool:

@@ -21,7 +21,7 @@ from laurel_rewrite.owners import UNSUPPORTED, Owners, Skipped, rewritten_owners
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.proof import Evidence, Proof, first_wrong
 from laurel_rewrite.sites import Sites
-from laurel_rewrite.surgery import RECORD, Rewriting, copied, install, remove
+from laurel_rewrite.surgery import Rewriting, change_classes, copied, install, keep_record, remove
 from laurel_rewrite.verify import Check
 
 _log = logging.getLogger(__name__)
@@ -114,6 +114,8 @@ def rewrite(
     if plan is None:
         plan = Plan.from_sites(sites, config)
     applied = apply_plan(model, sites, plan, args, kwargs, inplace=inplace, unsupported=unsupported, verify=verify)
+    for note in sites.notes:
+        _log.warning("%s", note)
     for check in applied.checks:
         if check.passed is None:
             _log.warning("not verified: %s: %s", check.name, check.detail)
@@ -201,9 +203,8 @@ class _Application:
                 )
                 if owners.problems:
                     break
-                for owner, cls in _classes(owners).items():
-                    target.get_submodule(owner).__class__ = cls
-            setattr(target, RECORD, Rewriting(plan, {owner: edited.rewritten for owner, edited in owners.classes.items()}))
+                change_classes(target, _classes(owners))
+            keep_record(target, Rewriting(plan, {owner: edited.rewritten for owner, edited in owners.classes.items()}))
             if self.proof is None:
                 break
             loose = {name: self.sites.bindings[name].adds[0][1] for name in owners.sites_in(plan, "loose")}

@@ -31,7 +31,7 @@ from laurel_rewrite.models import Built
 from laurel_rewrite.pickling import MODULE
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS, check_size, check_whole, importable, load_weights, read_config
-from laurel_rewrite.surgery import RECORD, Rewriting, install, rewriting_of
+from laurel_rewrite.surgery import Rewriting, install, keep_record, rewriting_of
 
 SKELETON = "skeleton.pt"
 GRAPH = "model.pt"
@@ -191,8 +191,8 @@ def _load(folder: Path, device: torch.device | str | None) -> nn.Module:
     classes = _classes(model, module, names, text, folder)
     _check_places(model, plan, folder / PLAN)
     install(model, plan, classes)
-    setattr(model, RECORD, Rewriting(plan, {}, text, names))
-    setattr(model, _ORIGIN, origin)
+    keep_record(model, Rewriting(plan, {}, text, names))
+    object.__setattr__(model, _ORIGIN, origin)
     model.train()
     if meta:
         return model.to("meta")

@@ -67,16 +67,27 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
         laurel = plan.build(row, _like(owner, first))
         laurel.train(owner.training)
         if row.turns:
-            if not hasattr(owner, row.attribute):
+            if row.attribute not in owner._modules:  # which a `__getattr__` of its own might take for another module's
                 loop = row.id.rsplit(".", 1)[0]
                 plain = (PlainResidual(row.side) for _ in range(row.turns))
-                setattr(owner, row.attribute, Turns(plain, site=loop, share=plan.extra_turns == "share"))
-            getattr(owner, row.attribute)[int(row.id.rsplit(".", 1)[1])] = laurel
+                nn.Module.__setattr__(owner, row.attribute, Turns(plain, site=loop, share=plan.extra_turns == "share"))
+            turns: Any = owner._modules[row.attribute]
+            turns[int(row.id.rsplit(".", 1)[1])] = laurel
         else:
-            setattr(owner, row.attribute, laurel)
-    for name, cls in classes.items():
-        model.get_submodule(name).__class__ = cls
+            nn.Module.__setattr__(owner, row.attribute, laurel)
+    change_classes(model, classes)
     connect(model, plan)
+
+
+def change_classes(model: nn.Module, classes: Mapping[str, type]) -> None:
+    """Give modules their new classes, by path; not through a `__setattr__` of their own, which may forbid it."""
+    for name, cls in classes.items():
+        object.__setattr__(model.get_submodule(name), "__class__", cls)
+
+
+def keep_record(model: nn.Module, record: Rewriting) -> None:
+    """Say in a model what was done to it."""
+    object.__setattr__(model, RECORD, record)
 
 
 def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -97,13 +108,12 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Laurel | Turns):
-                delattr(module, name)
+                nn.Module.__delattr__(module, name)
         disconnect(module)
         base = vars(type(module)).get(BASE)
         if base is not None:
-            module.__class__ = base
-    if hasattr(model, RECORD):
-        delattr(model, RECORD)
+            object.__setattr__(module, "__class__", base)
+    vars(model).pop(RECORD, None)
     return model
 
 

@@ -273,7 +273,9 @@ def test_what_either_mode_runs_is_found():
     sites = detect(Heads(None), (X,))
     assert [site.id for site in sites] == ["laurel_0", "laurel_2", "laurel_3", "laurel_1.0", "laurel_1.1", "laurel_1.2"]
     assert len({site.where for site in sites}) == 4
-    assert len(sites.notes) == 2
+    assert len(sites.notes) == 3
+    assert "what is trained does not act in eval mode" in sites.notes[-1]
+    assert all(name in sites.notes[-1] for name in ("laurel_1.0", "laurel_2", "laurel_3"))
     sites.flow.check()
     for site in sites:
         binding = sites.bindings[site.id]

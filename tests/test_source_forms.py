@@ -216,6 +216,98 @@ class Super(Doubling):
         return x + self.a(x) * len(__class__.__name__)
 
 
+@form
+class NamesItself(Doubling):
+    FACTOR = 2
+
+    def before(self, x):
+        return x * 5
+
+    def forward(self, x):
+        x = super(NamesItself, self).before(x) * NamesItself.FACTOR  # noqa: UP008  # the point of the test
+        return x + self.a(x) if isinstance(self, NamesItself) else x
+
+
+@form
+class ForbidsNewAttributes(One):
+    def __init__(self):
+        super().__init__()
+        self.closed = True
+
+    def __setattr__(self, name, value):
+        if "closed" in vars(self) and name not in vars(self):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        raise AttributeError(name)
+
+    def forward(self, x):
+        return x + self.a(x)
+
+
+@form
+class AsksAnother(Three):
+    """What it has not itself it takes from the module inside it, which has a loop of its own."""
+
+    class Inside(Three):
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x))
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.inner = AsksAnother.Inside()
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        x = self.inner(x)
+        for layer in self.more:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+# Containers
+
+
+@form
+class OfALine(nn.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*(layers or (nn.LayerNorm(D), nn.Linear(D, D))))
+
+    def forward(self, x):
+        y = super().forward(x)
+        return x + self[-1](y) * len(self)
+
+
+@form
+class OfAList(nn.ModuleList):
+    def __init__(self, layers=()):
+        super().__init__(layers or (nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)))
+
+    def forward(self, x):
+        for layer in self:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+@form
+class OfADictionary(nn.ModuleDict):
+    def __init__(self):
+        super().__init__({"a": nn.Linear(D, D), "b": nn.Linear(D, D)})
+
+    def forward(self, x):
+        for name, layer in self.items():
+            x = x + torch.tanh(layer(x)) * len(name)
+        return x * len(self) + sum(len(name) for name in self)
+
+
 class Processor:
     def __call__(self, module, x):
         return x + module.a(x)
@@ -561,6 +653,40 @@ class HelperWithTheSkipOnEitherSide(Three):
     def forward(self, x):
         x = joined(x, self.layers[0](x))
         return joined(self.layers[1](x), x)
+
+
+class Reversible(torch.autograd.Function):
+    """Keeps no activations: its backward computes them again from the output, as the plain sum allows."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        ctx.block, ctx.y = block, block(x)
+        return ctx.y.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.y
+        for _ in range(8):
+            x = ctx.y - 0.1 * torch.tanh(ctx.block.a(x))
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = x + 0.1 * torch.tanh(ctx.block.a(x))
+        return torch.autograd.grad(y, x, gradient)[0], None
+
+
+class _Inverted(One):
+    def forward(self, x):
+        return x + 0.1 * torch.tanh(self.a(x))
+
+
+@refused("torch.autograd.Function with its own backward")
+class InsideAFunctionOfItsOwnBackward(One):
+    def __init__(self):
+        super().__init__()
+        self.block = _Inverted()
+
+    def forward(self, x):
+        return Reversible.apply(self.a(x), self.block)
 
 
 def inputs(seed=0):
