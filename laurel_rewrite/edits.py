@@ -11,9 +11,10 @@ from types import FunctionType
 
 from laurel_rewrite.capture import Span
 from laurel_rewrite.errors import RewriteError
-from laurel_rewrite.functions import Function, Place, chains
+from laurel_rewrite.functions import Function, Place
 from laurel_rewrite.source_file import SourceFile, place
 from laurel_rewrite.text_edits import CallForm, TextEdits, is_docstring, is_exact, last_name
+from laurel_rewrite.wrappers import chains
 
 _BRANCH = "branch"
 
