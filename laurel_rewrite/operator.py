@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from laurel_rewrite.errors import ConfigError, LaurelError
 from laurel_rewrite.state import Link
-from laurel_rewrite.variants import SiteConfig
+from laurel_rewrite.variants import CONVOLUTIONS, SiteConfig
 
 
 class Laurel(nn.Module):
@@ -245,8 +245,7 @@ def _projection(config: SiteConfig, inputs: int, outputs: int, kind: dict[str, A
     skip_init: Callable[..., nn.Module] = nn.utils.skip_init
     if config.axis == -1:
         return skip_init(nn.Linear, inputs, outputs, **options)
-    conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[config.ndim]
-    return skip_init(conv, inputs, outputs, 1, **options)
+    return skip_init(getattr(nn, CONVOLUTIONS[config.ndim]), inputs, outputs, 1, **options)
 
 
 def _apply(down: Any, up: Any, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of,
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.sites import Site, Sites
 from laurel_rewrite.turns import EXTRA_TURNS
-from laurel_rewrite.variants import SiteConfig
+from laurel_rewrite.variants import CONVOLUTIONS, SiteConfig
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,8 @@ class Plan:
 
     Attributes:
         extra_turns: see `LaurelConfig`.
-        left_out: sites that could not be chosen because the size of their feature axis is unknown.
+        left_out: sites that could not be chosen: the size of their feature axis is unknown, or it is axis 1 of no 3 to 5 dimensions, which
+            no convolution maps.
         narrowed: sites whose D is below the rank that was asked for, and what they got, in words.
     """
 
@@ -222,10 +223,10 @@ class Plan:
         unique = [site for site in sites if site.id == site.module]
         chosen = _select(unique, config)
         uses_rank = variants.operator(config.variant).uses_rank
-        left_out = tuple(f"{site.id} ({site.where})" for site in chosen if site.dim is None and uses_rank)
-        chosen = [site for site in chosen if site.dim is not None or not uses_rank]
+        left_out = tuple(f"{site.id} ({site.where})" for site in chosen if uses_rank and not _has_maps(site))
+        chosen = [site for site in chosen if not uses_rank or _has_maps(site)]
         if not chosen:
-            raise ConfigError(f"The size of the feature axis is unknown at every site, the first {left_out[0]}; --variant rw needs none.")
+            raise ConfigError(f"No site has a feature axis that maps fit, of known size, the first {left_out[0]}; --variant rw needs none.")
         widest = max(chosen, key=lambda site: site.dim or 0)
         if uses_rank and config.rank > (widest.dim or 0):
             others = " No other site has a larger one." if len(chosen) > 1 else ""
@@ -349,6 +350,10 @@ def _label(row: Any, number: int) -> str:
     return shown(name)[1:-1] if isinstance(name, str) else str(number)
 
 
+def _has_maps(site: Site) -> bool:
+    return site.dim is not None and (site.axis != 1 or len(site.shape) in CONVOLUTIONS)
+
+
 def _row(row: dict[str, Any], label: str) -> PlanSite:
     """A site of a plan; ConfigError where a value is of another type, out of range, or does not fit the others."""
     values = checked(row, _ROW, label)
@@ -358,6 +363,8 @@ def _row(row: dict[str, Any], label: str) -> PlanSite:
         raise ConfigError(f"{label}: {error}") from error
     if not 1 <= config.rank <= values["dim"] and variants.operator(config.variant).uses_rank:
         raise ConfigError(f"{label}: rank {config.rank} is not between 1 and its feature size {values['dim']}.")
+    if values["axis"] == 1 and len(values["shape"]) not in CONVOLUTIONS and variants.operator(config.variant).uses_rank:
+        raise ConfigError(f"{label}: maps over axis 1 are convolutions, of 3 to 5 dimensions, and the shape has {len(values['shape'])}.")
     site = PlanSite(
         **{**values, "repeats": values["repeats"] or values["calls"], "shape": tuple(values["shape"]), "variant": config.variant}
     )

@@ -112,7 +112,9 @@ def show_plan(console: Console, report: Report) -> None:
     _show(console, f"Plan for {report.model}", ("first site", "sites>", "variant", "rank>", "D>"), rows)
     console.print(_parameter_line(report))
     if report.plan.left_out:
-        console.print(Text(f"Left out, for their feature axis is of unknown size: {', '.join(report.plan.left_out)}", style="yellow"))
+        console.print(
+            Text(f"Left out, for no maps fit their feature axis, or its size is unknown: {', '.join(report.plan.left_out)}", style="yellow")
+        )
     for note in (*report.sites.notes, *report.plan.narrowed, *report.notes):
         console.print(Text(note))
 

@@ -24,6 +24,8 @@ from laurel_rewrite.errors import ConfigError, nearest
 if TYPE_CHECKING:
     import onnx_ir
 
+CONVOLUTIONS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
+"""What maps axis 1 of a stream, by the stream's number of dimensions."""
 NORMALIZE = ("softmax", "sigmoid", "none", "paper")
 INIT_DOWN = ("orthogonal", "xavier")
 HISTORY_MAP = ("low-rank", "identity")

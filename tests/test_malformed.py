@@ -66,6 +66,10 @@ PLANS = {
     "owner is true": (lambda text: re.sub(r"owner = .*", "owner = true", text), "owner must be a text"),
     "shape is a number": (lambda text: re.sub(r"shape = .*", "shape = 3", text), "shape must be a list"),
     "axis is 0": (lambda text: re.sub(r"axis = .*", "axis = 0", text), "axis must be one of -1, 1"),
+    "axis 1 of two dimensions": (
+        lambda text: re.sub(r"axis = .*", "axis = 1", re.sub(r"shape = .*", "shape = [2, 16]", text)),
+        "3 to 5 dimensions",
+    ),
     "stream is a date": (lambda text: re.sub(r"stream = .*", "stream = 2020-01-01", text), "stream must be a whole number"),
     "many turns": (lambda text: re.sub(r"turns = .*", "turns = 2000000000", text), "turns must be a whole number from 0 to 10000"),
     "turns that disagree": (lambda text: re.sub(r"turns = .*", "turns = 0", text), "disagree"),

@@ -329,3 +329,19 @@ def test_an_old_plan_is_read():
 def test_helpers_keep_their_keyword_arguments():
     better = rewrite(Helper(), (torch.randn(2, 5, D),), rank=4)
     assert len(sites_of(better)) == 2
+
+
+class SixDimensions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x + torch.relu(self.conv(x.flatten(2, 4)).reshape(x.shape))
+
+
+def test_a_feature_axis_that_no_convolution_maps():
+    x = torch.randn(2, 8, 2, 2, 2, 2)
+    with pytest.raises(ConfigError, match="No site has a feature axis that maps fit"):
+        rewrite(SixDimensions(), (x,), rank=4)
+    assert sites_of(rewrite(SixDimensions(), (x,), variant="rw"))
