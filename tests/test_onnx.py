@@ -272,7 +272,7 @@ def test_a_site_whose_feature_size_is_unknown(tmp_path, here):
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), given)
     (site,) = detect(given)
     assert site.dim is None
-    with pytest.raises(ConfigError, match="unknown at every site, the first laurel_0"):
+    with pytest.raises(ConfigError, match="maps fit, of known size, the first laurel_0"):
         rewrite_onnx(given, rank=4)
     result = here("model.onnx", "--variant", "rw", "--profile-seconds", "0")  # which needs no size
     assert result.returncode == 0, result.stderr
