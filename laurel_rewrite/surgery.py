@@ -98,12 +98,18 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: change `model` itself; else a copy.
 
     Raises:
-        ConfigError: the model was not rewritten.
+        ConfigError: the model was not rewritten, or a module's class was changed again since.
     """
     if not sites_of(model):
         raise ConfigError(f"This {type(model).__name__} has no LAuReL module to remove.")
     if isinstance(model, fx.GraphModule):
         raise ConfigError("LAuReL cannot be removed from a graph; keep the graph from before the pass.")
+    for name, module in model.named_modules():
+        if BASE not in vars(type(module)) and any(BASE in vars(cls) for cls in type(module).__mro__):
+            raise ConfigError(
+                f"The class of {name or 'the model'} was changed to {type(module).__name__} after the rewrite (a parametrisation, or sharding); "
+                "undo that before LAuReL is removed."
+            )
     model = model if inplace else copied(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import REAL, Example, away_from_start, output, real
 from torch import nn
+from torch.nn.utils import parametrize
 from toys import CASES, Branch, D, Helper, Plain, TwoBranches
 
 from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, load, remove, rewrite, save
@@ -164,6 +165,17 @@ def test_inplace_changes_the_model_itself():
     assert isinstance(model.laurel_0, Laurel)
     assert type(model).__name__ == "Plain"
     assert isinstance(model, Plain)
+
+
+def test_a_class_that_was_changed_again_stops_remove():
+    better = rewrite(Plain(), (torch.randn(2, 5, D),), rank=4)
+    owner = better.get_submodule(next(iter(sites_of(better))).rpartition(".")[0])
+    owner.scale = nn.Parameter(torch.ones(2))
+    parametrize.register_parametrization(owner, "scale", nn.Identity())
+    with pytest.raises(ConfigError, match="was changed to Parametrized"):
+        remove(better, inplace=True)
+    parametrize.remove_parametrizations(owner, "scale")
+    remove(better, inplace=True)
 
 
 def test_new_parameters_follow_device_and_dtype():

@@ -781,6 +781,20 @@ def test_more_turns_than_seen_are_an_error_or_share_the_last():
     assert torch.allclose(shared(x, 4), expected, rtol=1e-5, atol=1e-6)
 
 
+class CheckpointsAFunctionOfEachTurn(Three):
+    def forward(self, x, turns=3):
+        for layer in self.layers[:turns]:
+            x = torch.utils.checkpoint.checkpoint(lambda h, layer=layer: h + torch.tanh(layer(h)), x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize(("extra", "turns"), [("refuse", 3), ("refuse", 1), ("share", 3)])
+def test_a_turn_that_a_checkpoint_runs_again_takes_no_other_turns_module(extra, turns):
+    better = away_from_start(rewrite(CheckpointsAFunctionOfEachTurn(), (inputs(),), variant="rw", extra_turns=extra))
+    with pytest.raises(LaurelError, match="laurel_0: activation checkpointing runs a turn of this loop again"):
+        better(inputs(), turns).sum().backward()
+
+
 class Skipping(Three):
     def forward(self, x):
         for i, f in enumerate(self.layers):
