@@ -195,7 +195,16 @@ def weighted(f: Tensor, mix: Tensor, normalize: str) -> Tensor:
 
 def _window(x: Tensor, past: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
     """(lag, state) from the skip backwards, in its shape and dtype, without the states that there are not."""
-    return [(0, x)] + [(lag, state.reshape(x.shape).to(x.dtype)) for lag, state in enumerate(past, start=1) if state is not None]
+    return [(0, x)] + [(lag, state_like(state, x)) for lag, state in enumerate(past, start=1) if state is not None]
+
+
+@fx.wrap
+def state_like(state: Tensor, x: Tensor) -> Tensor:
+    """A state in the shape and dtype of the skip; LaurelError where it has another size."""
+    if not torch.compiler.is_compiling() and state.numel() != x.numel():
+        shapes = f"a state of shape {list(state.shape)} beside a skip of shape {list(x.shape)}"
+        raise LaurelError(f"PA reads {shapes}: with these inputs the stream changes its size. Use a variant without pa.")
+    return state.reshape(x.shape).to(x.dtype)
 
 
 def add(x: Tensor, f: Tensor, side: int) -> Tensor:

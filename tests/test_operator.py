@@ -272,3 +272,9 @@ def test_config_reports_every_mistake_at_once():
     with pytest.raises(ConfigError) as info:
         LaurelConfig(variant="no", rank=0, normalize="maybe")
     assert all(word in str(info.value) for word in ("'no'", "rank", "'maybe'"))
+
+
+def test_a_state_of_another_size_is_an_error():
+    module = Laurel(SiteConfig("pa", dim=D, rank=4, lags=2))
+    with pytest.raises(LaurelError, match=r"a state of shape \[2, 2, 16\] beside a skip of shape \[2, 16\]"):
+        module(torch.randn(2, 16), torch.randn(2, 16), past=[torch.randn(2, 2, 16)])
