@@ -85,6 +85,7 @@ def lower(model: ir.Model, *, skip: Collection[str] = (), verify: bool = True) -
     if "fold-branch" not in skip:
         fold = FoldBranch(forms)
         result.folded, result.refused = len(fold(model).changed), fold.refused
+        result.scales |= {name: c * result.scales.get(name, 1.0) for name, c in fold.scales.items()}
     ExpandLaurel(forms, pad="pad-rank" not in skip)(model)
     common.RemoveUnusedNodesPass()(model)
     if result.sites:

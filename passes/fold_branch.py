@@ -38,11 +38,13 @@ class FoldBranch(OnnxPass):
 
     Attributes:
         refused: nodes with a branch whose weight could not be folded, and why.
+        scales: c of every value on the way, which may be that of another site, by name: it was c times what it is.
     """
 
     def __init__(self, forms: Forms) -> None:
         self.forms = forms
         self.refused: dict[str, str] = {}
+        self.scales: dict[str, float] = {}
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
         folded, editor = [], Editor(graph)
@@ -60,6 +62,8 @@ class FoldBranch(OnnxPass):
                     continue
                 for change in changes:
                     change()
+                for value in seen:
+                    self.scales[str(value.name)] = self.scales.get(str(value.name), 1.0) / alpha
                 form.alphas[position] = 1.0
                 folded.append(str(node.name))
         return PassResult(graph, tuple(folded))

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import close, compared, trained
+from conftest import close, compared, onnx_graph, trained
 from hypothesis import HealthCheck, given, settings
 from onnx import TensorProto, helper, numpy_helper
 from toys import D
@@ -299,6 +299,20 @@ def test_random_graphs(plan, seed, variant, skip, tmp_path):
     close(
         run_onnx(after, feeds, optimised=False), run_onnx(before, feeds, optimised=False), rtol=1e-3, atol=1e-4
     )  # up to 18 random ops in float32, each of which may enlarge what the weights' rounding left
+
+
+def test_a_residual_connection_in_a_branch_is_compared_in_its_own_scale(tmp_path):
+    """The outer weight goes through the inner sum, whose value is then another multiple of what it was."""
+    nodes = [
+        node("Relu", ["x"], ["r"]), node("MatMul", ["r", "w"], ["m"]), node("Relu", ["m"], ["f"]), node("Add", ["r", "f"], ["inner"]),
+        node("Relu", ["inner"], ["g"]), node("Add", ["r", "g"], ["y"]),
+    ]  # fmt: skip
+    model = onnx_graph(nodes, {"x": (2, D)}, "r m f inner g", w=(D, D))
+    array = np.random.default_rng(0).standard_normal((D, D)).astype(np.float32)
+    model.graph.initializers["w"].const_value = ir.tensor(array, name="w")
+    rewritten = trained(rewrite_onnx(model, variant="rw"))
+    done = lower(rewritten)
+    assert (done.sites, done.folded) == (2, 2)
 
 
 # What a weight passes
