@@ -31,8 +31,8 @@ from laurel_rewrite.operator_onnx import DOMAIN, IR_VERSION, FunctionForm
 from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.residuals import Residual
+from laurel_rewrite.site_config import SiteConfig
 from laurel_rewrite.sites import Sites, read_onnx_sites
-from laurel_rewrite.variants import SiteConfig
 from laurel_rewrite.verify import require
 from laurel_rewrite.verify_onnx import check_rewrite
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from laurel_rewrite.errors import ConfigError, LaurelError
+from laurel_rewrite.site_config import CONVOLUTIONS, SiteConfig
 from laurel_rewrite.state import Link
-from laurel_rewrite.variants import CONVOLUTIONS, SiteConfig
 
 
 class Laurel(nn.Module):

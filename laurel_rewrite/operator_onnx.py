@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir import tape
 
-from laurel_rewrite.variants import SiteConfig
+from laurel_rewrite.site_config import SiteConfig
 
 DOMAIN = "laurel_rewrite"
 DOMAIN_VERSION = 1

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from laurel_rewrite import variants
 from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, toml_of, whole
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
+from laurel_rewrite.site_config import CONVOLUTIONS, HISTORY_MAP, INIT_DOWN, NORMALIZE, SiteConfig
 from laurel_rewrite.sites import Site, Sites
 from laurel_rewrite.turns import EXTRA_TURNS
-from laurel_rewrite.variants import CONVOLUTIONS, SiteConfig
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +72,9 @@ class LaurelConfig:
         except ConfigError as error:
             problems.append(str(error))
         for name, known in (
-            ("normalize", variants.NORMALIZE),
-            ("init_down", variants.INIT_DOWN),
-            ("history_map", variants.HISTORY_MAP),
+            ("normalize", NORMALIZE),
+            ("init_down", INIT_DOWN),
+            ("history_map", HISTORY_MAP),
             ("extra_turns", EXTRA_TURNS),
         ):
             if getattr(self, name) not in known:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from laurel_rewrite.errors import LaurelError
 
-if TYPE_CHECKING:
-    from laurel_rewrite.plan import Plan
-
-_OUTSIDE = -1  # torch's number of the running backward pass, where none runs
+OUTSIDE = -1  # torch's number of the running backward pass, where none runs
 
 
 class Slot(threading.local):
@@ -56,11 +53,11 @@ class Slot(threading.local):
 
 
 class _Pass(threading.local):
-    """The pass that a stream's slots hold states of, in this thread: the backward pass that it runs in, or `_OUTSIDE`, and there the
+    """The pass that a stream's slots hold states of, in this thread: the backward pass that it runs in, or `OUTSIDE`, and there the
     thread that it first ran in."""
 
     __slots__ = ()
-    backward: int = _OUTSIDE
+    backward: int = OUTSIDE
     thread: int = 0
 
     def __reduce__(self) -> tuple[type[_Pass], tuple[()]]:
@@ -93,7 +90,7 @@ class Stream:
         """The hook after the call, which comes after an exception too."""
         if torch.compiler.is_compiling():
             self.begin()
-        elif _backward() != _OUTSIDE:
+        elif running_backward() != OUTSIDE:
             _at_end_of_backward(self.end)
         else:
             if torch.is_grad_enabled() and any(slot.again for slot in self.slots):
@@ -109,12 +106,12 @@ class Stream:
             slot.value = None
             slot.fresh = slot.again = False
         if not torch.compiler.is_compiling():
-            self.local.backward = _backward()
+            self.local.backward = running_backward()
 
     def end(self) -> None:
         """Empty slots, of no pass."""
         self.begin()
-        self.local.backward = _OUTSIDE
+        self.local.backward = OUTSIDE
 
     def copied_with(self, memo: dict[int, Any]) -> bool:
         """Whether a deep copy takes the module with it whose call is a pass, or knows of none."""
@@ -149,7 +146,7 @@ class _Kept:
         Backward does the last pass of a thread first, and whole; passes of several threads it mixes.
         """
         local = self.stream.local
-        if local.backward == _backward() and local.thread != self.thread:
+        if local.backward == running_backward() and local.thread != self.thread:
             raise LaurelError(
                 f"One backward goes through passes of {self.stream.holder or 'the model'} from several threads, whose checkpointed blocks "
                 "would read each other's states for PA. Call backward for each thread's pass on its own."
@@ -157,7 +154,7 @@ class _Kept:
         for slot, (value, graded) in zip(self.stream.slots, self.states, strict=False):
             # What a shared module read in an earlier call is overwritten: it has values that are not fresh, and so are refused.
             slot.value, slot.graded, slot.fresh = value, graded, value is not None and not self.stream.shared
-        local.backward, local.thread = _backward(), self.thread
+        local.backward, local.thread = running_backward(), self.thread
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         _at_end_of_backward(lambda: self._finish(keeps_graph))
 
@@ -197,16 +194,16 @@ class Link:
             LaurelError: a state is missing, or is not known to belong to this pass.
         """
         eager = not torch.compiler.is_compiling()
-        if eager and self.first and (_backward() == _OUTSIDE or self.stream.local.backward != _backward()):
+        if eager and self.first and (running_backward() == OUTSIDE or self.stream.local.backward != running_backward()):
             self.stream.begin()  # a stream that is run by hand
         if not self.past:
             return []
         nearest = self.past[0]
         missing = any(slot.value is None for slot in self.required)
         stale = nearest.value is not None and not nearest.fresh
-        if eager and _backward() != _OUTSIDE:
+        if eager and running_backward() != OUTSIDE:
             self._check_again(x, stale)
-        elif missing or stale or (eager and self.stream.local.backward != _OUTSIDE):
+        elif missing or stale or (eager and self.stream.local.backward != OUTSIDE):
             raise LaurelError(
                 f"{self.site}: PA reads the states of the connections before it in its stream, and this pass has none of them. Call "
                 f"{self.stream.holder or 'the model'} as a whole: a pipeline stage without the blocks before it, a block on its own or "
@@ -231,7 +228,7 @@ class Link:
 
     def _check_again(self, x: Tensor, stale: bool) -> None:
         """Refuse a block that runs again in backward and would not find what it found the first time."""
-        if self.stream.local.backward != _backward() or any(slot.value is None or not slot.graded for slot in self.required):
+        if self.stream.local.backward != running_backward() or any(slot.value is None or not slot.graded for slot in self.required):
             raise LaurelError(
                 f"{self.site}: activation checkpointing runs this block again, and the states that PA reads there are gone. Use "
                 f"checkpoint(..., use_reentrant=False), call {self.stream.holder or 'the model'} itself rather than its forward or its "
@@ -264,42 +261,10 @@ class Link:
         return Link(self.site, stream, slot, past, needs=len(self.required), first=self.first)
 
 
-def connect(model: nn.Module, plan: Plan) -> None:
-    """Give the sites of each stream that PA reads their links, and the module whose call is a pass the hooks that begin and end it."""
-    for rows in plan.streams():
-        if all(plan.lags(row) == 1 for row in rows):
-            continue
-        past = {row.id: plan.past(row) for row in rows}
-        shared = any(row.repeats > 1 for row in rows)
-        holder = model.get_submodule(rows[0].holder)
-        if shared:
-            ring = [Slot() for _ in range(max(plan.lags(row) for row in rows) - 1)]
-            slots = {row.id: ring[0] for row in rows}
-        else:
-            slots = {name: Slot() for name in dict.fromkeys(name for names in past.values() for name in names)}
-            ring = []
-        stream = Stream(ring or list(slots.values()), shared=shared, holder=rows[0].holder)
-        stream.module = weakref.ref(holder)
-        for index, row in enumerate(rows):
-            module: Any = model.get_submodule(row.id)
-            read = ring[: plan.lags(row) - 1] if shared else [slots[name] for name in past[row.id]]
-            needs = min(index, len(read)) if shared else len(read)
-            module.link = Link(row.id, stream, slots.get(row.id), read, needs=needs, first=index == 0 and row.repeats == 1)
-        holder.register_forward_pre_hook(stream.before)
-        holder.register_forward_hook(stream.after, always_call=True)
-
-
-def disconnect(module: nn.Module) -> None:
-    """Take the hooks of `connect` off a module."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stream)]:
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
-
-
-def _backward() -> int:
-    """The number of the backward pass that this runs in, as the second run of a checkpointed block does; `_OUTSIDE` elsewhere."""
-    return torch._C._current_graph_task_id()
+def running_backward() -> int:
+    """The number of the backward pass that this runs in, as the second run of a checkpointed block does; `OUTSIDE` elsewhere, and where
+    it is compiled."""
+    return OUTSIDE if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _at_end_of_backward(call: Callable[[], None]) -> None:

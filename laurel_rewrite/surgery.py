@@ -7,6 +7,7 @@ LAuReL module as a child. Parameter names, hooks, keyword arguments, caches and 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.functions import BASE, Rewritten
 from laurel_rewrite.operator import Laurel, PlainResidual, sites_of
 from laurel_rewrite.plan import Plan
-from laurel_rewrite.state import connect, disconnect
+from laurel_rewrite.state import Link, Slot, Stream
 from laurel_rewrite.turns import Turns
 
 RECORD = "_laurel_rewriting"
@@ -76,7 +77,7 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
         else:
             nn.Module.__setattr__(owner, row.attribute, laurel)
     change_classes(model, classes)
-    connect(model, plan)
+    _connect(model, plan)
 
 
 def change_classes(model: nn.Module, classes: Mapping[str, type]) -> None:
@@ -115,7 +116,7 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, Laurel | Turns):
                 nn.Module.__delattr__(module, name)
-        disconnect(module)
+        _disconnect(module)
         base = vars(type(module)).get(BASE)
         if base is not None:
             object.__setattr__(module, "__class__", base)
@@ -146,3 +147,36 @@ def _like(owner: nn.Module, first: torch.Tensor | None) -> torch.Tensor | None:
     """A parameter whose device and dtype a new one beside it should have."""
     floating = (p for p in owner.parameters() if p.is_floating_point())
     return next(floating, first)
+
+
+def _connect(model: nn.Module, plan: Plan) -> None:
+    """Give the sites of each stream that PA reads their links, and the module whose call is a pass the hooks that begin and end it."""
+    for rows in plan.streams():
+        if all(plan.lags(row) == 1 for row in rows):
+            continue
+        past = {row.id: plan.past(row) for row in rows}
+        shared = any(row.repeats > 1 for row in rows)
+        holder = model.get_submodule(rows[0].holder)
+        if shared:
+            ring = [Slot() for _ in range(max(plan.lags(row) for row in rows) - 1)]
+            slots = {row.id: ring[0] for row in rows}
+        else:
+            slots = {name: Slot() for name in dict.fromkeys(name for names in past.values() for name in names)}
+            ring = []
+        stream = Stream(ring or list(slots.values()), shared=shared, holder=rows[0].holder)
+        stream.module = weakref.ref(holder)
+        for index, row in enumerate(rows):
+            module: Any = model.get_submodule(row.id)
+            read = ring[: plan.lags(row) - 1] if shared else [slots[name] for name in past[row.id]]
+            needs = min(index, len(read)) if shared else len(read)
+            module.link = Link(row.id, stream, slots.get(row.id), read, needs=needs, first=index == 0 and row.repeats == 1)
+        holder.register_forward_pre_hook(stream.before)
+        holder.register_forward_hook(stream.after, always_call=True)
+
+
+def _disconnect(module: nn.Module) -> None:
+    """Take the hooks of `_connect` off a module."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stream)]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from laurel_rewrite.errors import LaurelError, TooManyTurnsError
+from laurel_rewrite.state import running_backward
 
 EXTRA_TURNS = ("refuse", "share")
 """What becomes of turns beyond those that were seen: an error, or the last turn's module again."""
@@ -30,7 +30,7 @@ class Turns(nn.ModuleList):
 
     def turns(self) -> Iterator[Any]:
         """The modules, one call of the looping function after another begins anew."""
-        return self._turns(_backward())
+        return self._turns(running_backward())
 
     def _turns(self, began: int) -> Iterator[Any]:
         for module in self:
@@ -47,16 +47,11 @@ class Turns(nn.ModuleList):
         Raises:
             LaurelError: the loop ran in another pass.
         """
-        if _backward() != began:
+        if running_backward() != began:
             raise LaurelError(
                 f"{self.site}: activation checkpointing runs a turn of this loop again, in a function that stands inside the loop, and its LAuReL "
                 "module cannot be known there. Checkpoint a module or the whole loop, or leave the loop out with exclude."
             )
-
-
-def _backward() -> int:
-    """The number of the backward pass that this runs in, -1 outside of one."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 class _Beyond:

@@ -22,7 +22,7 @@ from laurel_rewrite.operator_onnx import BRANCH, DOMAIN, FORM, FunctionForm, par
 from laurel_rewrite.passes.algebra import Editor, bears, constant_of, scaled
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.onnx_pass import OnnxPass
-from laurel_rewrite.variants import SiteConfig
+from laurel_rewrite.site_config import SiteConfig
 
 AFFINE_DOMAIN = "laurel_rewrite.lowering"
 AFFINE = "Affine"

@@ -18,7 +18,8 @@ from laurel_rewrite.operator_onnx import DOMAIN, DOMAIN_VERSION, IR_VERSION, Fun
 from laurel_rewrite.passes.algebra import Editor
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.onnx_pass import OnnxPass
-from laurel_rewrite.variants import SiteConfig, operator
+from laurel_rewrite.site_config import SiteConfig
+from laurel_rewrite.variants import operator
 
 
 @dataclass(frozen=True)

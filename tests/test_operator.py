@@ -12,8 +12,9 @@ import torch
 
 from laurel_rewrite import ConfigError, LaurelConfig, LaurelError, param_groups
 from laurel_rewrite.operator import Laurel
+from laurel_rewrite.site_config import SiteConfig
 from laurel_rewrite.state import Link, Slot, Stream
-from laurel_rewrite.variants import SiteConfig, canonical, operator, operators
+from laurel_rewrite.variants import canonical, operator, operators
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 D, R, K = 12, 4, 3
