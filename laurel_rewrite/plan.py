@@ -217,7 +217,7 @@ class Plan:
             ConfigError: a selector matches nothing, D is unknown everywhere, or the rank is above every D.
         """
         if not sites.sites:
-            raise NoSiteError(sites.nothing())
+            raise NoSiteError(sites.why_none())
         calls = Counter(site.module for site in sites)
         repeats = Counter((site.module, site.stream) for site in sites)
         unique = [site for site in sites if site.id == site.module]

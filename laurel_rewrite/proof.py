@@ -11,7 +11,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from laurel_rewrite.errors import TooManyTurnsError
 from laurel_rewrite.operator import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.runs import Run, Watch, compare_runs, plain_start, run_once
-from laurel_rewrite.snapshot import state_bytes
+from laurel_rewrite.snapshot import fits_twice, state_bytes
 from laurel_rewrite.verify import Check
 
 _MODES = (False, True)
@@ -61,7 +60,8 @@ class Proof:
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0) -> None:
         self.args, self.kwargs, self.seed = args, kwargs, seed
-        self.why_not = _no_room(model)
+        # Each run keeps a copy of the model's state beside it.
+        self.why_not = "" if fits_twice(model) else f"the model's {state_bytes(model) / 2**30:.1f} GiB do not fit into memory twice"
         self.before: dict[bool, Run] = {}
         self.unsteady: dict[bool, str] = {}
         if not self.why_not:
@@ -134,19 +134,6 @@ def first_wrong(count: int, wrong: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if wrong(middle) else (middle, high)
     return high
-
-
-def _no_room(model: nn.Module) -> str:
-    """Why the runs cannot be made for want of memory, or "": each keeps a copy of the model's state beside it."""
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        return ""  # the device says so itself
-    needed = state_bytes(model)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError, IndexError):  # a system that does not say
-        return ""
-    return f"the model's {needed / 2**30:.1f} GiB do not fit into memory twice" if needed > free else ""
 
 
 def _calls(plan: Plan, counts: Mapping[bool, Counter[str]]) -> Check:

@@ -162,7 +162,7 @@ class Sites:
             else ""
         )
 
-    def nothing(self) -> str:
+    def why_none(self) -> str:
         """Why there is no site, for the user."""
         undecided = self.undecided()
         if undecided:

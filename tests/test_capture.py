@@ -83,7 +83,7 @@ def test_what_one_run_cannot_see_is_said(bound):
     sites = detect(Net(lambda s, x: x + s.a(x) if x.sum() > bound else x), (X,))
     assert len(sites) == (bound < 0)
     assert "branches that this run did not take were not seen" in sites.notes[0]
-    assert bound < 0 or sites.notes[0] in sites.nothing()
+    assert bound < 0 or sites.notes[0] in sites.why_none()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit_small", "resnet50", "cohere"])

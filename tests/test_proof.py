@@ -98,10 +98,10 @@ def test_a_model_that_differs_from_itself_is_not_verified_and_that_is_said(caplo
 
 
 def test_a_model_that_does_not_fit_twice_is_not_verified_and_that_is_said(caplog, monkeypatch):
-    monkeypatch.setattr("laurel_rewrite.proof._no_room", lambda model: "the model's 99 GiB do not fit into memory twice")
+    monkeypatch.setattr("laurel_rewrite.proof.fits_twice", lambda model: False)
     with caplog.at_level(logging.WARNING):
         rewrite(Net(), (torch.randn(4, D),), rank=4)
-    assert "do not fit into memory twice" in caplog.text
+    assert "the model's 0.0 GiB do not fit into memory twice" in caplog.text
 
 
 class Layout(nn.Module):

@@ -31,9 +31,9 @@ from laurel_rewrite.dialects.rules import (
 from laurel_rewrite.dialects.torch_ops import (
     DRAWS,
     IGNORED,
-    KEEPS,
     LEAF_MODULES,
     LIKE,
+    MAYBE_OPERAND,
     OPS,
     PICKS,
     POINTWISE_MODULES,
@@ -324,7 +324,7 @@ def _memory_of(node: fx.Node, modules: Callable[[str], torch.nn.Module]) -> fx.N
     """The operand whose memory a node's result may lie in."""
     operands = node.all_input_nodes
     name = base_name(node, modules) if operands else ""
-    return operands[0] if operands and (name in VIEWS or name in KEEPS or mutates(node)) else None
+    return operands[0] if operands and (name in VIEWS or name in MAYBE_OPERAND or mutates(node)) else None
 
 
 def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:

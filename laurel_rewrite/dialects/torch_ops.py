@@ -40,7 +40,7 @@ VIEWS = frozenset(
 )
 """Ops whose result may share memory with their operand."""
 
-KEEPS = frozenset(
+MAYBE_OPERAND = frozenset(
     """
     contiguous to type_as type float half bfloat16 double lift_fresh requires_grad_ cuda cpu
     dropout dropout_ dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout
@@ -114,7 +114,7 @@ SUMS = frozenset({"add", "iadd"})
 
 OPS: dict[str, OpKind] = {
     **dict.fromkeys(VIEWS, TRANSPARENT),
-    **dict.fromkeys([*KEEPS, *_COPIES.split()], TRANSPARENT),
+    **dict.fromkeys([*MAYBE_OPERAND, *_COPIES.split()], TRANSPARENT),
     **dict.fromkeys(_SLICES.split(), SLICE),
     **dict.fromkeys(_MIXING.split(), MIXING),
     **dict.fromkeys(_POOLS.split(), POOL),
