@@ -27,6 +27,7 @@ from laurel_rewrite.sites import (
     sites_of_program,
     with_shapes,
 )
+from laurel_rewrite.unrun import unrun
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -84,7 +85,7 @@ def detect(
     sites, *others = [sites_of_capture(one) for one in captured]
     for other in others:
         sites = _union(sites, other, ["train" if one.train else "eval" for one in captured])
-    return replace(sites, notes=(*sites.notes, *notes))
+    return replace(sites, notes=(*sites.notes, *notes, *unrun(sites)))
 
 
 def _feeds(model: onnx_ir.Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray] | None:
