@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
+import importlib
 import io
 import linecache
 import logging
@@ -30,6 +30,7 @@ from laurel_rewrite.operator import Laurel, sites_of
 from laurel_rewrite.passes import InsertLaurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.rewriting import apply_plan
+from laurel_rewrite.saved_folder import importable
 from tools.fuzz.grammar import Program, program
 
 VARIANTS = ("rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa")
@@ -211,12 +212,9 @@ def _imported(case: Program, seed: int) -> Iterator[nn.Module]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.py"
         path.write_text(case.text)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
         try:
-            spec.loader.exec_module(module)
+            with importable(Path(folder), [path.name]):
+                module = importlib.import_module(name)
             torch.manual_seed(seed)
             yield module.Model()
         finally:
