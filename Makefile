@@ -1,9 +1,9 @@
-# make demo, test, lint, zoo and fuzz each work on their own on a fresh machine with Python 3.11.
+# make demo, test, test-all, lint, zoo and fuzz each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint zoo fuzz clean
+.PHONY: demo test test-all lint zoo fuzz clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ demo: $(VENV)/base
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto
+
+# The cases that are marked slow too.
+test-all: $(VENV)/dev
+	$(BIN)/python -m pytest -n auto -m ""
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

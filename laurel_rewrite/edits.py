@@ -17,6 +17,7 @@ from laurel_rewrite.text_edits import CallForm, TextEdits, is_docstring, is_exac
 from laurel_rewrite.wrappers import chains
 
 _BRANCH = "branch"
+_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class FunctionEditor(TextEdits):
         """The expression for an attribute of the module whose method this is, where the span stands."""
         this = self._first_parameter()
         self._visible(this, self.source.find(self.node, span), span)
+        self._refuse_calls_of_children(this)
         return f"{this}.{attribute}"
 
     def replace(self, span: Span, term: Term, site: str) -> None:
@@ -248,6 +250,21 @@ class FunctionEditor(TextEdits):
         stored = [n for n in ast.walk(self.node) if isinstance(n, ast.Name) and n.id == name and not isinstance(n.ctx, ast.Load)]
         if stored and name not in self._locals.values():
             raise RewriteError(f"{self.source.filename}:{stored[0].lineno}: {name!r} is given another value in the function")
+
+    def _refuse_calls_of_children(self, this: str) -> None:
+        """A function that calls every child of its module would call the LAuReL modules too."""
+        for loop in ast.walk(self.node):
+            parts = loop.generators if isinstance(loop, ast.ListComp | ast.GeneratorExp) else [loop] if isinstance(loop, ast.For) else []
+            for part in parts:
+                read = [n for n in ast.walk(part.iter) if isinstance(n, ast.Attribute) and n.attr in _CHILDREN]
+                if not any(isinstance(n.value, ast.Name) and n.value.id == this for n in read):
+                    continue
+                names = {n.id for n in ast.walk(part.target) if isinstance(n, ast.Name)}
+                if any(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names for n in ast.walk(loop)):
+                    raise RewriteError(
+                        f"{self.source.filename}:{part.iter.lineno}: {self.original.__qualname__} calls every child of its module, and LAuReL "
+                        "modules would be among them; hold those that it calls in a ModuleList"
+                    )
 
     def _names_only(self, node: ast.expr) -> bool:
         while isinstance(node, ast.Attribute):

@@ -33,7 +33,7 @@ _CONFIG = {
 }
 _RECIPES = {
     "spec": {"spec": text(), "settings": mapping(text(r"\w+", "a name"), anything(object))},
-    "transformers": {"class": _CLASS, "config": _CLASS},
+    "transformers": {"class": _CLASS, "config": _CLASS, "attention": optional(text(r"\w*", "the name of an implementation"), "")},
     "skeleton": {},
     "graph": {},
 }

@@ -35,7 +35,7 @@ from laurel_rewrite.surgery import Rewriting, install, keep_record, rewriting_of
 
 SKELETON = "skeleton.pt"
 GRAPH = "model.pt"
-BASE_CONFIG = "base_config.json"
+BASE_CONFIG, GENERATION = "base_config.json", "generation_config.json"
 _ORIGIN = "_laurel_origin"
 
 _HEADER = '''"""{name} with LAuReL, written by laurel-rewrite {version}.
@@ -274,7 +274,13 @@ def _own_origin(model: nn.Module) -> Origin:
     if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel) and config is not None:
         base = vars(type(model)).get(BASE, type(model))
         recipe = {"kind": "transformers", "class": _name(base), "config": _name(type(config))}
-        return Origin(recipe, {BASE_CONFIG: config.to_json_string(use_diff=False).encode()})
+        attention = config._attn_implementation  # which the configuration's own text leaves out
+        if isinstance(attention, str) and attention.isidentifier():  # a kernel from elsewhere is for the user to ask for
+            recipe["attention"] = attention
+        files = {BASE_CONFIG: config.to_json_string(use_diff=False)}
+        if model.can_generate():
+            files[GENERATION] = model.generation_config.to_json_string(use_diff=False)
+        return Origin(recipe, {name: text.encode() for name, text in files.items()})
     buffer = io.BytesIO()
     try:
         torch.save(_skeleton(model), buffer, pickle_module=MODULE)
@@ -327,8 +333,12 @@ def _from_transformers(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -
     data = read_json(folder / BASE_CONFIG, "The configuration")
     try:
         config = config_class.from_dict(data)
+        options = {"attn_implementation": recipe["attention"]} if recipe["attention"] else {}
         with torch.device("meta") if meta else nullcontext():
-            model: nn.Module = cls._from_config(config)
+            model: nn.Module = cls._from_config(config, **options)
+        if GENERATION in recipe["files"]:
+            generation = read_json(folder / GENERATION, "The configuration of generate()")
+            model.generation_config = transformers.GenerationConfig.from_dict(generation)
     except FOREIGN as error:  # of values that the library does not expect
         raise CaptureError(f"{folder / BASE_CONFIG} gives no {cls.__name__}: {type(error).__name__}: {str(error)[:300]}") from error
     return model

@@ -240,6 +240,14 @@ class KeepsAnActivation(One):
         return x + self.map
 
 
+@form
+class LooksAtItsChildren(One):
+    def forward(self, x):
+        for child in self.children():
+            assert isinstance(child, nn.Module)
+        return x + self.a(x)
+
+
 # Refused
 
 
@@ -254,6 +262,21 @@ class Starred(One):
 class SumOfAList(One):
     def forward(self, x):
         return sum([x, self.a(x)])
+
+
+@refused("calls every child of its module, and LAuReL modules would be among them")
+class CallsItsChildren(One):
+    def forward(self, x):
+        h = x
+        for _, child in self.named_children():
+            h = child(h)
+        return x + h
+
+
+@refused("calls every child of its module, and LAuReL modules would be among them")
+class CallsItsChildrenInAComprehension(One):
+    def forward(self, x):
+        return x + sum(child(x) for child in self._modules.values())
 
 
 @refused("one expression serves two sites|cannot be found by name|cannot be rewritten")

@@ -85,7 +85,7 @@ def test_what_one_run_cannot_see_is_said(bound):
     assert bound < 0 or sites.notes[0] in sites.why_none()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit_small", "resnet50", "cohere"])
+@pytest.mark.parametrize("name", ["gpt2", "vit_small", "resnet18", "cohere"])
 def test_a_run_finds_what_an_export_finds(name, request):
     example = real(name)
     exported = detect(example.model, example.args, example.kwargs)

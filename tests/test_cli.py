@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, run
+from conftest import EXAMPLES, run, slow
 from toys import D
 
 from laurel_rewrite.operator import Laurel
@@ -83,8 +83,10 @@ SMALL = "--set depth=3 --set width=40 --set heads=2".split()
 
 @pytest.mark.parametrize(
     ("name", "settings", "variant"),
-    [("gpt", SMALL, variant) for variant in ("rw", "rw+pa", "lr+pa", "rw+lr+pa")]
-    + [("resnet", [], variant) for variant in ("lr", "pa", "rw+lr")],
+    [
+        *[("gpt", SMALL, "lr+pa"), ("gpt", SMALL, "rw+lr+pa"), ("resnet", [], "rw+lr")],
+        *[slow("gpt", SMALL, "rw"), slow("gpt", SMALL, "rw+pa"), slow("resnet", [], "lr"), slow("resnet", [], "pa")],
+    ],
 )
 def test_the_examples_through_every_variant(name, settings, variant, here, tmp_path):
     done = here(str(EXAMPLES / f"{name}.py"), "--variant", variant, "--rank", "8", "--profile-seconds", "0", "--json", *settings)

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import close, light, onnx_graph, trained, yolo
+from conftest import close, light, onnx_graph, slow, trained, yolo
 from onnx import helper, numpy_helper
 from toys import CASES, D
 
@@ -26,7 +26,7 @@ from laurel_rewrite.operator import sites_of
 from laurel_rewrite.verify_onnx import run_onnx
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama", "vit_small", "resnet50", "yolo", "shufflenet"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "resnet18", "yolo", "shufflenet", slow("t5"), slow("llama"), slow("vit_small")])
 def test_a_trainable_module(name, exported, tmp_path):
     """What onnx2torch makes of the graph, with LAuReL modules at the same sites, computes what onnxruntime does, and trains."""
     given = yolo() if name == "yolo" else light(name) if name == "shufflenet" else exported(name)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from conftest import away_from_start, output, real
+from conftest import away_from_start, output, real, slow
 from toys import CASES, D
 
 import laurel_rewrite.graph_files
@@ -55,7 +55,7 @@ def test_options_as_functions(options, tmp_path):
     torch.testing.assert_close(run(path, other), output(model, (other,)), rtol=RTOL, atol=ATOL)
 
 
-@pytest.mark.parametrize(("name", "target"), [("gpt2", "ort-cpu"), ("cohere", "portable"), ("t5", "ort-cpu"), ("bert", "portable")])
+@pytest.mark.parametrize(("name", "target"), [("gpt2", "ort-cpu"), ("bert", "portable"), slow("cohere", "portable"), slow("t5", "ort-cpu")])
 def test_real_architectures(name, target, tmp_path):
     example = real(name)
     model = away_from_start(rewrite(example.model, (), example.kwargs, variant="rw+lr+pa", rank=4), spread=0.1)

@@ -56,7 +56,7 @@ def test_exact_at_the_start_and_equal_to_the_module_back_end(name, variant, how)
 
 
 def test_a_graph_trains():
-    model = real("resnet50").model
+    model = real("resnet18").model
     x = torch.randn(2, 3, 64, 64)
     graph = insert(fx.symbolic_trace(model), (x,), "rw+lr+pa").train()
     away_from_start(graph, spread=0.05)
@@ -84,7 +84,7 @@ def test_detection_finds_nothing_new_in_a_rewritten_graph():
 
 
 def test_ids_are_owners_and_ordinals():
-    model = real("resnet50").model
+    model = real("resnet18").model
     x = torch.randn(2, 3, 64, 64)
     symbolic = [s.id for s in detect(fx.symbolic_trace(model), (x,))]
     assert symbolic == [s.id for s in detect(model, (x,))]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import LIGHT, away_from_start, close, compared, fused, light, onnx_graph, output, trained
+from conftest import LIGHT, away_from_start, close, compared, fused, light, onnx_graph, output, slow, trained
 from onnx import helper
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 from onnxscript.rewriter.ort_fusions.skip_normalization import fuse_skip_layer_normalization, fuse_skip_rms_normalization
@@ -32,13 +32,15 @@ def run_as(path: Path, folder: Path) -> Counter[str]:
     return count_ops(ir.load(path), ir.load(folder / "optimised.onnx")).after
 
 
-MODELS = ["resnet50", "vit_small", "gpt2", "bert", "llama", "t5", "falcon", "cohere"]
+MODELS = ["resnet18", "vit_small", "gpt2", "bert", "llama", "t5", "falcon", "cohere"]
 
 
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [(name, variant) for name in ("resnet50", "gpt2") for variant in VARIANTS]
-    + [(name, "rw+lr+pa") for name in MODELS[1:] if name != "gpt2"],
+    [("gpt2", variant) for variant in VARIANTS]
+    + [(name, "rw+lr+pa") for name in ("resnet18", "vit_small", "bert", "llama", "falcon")]
+    + [slow("resnet18", variant) for variant in VARIANTS[:-1]]
+    + [slow("t5", "rw+lr+pa"), slow("cohere", "rw+lr+pa")],
 )
 def test_the_same_values(name, variant, exported, tmp_path):
     model = trained(rewrite_onnx(exported(name), variant=variant, rank=4))
@@ -57,7 +59,7 @@ def test_weighted_residuals_cost_nothing(name, exported, tmp_path):
     assert run_as(after, tmp_path) == run_as(exported(name), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "bert", "gpt2", "vit_small"])
+@pytest.mark.parametrize("name", ["resnet18", "bert", "gpt2", "vit_small"])
 def test_weighted_residuals_cost_nothing_in_graphs_that_were_fused_before(name, exported, tmp_path):
     """SkipLayerNormalization and FusedConv hold the sums, and their operands have the scale of the stream."""
     given = fused(exported(name), tmp_path)
@@ -82,10 +84,10 @@ def test_fusions_of_onnxscript_find_the_same_places(name, exported, tmp_path):
 
 
 def test_the_optimised_resnet_is_the_baselines_and_two_convolutions_a_site(exported, tmp_path):
-    base = run_as(exported("resnet50"), tmp_path)
-    assert sum(base.values()) == 58
-    after, _ = compared(trained(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4)), tmp_path)
-    assert run_as(after, tmp_path) - base == Counter({"Conv": 32})
+    base = run_as(exported("resnet18"), tmp_path)
+    assert sum(base.values()) == 25
+    after, _ = compared(trained(rewrite_onnx(exported("resnet18"), variant="rw+lr", rank=4)), tmp_path)
+    assert run_as(after, tmp_path) - base == Counter({"Conv": 16})
     assert not base - run_as(after, tmp_path)
 
 
@@ -124,11 +126,11 @@ def test_graphs_of_another_framework(name, tmp_path):
 
 @pytest.mark.parametrize("skip", [["rescale-stream"], ["fold-branch"], ["pad-rank"], ["rescale-stream", "fold-branch"]])
 def test_passes_can_be_left_out(skip, exported, tmp_path, here):
-    model = trained(rewrite_onnx(exported("resnet50"), variant="rw+lr", rank=4))
+    model = trained(rewrite_onnx(exported("resnet18"), variant="rw+lr", rank=4))
     after, _done = compared(model, tmp_path, skip=skip)
     lowered = ir.load(after)
     muls = sum(node.op_type == "Mul" for node in lowered.graph)
-    assert muls == 16 * (("rescale-stream" in skip) + ("fold-branch" in skip))
+    assert muls == 8 * (("rescale-stream" in skip) + ("fold-branch" in skip))
     ranks = {v.const_value.shape[0] for n, v in lowered.graph.initializers.items() if ".down." in n}
     assert ranks == ({4} if "pad-rank" in skip else {16})
     with pytest.raises(ConfigError, match=r"no pass 'fold-branches' to skip\. Nearest: fold-branch"):

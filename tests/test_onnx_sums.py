@@ -20,7 +20,7 @@ from laurel_rewrite import (
 from laurel_rewrite.feeds import draw_feeds
 from laurel_rewrite.verify_onnx import run_onnx
 
-FUSED = {"resnet50": "FusedConv", "bert": "SkipLayerNormalization", "gpt2": "Gelu", "llama": "SkipSimplifiedLayerNormalization"}
+FUSED = {"resnet18": "FusedConv", "bert": "SkipLayerNormalization", "gpt2": "Gelu", "llama": "SkipSimplifiedLayerNormalization"}
 
 
 @pytest.mark.parametrize("variant", ["rw", "lr", "rw+lr+pa"])

@@ -144,7 +144,7 @@ def test_the_start_is_not_what_is_measured(graphs):
         assert same == graphs[0]
 
 
-@pytest.mark.parametrize("name", ["resnet50", "gpt2", "bert", "llama", "vit_small", "t5"])
+@pytest.mark.parametrize("name", ["resnet18", "gpt2", "bert", "llama", "vit_small", "t5"])
 def test_flops_and_parameters_are_those_of_pytorch(name, exported):
     """torch's own counter, which knows nothing of ONNX; products only, as ours."""
     example = real(name)
@@ -161,8 +161,7 @@ def test_flops_and_parameters_are_those_of_pytorch(name, exported):
     assert row.costs.parameters >= sum(p.numel() for p in example.model.parameters()) * 0.9  # tables and shared zeros are the exporter's
 
 
-@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
-@pytest.mark.parametrize("name", ["resnet50", "gpt2"])
+@pytest.mark.parametrize(("name", "target"), [("resnet18", "ort-cpu"), ("gpt2", "portable")])
 def test_time_is_attributed_to_sites_and_modules(name, target, exported, tmp_path):
     model = trained(rewrite_onnx(exported(name), variant="rw+lr", rank=16))
     sites = {n.metadata_props["laurel_rewrite.site"] for n in model.graph if "laurel_rewrite.site" in n.metadata_props}
@@ -180,7 +179,7 @@ def test_time_is_attributed_to_sites_and_modules(name, target, exported, tmp_pat
     difference = laurel.latency.median_ms - baseline.latency.median_ms
     assert sum(site.ms for site in laurel.attribution.sites) + laurel.attribution.left_over_ms == pytest.approx(difference, abs=1e-9)
     assert not baseline.attribution.sites
-    block = {"resnet50": "layer3.2", "gpt2": "transformer.h.1"}[name]
+    block = {"resnet18": "layer3.1", "gpt2": "transformer.h.1"}[name]
     assert any(module.startswith(block) for module in laurel.attribution.by("module"))
     static = laurel.costs.sites
     assert set(static) == sites
@@ -198,31 +197,31 @@ def test_time_is_attributed_to_sites_and_modules(name, target, exported, tmp_pat
 
 
 def test_sites_whose_sum_was_absorbed_say_by_what(exported, tmp_path):
-    model = trained(rewrite_onnx(exported("resnet50"), variant="rw"))
+    model = trained(rewrite_onnx(exported("resnet18"), variant="rw"))
     lower(model)
-    rows = profile([exported("resnet50"), write_onnx(model, tmp_path / "laurel.onnx")], seconds=0, min_rounds=3, threads=1).rows
+    rows = profile([exported("resnet18"), write_onnx(model, tmp_path / "laurel.onnx")], seconds=0, min_rounds=3, threads=1).rows
     sites = rows[1].attribution.sites
-    assert len(sites) == 16
+    assert len(sites) == 8
     assert all(site.nodes == 0 and "(Conv)" in site.into for site in sites)
     convolutions = [node for node in rows[1].attribution.nodes if node.absorbed["Add"]]
     assert all(node.absorbed["Conv"] == node.absorbed["Relu"] == 1 for node in convolutions)
 
 
 def test_ops_and_fusions(exported, tmp_path):
-    naive = trained(rewrite_onnx(exported("resnet50"), variant="rw"))
-    rows = profile([exported("resnet50"), write_onnx(naive, tmp_path / "naive.onnx")], seconds=0, min_rounds=1, threads=1).rows
+    naive = trained(rewrite_onnx(exported("resnet18"), variant="rw"))
+    rows = profile([exported("resnet18"), write_onnx(naive, tmp_path / "naive.onnx")], seconds=0, min_rounds=1, threads=1).rows
     ops = rows[0].ops
-    assert (ops.before["Conv"], ops.before["Add"], ops.before["Relu"]) == (53, 16, 49)
-    assert ops.after.total() == 58
-    assert ops.fused == Counter({"Conv+Relu": 33, "Conv+Add+Relu": 16})
+    assert (ops.before["Conv"], ops.before["Add"], ops.before["Relu"]) == (20, 8, 17)
+    assert ops.after.total() == 25
+    assert ops.fused == Counter({"Conv+Relu": 9, "Conv+Add+Relu": 8})
     found = rows[1].ops.against(ops)
-    assert found.lost == Counter({"Conv+Add+Relu": 16})
-    assert found.kept.total() == 33
-    assert str(rows[0].ops.against(ops)) == "49 kept, 0 lost, 0 gained"
+    assert found.lost == Counter({"Conv+Add+Relu": 8})
+    assert found.kept.total() == 9
+    assert str(rows[0].ops.against(ops)) == "17 kept, 0 lost, 0 gained"
 
 
 def test_memory_is_the_same_each_time_and_what_the_graph_says(exported):
-    memories = [profile([exported("resnet50")], seconds=0, min_rounds=1, threads=2).rows[0] for _ in range(3)]
+    memories = [profile([exported("resnet18")], seconds=0, min_rounds=1, threads=2).rows[0] for _ in range(3)]
     first = memories[0].memory
     assert all(row.memory == first for row in memories)
     assert first.activation_bytes == first.live_bytes  # every buffer is reused as soon as the graph allows it

@@ -27,13 +27,24 @@ def test_transformers_models_come_back_from_their_configuration(name, tmp_path):
     example = real(name)
     model = away_from_start(rewrite(example.model, example.args, example.kwargs, variant="rw+lr+pa", rank=4))
     save(model, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES | {"base_config.json"}
+    generates = {"generation_config.json"} if example.model.can_generate() else set()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES | {"base_config.json"} | generates
     loaded = load(tmp_path / "out")
     assert loaded.training
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert torch.equal(output(loaded, example.other_args, example.other_kwargs), output(model, example.other_args, example.other_kwargs))
     if name == "gpt2":  # tied weights stay tied
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_what_a_configuration_of_transformers_leaves_out_comes_back_too(tmp_path):
+    example = real("gpt2")
+    example.model.set_attn_implementation("eager")
+    example.model.generation_config.max_length = 77
+    save(rewrite(example.model, example.args, example.kwargs, rank=4), tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.generation_config.max_length == 77
 
 
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:vit_tiny_patch16_224", "hf:gptj"])

@@ -55,7 +55,7 @@ def test_changed_running_statistics_fail():
 
 
 def test_checks_keep_buffers_and_modes():
-    example = real("resnet50")
+    example = real("resnet18")
     better = rewrite(example.model, example.args, rank=4).eval()
     before = {k: v.clone() for k, v in better.state_dict().items()}
     check_start(example.model, better, example.args, {})
