@@ -14,9 +14,11 @@ import torch
 from torch import fx, nn
 
 from laurel_rewrite.capture import capture
-from laurel_rewrite.dataflow import Dataflow
+from laurel_rewrite.dataflow import Dataflow, Role
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.inputs import call_inputs
+from laurel_rewrite.plan import portable
+from laurel_rewrite.residuals import Residual
 from laurel_rewrite.sites import (
     Binding,
     Site,
@@ -122,11 +124,16 @@ def _union(one: Sites, other: Sites, modes: Sequence[str]) -> Sites:
     if len(other) > len(one):
         one, other, modes = other, one, modes[::-1]
     ours, theirs = _groups(one), _groups(other)
-    fewer = [site.id for key, sites in ours.items() for site in sites[len(theirs.get(key, ())) :]]
+    fewer = [site for key, sites in ours.items() for site in sites[len(theirs.get(key, ())) :]]
     more = [key for key, sites in theirs.items() if len(sites) > len(ours.get(key, ()))]
-    notes = (_note(modes, fewer),) if fewer else ()
+    twins = _twins(one, other, fewer, [site for key in more for site in theirs[key][len(ours.get(key, ())) :]])
+    bindings = {name: replace(one.bindings[name], twins=(other.bindings[twin.id].adds,)) for name, twin in twins.items()}
+    one = replace(one, bindings={**one.bindings, **bindings})
+    fewer = [site for site in fewer if site.id not in twins]
+    more = [key for key in more if not any(site in twins.values() for site in theirs[key])]
+    notes = (*([_note(modes, [site.id for site in fewer])] if fewer else []), *_twice(one, twins))
     if not more:
-        return replace(one, notes=notes)
+        return replace(one, notes=notes, calls=(*one.calls, *other.calls) if twins else one.calls)
     rows = [_Row(site, one.bindings[site.id], _line(one, site), _base(one, site)) for site in one if _key(one, site) not in more]
     bases = {_line(one, site): _base(one, site) for site in one}
     free: Counter[str] = Counter(owner for owner, _ in bases)
@@ -145,7 +152,7 @@ def _union(one: Sites, other: Sites, modes: Sequence[str]) -> Sites:
         at += 1
     sites = _joined(one, other, rows)
     added = [site.id for site in sites if site.stream >= streams]
-    return replace(sites, notes=(*notes, _note(modes[::-1], added), *_apart(sites, fewer, added)))
+    return replace(sites, notes=(*notes, _note(modes[::-1], added), *_apart(sites, [site.id for site in fewer], added)))
 
 
 def _joined(one: Sites, other: Sites, rows: list[_Row]) -> Sites:
@@ -214,6 +221,56 @@ def _moved(binding: Binding, by: int) -> Binding:
     branches = tuple(branch + by for branch in r.branches)
     moved = replace(r, output=r.output + by, skip=r.skip + by, branches=branches, adds=adds, source=r.source + by)
     return replace(binding, residual=moved)
+
+
+def _twins(one: Sites, other: Sites, fewer: Sequence[Site], more: Sequence[Site]) -> dict[str, Site]:
+    """Sites that one mode runs at another place of their owner than the other mode, as in `if self.training: ... else: ...`, by the ids of
+    the first: the branches read the same parameters."""
+
+    def facts(sites: Sites, site: Site) -> tuple[Any, ...]:
+        binding = sites.bindings[site.id]
+        call, sides = binding.adds[0][2], tuple(side for _, side, _ in binding.adds)
+        return (
+            site.owner,
+            call and call.owner_call,
+            site.kind,
+            site.axis,
+            site.dim,
+            sides,
+            binding.turn,
+            _reads(sites.flow, binding.residual),
+        )
+
+    twins: dict[str, Site] = {}
+    left = [(facts(other, site), site) for site in more]
+    for site in fewer:
+        known = facts(one, site)
+        found = next((pair for pair in left if pair[0] == known), None)
+        if found is not None and known[-1] and one.bindings[site.id].turn is None:
+            twins[site.id] = found[1]
+            left.remove(found)
+    return twins
+
+
+def _reads(flow: Dataflow, residual: Residual) -> frozenset[str]:
+    """Names of the parameters that the branches read, up to the skip."""
+    found, seen, stack = set(), {residual.skip, residual.source}, list(residual.branches)
+    while stack:
+        value = flow.values[stack.pop()]
+        if value.index in seen:
+            continue
+        seen.add(value.index)
+        stack += value.inputs
+        if value.role is Role.SOURCE and not value.data:
+            found.add(value.name)
+    return frozenset(found)
+
+
+def _twice(sites: Sites, twins: Mapping[str, Site]) -> Iterator[str]:
+    """A note of the connections that are written at two places."""
+    for name, twin in twins.items():
+        places = f"{portable(sites[name].where)} and {portable(twin.where)}"
+        yield f"{name} is written at two places, of which each mode runs one: {places}. One LAuReL stands at both."
 
 
 def _apart(sites: Sites, one: Sequence[str], other: Sequence[str]) -> Iterator[str]:

@@ -56,7 +56,7 @@ class FunctionEditor(TextEdits):
         self.helper = bool(helper)
         self.helpers: dict[str, FunctionEditor] = {}
         self.loose: set[str] = set()
-        self._holds: Span | None = None
+        self._holds: str | None = None
         self._taken: dict[Span, str] = {}
         self._done: set[Span] = set()
         self._locals: dict[str, str] = {}
@@ -81,9 +81,9 @@ class FunctionEditor(TextEdits):
         if not self._take(span, f"{term.laurel} {term.side}"):  # another way to it may bring the skip as the other operand
             return
         if self.helper and term.inner:
-            if self._holds is not None:
+            if self._holds not in (None, site):
                 raise RewriteError(f"{place(span)}: the helper {self.original.__name__} holds more than one site")
-            self._holds = span
+            self._holds = site
         node = self.source.find(self.node, span)
         self._visible(term.laurel.split(".")[0].split("(")[-1].rstrip(")"), node, span)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

@@ -83,7 +83,7 @@ def rewritten_owners(model: nn.Module, sites: Sites, plan: Plan, *, keep: Collec
         same = next((entry for entry in changes[row.owner] if entry[0].name == change.name), None)
         if same is None:
             changes[row.owner].append((change, [row.id]))
-        elif same[0].adds != change.adds:
+        elif same[0].places != change.places:
             owners.problems.append(Skipped(row.id, row.where, "the turns of its loop differ"))
         else:
             same[1].append(row.id)
@@ -135,12 +135,15 @@ def torn_histories(sites: Sites, plan: Plan) -> set[str]:
 def _change(row: PlanSite, sites: Sites, *, keep: bool, by_turn: bool) -> Change | str:
     """A site's change, or the reason why there is none."""
     binding = sites.bindings[row.id]
-    adds = [(call.steps, side) for _, side, call in binding.adds if call is not None and call.owner == row.owner]
+    places = [
+        tuple((call.steps, side) for _, side, call in adds if call is not None and call.owner == row.owner)
+        for adds in (binding.adds, *binding.twins)
+    ]
     if row.kind == "partial":
         return "the skip is a slice of what the branch reads"
-    if len(adds) != len(binding.adds):
+    if any(len(place) != len(adds) for place, adds in zip(places, (binding.adds, *binding.twins), strict=True)):
         return "its sum is spread over several modules, was not made by Python code, or stands in a torch.autograd.Function with its own backward"
-    return Change(row.attribute, tuple(adds), binding.turn is not None, by_turn, keep)
+    return Change(row.attribute, tuple(places), binding.turn is not None, by_turn, keep)
 
 
 def _unfit(model: nn.Module, owner: str, wanted: list[tuple[Change, list[str]]]) -> str | None:

@@ -338,7 +338,7 @@ def _from_transformers(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -
             model: nn.Module = cls._from_config(config, **options)
         if GENERATION in recipe["files"]:
             generation = read_json(folder / GENERATION, "The configuration of generate()")
-            model.generation_config = transformers.GenerationConfig.from_dict(generation)
+            setattr(model, "generation_config", transformers.GenerationConfig.from_dict(generation))  # noqa: B010  # no module or tensor
     except FOREIGN as error:  # of values that the library does not expect
         raise CaptureError(f"{folder / BASE_CONFIG} gives no {cls.__name__}: {type(error).__name__}: {str(error)[:300]}") from error
     return model

@@ -70,6 +70,9 @@ class Rejected:
     detail: str
 
 
+Adds = tuple[tuple[str, int, Call | None], ...]
+
+
 @dataclass(frozen=True)
 class Binding:
     """How a site hangs in the captured graph and in the source; the back ends work from it.
@@ -77,13 +80,15 @@ class Binding:
     Attributes:
         residual: the sum in the dataflow.
         adds: the binary adds from the skip outwards: graph node, operand (0 or 1) that holds the skip, recorded call or None.
+        twins: the adds of other places where the source writes the same connection, of which a pass runs one.
         turn: which execution of its source line in one call of the owner this is, None where there is one only.
         turns: how many executions there are.
         holder: path of the module whose call is one pass of the site's stream.
     """
 
     residual: Residual
-    adds: tuple[tuple[str, int, Call | None], ...]
+    adds: Adds
+    twins: tuple[Adds, ...] = ()
     turn: int | None = None
     turns: int = 1
     holder: str = ""
@@ -343,7 +348,7 @@ def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None)
         name = path if not tied[path] else f"{path}@{tied[path]}"
         tied[path] += 1
         sites.sites.append(Site(name, residual.kind, owner, where, shape, place.axis, place.dim, place.stream, place.index))
-        sites.bindings[name] = Binding(residual, adds, turn, turns)
+        sites.bindings[name] = Binding(residual, adds, turn=turn, turns=turns)
         added[place.stream].append(values[inner].name)
     nodes = {node.name: node for node in graph.nodes} if graph is not None else {}
     holders = {stream: _holder([_stack(nodes[name]) for name in names]) if nodes else "" for stream, names in added.items()}

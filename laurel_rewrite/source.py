@@ -22,21 +22,26 @@ _GENERATOR = 0x20  # flag of a code object
 
 @dataclass(frozen=True)
 class Change:
-    """One LAuReL module's place in a class: its attribute, and the adds from the skip outwards with the skip's side.
+    """One LAuReL module's places in a class: its attribute, and the adds from the skip outwards with the skip's side.
 
     Attributes:
         name: attribute of the owner, such as "laurel_0".
-        adds: (steps, side) of each binary add; the first holds the skip itself.
+        places: for each place where the connection is written, (steps, side) of each binary add; the first holds the skip itself.
         loop: the line runs several times in one call, and the attribute holds one module a turn.
         by_turn: where a turn of the loop may pass the sum by, count turns; else count how often the sum runs.
         keep: an add in place stays one, for somebody sees the tensor under another name.
     """
 
     name: str
-    adds: tuple[tuple[tuple[Span, ...], int], ...]
+    places: tuple[tuple[tuple[tuple[Span, ...], int], ...], ...]
     loop: bool = False
     by_turn: bool = True
     keep: bool = False
+
+    @property
+    def several(self) -> bool:
+        """Whether a place has further branches, which are weighted where they are added."""
+        return any(len(adds) > 1 for adds in self.places)
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,9 @@ class _ClassEditor:
 
     def edited(self) -> Edited:
         for change in self.changes:
-            for position, (steps, side) in enumerate(change.adds):
-                self._apply(change, steps, side, inner=position == 0)
+            for adds in change.places:
+                for position, (steps, side) in enumerate(adds):
+                    self._apply(change, steps, side, inner=position == 0)
         functions = {editor: editor.finish() for editor in self.editors.values()}
         methods = tuple(function for function in functions.values() if function.method)
         helpers = [function for function in functions.values() if not function.method]
@@ -118,9 +124,9 @@ class _ClassEditor:
             iterator = "laurel"
         if skipped:
             self.by_turn.add(change.name)
-        if skipped or (len(change.adds) > 1 and at == len(steps) - 1):
+        if skipped or (change.several and at == len(steps) - 1):
             laurel = editors[at].turn(steps[at], iterator, head=skipped)
-        elif len(change.adds) > 1:
+        elif change.several:
             raise RewriteError(f"{place(steps[-1])}: several additions of one turn stand in a helper of the loop")
         else:
             laurel = editors[at].next_of(iterator)
