@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib.util
 import os
 import subprocess
@@ -33,6 +34,7 @@ from laurel_rewrite.profiling.sessions import session_of, settings
 from laurel_rewrite.verify_onnx import run_onnx
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+gc.set_threshold(50_000, 20, 50)  # exports make millions of objects, and a twelfth of the tests' time went to looking at them
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torchvision's import
     declare_torchvision_ops()

@@ -126,7 +126,8 @@ def _gradients(model: nn.Module, better: nn.Module, x: Tensor) -> bool:
     except RuntimeError:  # it changes in place what its backward needs
         return False
     trained = copy.deepcopy(better).train()
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+    # No element moves further than this, whatever its gradient is: a step that is too long kills ReLUs.
+    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-3)
     torch.manual_seed(0)
     for _ in range(2):
         optimizer.zero_grad()
