@@ -97,14 +97,14 @@ def test_the_examples_through_every_variant(name, settings, variant, here, tmp_p
     assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == FILES | {f"{name}.py", MANIFEST}
 
 
-def test_sites(net):
-    data = json.loads(run(net, "sites", "net.py", "--json").stdout)
+def test_sites(net, here):
+    data = json.loads(here("sites", "net.py", "--json").stdout)
     assert set(data) == {"sites", "rejected", "notes"}
     assert set(data["sites"][0]) == {"id", "kind", "owner", "where", "shape", "axis", "dim", "stream", "index"}
-    table = run(net, "sites", "torchvision:resnet18")
+    table = here("sites", "torchvision:resnet18")
     assert "torchvision:resnet18: 8 residual connections" in table.stdout
     assert "integer" in table.stdout
-    rejected = json.loads(run(net, "sites", "torchvision:resnet18", "--json").stdout)["rejected"]
+    rejected = json.loads(here("sites", "torchvision:resnet18", "--json").stdout)["rejected"]
     assert rejected
     assert all(set(r) == {"where", "owner", "reason", "detail"} for r in rejected)
 
@@ -197,9 +197,9 @@ def test_a_site_that_cannot_be_rewritten_is_skipped_and_said_first(here, tmp_pat
     assert here("net.py", "--rank", "4", "--profile-seconds", "0", "--out", "other").returncode == 3
 
 
-def test_modules_and_factories(net):
-    assert json.loads(run(net, "sites", "net.py:Net", "--json").stdout)["sites"]
-    assert json.loads(run(net, "sites", "net:build_model", "--json").stdout)["sites"]
+def test_modules_and_factories(net, here):
+    assert json.loads(here("sites", "net.py:Net", "--json").stdout)["sites"]
+    assert json.loads(here("sites", "net:build_model", "--json").stdout)["sites"]
 
 
 BAD = {

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pygraphviz
 import pytest
 import torch
-from conftest import EXAMPLES, real, run
+from conftest import EXAMPLES, real
 from torch import fx, nn
 from toys import CASES, D
 
@@ -113,12 +113,12 @@ def test_what_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(tmp_path):
-    result = run(tmp_path, "sites", str(EXAMPLES / "resnet.py"), "--graph", "resnet.svg")
+def test_the_command(tmp_path, here):
+    result = here("sites", str(EXAMPLES / "resnet.py"), "--graph", "resnet.svg")
     assert result.returncode == 0, result.stderr
     assert "Drawn to resnet.svg." in result.stderr
     assert (tmp_path / "resnet.svg").read_text().startswith("<?xml")
-    result = run(tmp_path, "sites", str(EXAMPLES / "resnet.py"), "--graph", "resnet.pdf")
+    result = here("sites", str(EXAMPLES / "resnet.py"), "--graph", "resnet.pdf")
     assert result.returncode == 2
     assert "ends in .svg or .dot" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["resnet.svg"]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import EXAMPLES, run
+from conftest import EXAMPLES
 from test_detect import NONE
 from torch import fx
 from toys import CASES, D, Helper, Images, Net, ParallelSkipMiddle, Plain, X
@@ -100,13 +100,13 @@ def test_what_is_not_there_is_an_error_with_the_nearest():
         explain(sites, "other.py:3")
 
 
-def test_the_command(tmp_path, golden):
-    result = run(tmp_path, "sites", str(EXAMPLES / "gpt.py"), "--explain", "gpt.py:35")
+def test_the_command(here, golden):
+    result = here("sites", str(EXAMPLES / "gpt.py"), "--explain", "gpt.py:35")
     assert result.returncode == 0, result.stderr
     golden("explain_gpt.txt", "\n".join(line.rstrip() for line in result.stdout.splitlines()) + "\n")
-    result = run(tmp_path, "sites", str(EXAMPLES / "gpt.py"), "--explain", "blocks.0", "--json")
+    result = here("sites", str(EXAMPLES / "gpt.py"), "--explain", "blocks.0", "--json")
     explanations = json.loads(result.stdout)["explanations"]
     assert [why["id"] for why in explanations] == ["blocks.0.laurel_0", "blocks.0.laurel_1"]
-    result = run(tmp_path, "sites", str(EXAMPLES / "gpt.py"), "--explain", "blocks.9")
+    result = here("sites", str(EXAMPLES / "gpt.py"), "--explain", "blocks.9")
     assert result.returncode == 2
     assert "'blocks.9' is no site" in result.stderr

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
 from test_cli import NET
 from toys import CASES, D
 
@@ -382,9 +381,9 @@ def test_a_model_that_is_no_file(tmp_path, here):
         assert message in done.stderr
 
 
-def test_a_number_of_seconds_is_one(tmp_path):
+def test_a_number_of_seconds_is_one(here):
     for word in ("nan", "inf", "-1"):
-        done = run(tmp_path, "net.py", "--profile-seconds", word)
+        done = here("net.py", "--profile-seconds", word)
         assert done.returncode == 2
         assert "a number of seconds" in done.stderr
 

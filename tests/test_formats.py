@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import pytest
 import torch
-from conftest import LIGHT, LLAMA, light, onnx_graph, run, slow, yolo
+from conftest import LIGHT, LLAMA, light, onnx_graph, slow, yolo
 from onnx import TensorProto, helper
 from torch import fx, nn
 from toys import D
@@ -230,7 +230,7 @@ def test_a_file_that_is_no_model(tmp_path):
         detect(tmp_path / "nothing.pt2")
 
 
-def test_graphs_in_files_by_the_command(tmp_path):
+def test_graphs_in_files_by_the_command(tmp_path, here):
     """The same table from both files; the exported program keeps its source lines."""
     built = build("timm:test_vit")
     expected = [(site.id, site.kind) for site in detect(built.model, built.args)]
@@ -239,13 +239,13 @@ def test_graphs_in_files_by_the_command(tmp_path):
     with quiet(), torch.no_grad():
         torch.onnx.export(built.model.eval(), built.args, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
     for name in ("model.pt2", "model.onnx"):
-        result = run(tmp_path, "sites", name, "--json")
+        result = here("sites", name, "--json")
         found = json.loads(result.stdout)["sites"]
         assert [(site["id"], site["kind"]) for site in found] == expected
-    result = run(tmp_path, "sites", "model.onnx", "--explain", "blocks.0")
+    result = here("sites", "model.onnx", "--explain", "blocks.0")
     assert "blocks.0.laurel_0 is a residual connection: identity" in result.stdout
-    assert run(tmp_path, "sites", "model.onnx", "--set", "depth=3").returncode == 2
-    assert run(tmp_path, "sites", "missing.onnx").returncode == 2
+    assert here("sites", "model.onnx", "--set", "depth=3").returncode == 2
+    assert here("sites", "missing.onnx").returncode == 2
 
 
 def test_a_batch_and_a_length_that_vary_in_onnx():

@@ -11,7 +11,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import run
 from onnx import TensorProto, helper, numpy_helper
 
 import laurel_rewrite.graph_files
@@ -251,12 +250,12 @@ def test_profile_leaves_a_folder_with_weights_as_it_was(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
-def test_options_for_graphs_alone(tmp_path):
-    result = run(tmp_path, "hf:gpt2", "--weights", "x.safetensors")
+def test_options_for_graphs_alone(tmp_path, here):
+    result = here("hf:gpt2", "--weights", "x.safetensors")
     assert result.returncode == 2
     assert "--weights is for ONNX files, and hf:gpt2 is none" in result.stderr
     with_data(tmp_path)
-    result = run(tmp_path, "model.onnx", "--set", "depth=3")
+    result = here("model.onnx", "--set", "depth=3")
     assert result.returncode == 2
     assert "a graph has no settings" in result.stderr
     with pytest.raises(ConfigError, match="functions must be one of keep, inline"):
