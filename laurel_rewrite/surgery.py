@@ -7,6 +7,7 @@ LAuReL module as a child. Parameter names, hooks, keyword arguments, caches and 
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from laurel_rewrite.turns import Turns
 
 RECORD = "_laurel_rewriting"
 """Attribute of a rewritten model: its `Rewriting`."""
+_SAVE_PRETRAINED = "save_pretrained"
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,6 +92,26 @@ def change_classes(model: nn.Module, classes: Mapping[str, type]) -> None:
 def keep_record(model: nn.Module, record: Rewriting) -> None:
     """Say in a model what was done to it."""
     object.__setattr__(model, RECORD, record)
+    if hasattr(type(model), _SAVE_PRETRAINED):
+        object.__setattr__(model, _SAVE_PRETRAINED, _SavePretrained(model))
+
+
+class _SavePretrained:
+    """`save_pretrained` of a rewritten model. What `from_pretrained` builds from such a folder has no LAuReL, and takes its weights for
+    superfluous: so it is refused, unless the weights are given too, as by trainers whose checkpoints are read into a rewritten model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name, fate = type(self.model).__name__, "from_pretrained would read this folder as the model without LAuReL"
+        if kwargs.get("state_dict") is None:
+            raise ConfigError(
+                f"{name}: {fate}. Write it with laurel_rewrite.save(model, folder), which laurel_rewrite.load reads; as a checkpoint for a "
+                "model that was rewritten in the same way, give the weights: save_pretrained(folder, state_dict=model.state_dict())."
+            )
+        _log.warning("%s: %s; read its weights into a model that was rewritten in the same way, with load_state_dict", name, fate)
+        return getattr(type(self.model), _SAVE_PRETRAINED)(self.model, *args, **kwargs)
 
 
 def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -120,7 +143,8 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         base = vars(type(module)).get(BASE)
         if base is not None:
             object.__setattr__(module, "__class__", base)
-    vars(model).pop(RECORD, None)
+    for name in (RECORD, _SAVE_PRETRAINED):
+        vars(model).pop(name, None)
     return model
 
 

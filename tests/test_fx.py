@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import away_from_start, real
 from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, detect, rewrite
@@ -81,6 +82,17 @@ def test_detection_finds_nothing_new_in_a_rewritten_graph():
     for node in graph.graph.nodes:
         node.meta.pop("tensor_meta", None)
     assert not detect(graph, (x,)).sites
+
+
+def test_torchs_own_manager_runs_the_pass():
+    x = torch.randn(2, 5, D)
+    graph = fx.symbolic_trace(CASES["plain"].make().eval())
+    before = graph(x)
+    found = InsertLaurel(Plan.from_sites(detect(graph, (x,)), LaurelConfig(rank=4)))
+    result = PassManager([found], run_checks_after_each_pass=True)(graph)
+    assert result.modified
+    assert list(sites_of(result.graph_module)) == ["laurel_0", "laurel_1"]
+    assert torch.equal(result.graph_module(x), before)
 
 
 def test_ids_are_owners_and_ordinals():
