@@ -98,14 +98,14 @@ def keep_record(model: nn.Module, record: Rewriting) -> None:
 
 class _SavePretrained:
     """`save_pretrained` of a rewritten model. What `from_pretrained` builds from such a folder has no LAuReL, and takes its weights for
-    superfluous: so it is refused, unless the weights are given too, as by trainers whose checkpoints are read into a rewritten model."""
+    superfluous: so it is refused, unless `state_dict` is given, as trainers do, who read their checkpoints into the model that they have."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         name, fate = type(self.model).__name__, "from_pretrained would read this folder as the model without LAuReL"
-        if kwargs.get("state_dict") is None:
+        if "state_dict" not in kwargs:
             raise ConfigError(
                 f"{name}: {fate}. Write it with laurel_rewrite.save(model, folder), which laurel_rewrite.load reads; as a checkpoint for a "
                 "model that was rewritten in the same way, give the weights: save_pretrained(folder, state_dict=model.state_dict())."

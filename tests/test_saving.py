@@ -58,7 +58,7 @@ def test_what_from_pretrained_would_read_without_laurel_is_not_written(tmp_path,
             model.save_pretrained(tmp_path / "pretrained")
         assert model.save_pretrained.model is model
     assert not (tmp_path / "pretrained").exists()
-    better.save_pretrained(tmp_path / "checkpoint", state_dict=better.state_dict())
+    better.save_pretrained(tmp_path / "checkpoint", state_dict=None, is_main_process=True)  # as transformers' trainer does
     assert "read its weights into a model that was rewritten in the same way" in caplog.text
     weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
     assert {name for name in better.state_dict() if "laurel_" in name} <= set(weights)
