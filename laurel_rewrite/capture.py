@@ -294,7 +294,7 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     """`use_cache` off in every configuration that the model's modules hold: an export refuses the cache objects."""
     changed: list[Any] = []
     seen: set[int] = set()
-    stack: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    stack: list[Any] = [vars(module).get("config") for module in model.modules()]
     while stack:
         config = stack.pop()
         if config is None or id(config) in seen or not hasattr(config, "__dict__") or isinstance(config, nn.Module):

@@ -84,7 +84,7 @@ def _from_code(path: str, factory: str, given: dict[str, Any], spec: str, *, off
         module, files = _load_file(Path(path))
     elif factory:
         if offered:
-            _check_offered(path, factory, spec)
+            check_offered(spec)
         module, files = _load_package(path), {}
     elif Path(spec).suffix:
         raise ConfigError(f"{spec}: a model is a .py file, package.module:factory, or hf:, timm: or torchvision: and a name.")
@@ -181,8 +181,12 @@ def _load_file(path: Path) -> tuple[ModuleType, dict[str, Path]]:
     return module, files
 
 
-def _check_offered(name: str, factory: str, spec: str) -> None:
-    """Raise ConfigError unless a module's source defines `example_inputs`, as one that is written for us, and the factory itself."""
+def check_offered(spec: str) -> None:
+    """Raise ConfigError unless the source of "package.module:factory" defines `example_inputs`, as one that is written for us, and the
+    factory itself: only such a function is called because a saved folder names it."""
+    name, _, factory = spec.rpartition(":")
+    if not name:
+        raise ConfigError(f'{spec!r} is no factory: say "package.module:function".')
     sys.path.insert(0, "")
     try:
         found = importlib.util.find_spec(name)

@@ -14,6 +14,7 @@ from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.plan import Plan, PlanSite
 from laurel_rewrite.sites import Sites
 from laurel_rewrite.source import Change, Edited, rewrite_class
+from laurel_rewrite.surgery import attribute
 
 UNSUPPORTED = ("refuse", "skip")
 """What becomes of a site that cannot be rewritten: an error before anything is changed, or its plain sum stays."""
@@ -154,7 +155,7 @@ def _unfit(model: nn.Module, owner: str, wanted: list[tuple[Change, list[str]]])
         return f"the model has no module {owner!r}; it seems to run as a copy that its forward makes"
     if "forward" in vars(module):
         return f"the forward of {owner or 'the model'} was replaced on the instance, so its class has no say"
-    taken = [change.name for change, _ in wanted if hasattr(module, change.name)]
+    taken = [change.name for change, _ in wanted if change.name in vars(module) or attribute(module, change.name) is not None]
     return f"{owner or 'the model'} has an attribute {taken[0]!r} already" if taken else None
 
 

@@ -31,7 +31,7 @@ from laurel_rewrite.models import Built
 from laurel_rewrite.pickling import MODULE
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS, check_size, check_whole, importable, load_weights, read_config
-from laurel_rewrite.surgery import Rewriting, install, keep_record, rewriting_of
+from laurel_rewrite.surgery import Rewriting, attribute, install, keep_record, rewriting_of
 
 SKELETON = "skeleton.pt"
 GRAPH = "model.pt"
@@ -64,8 +64,8 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, fa
         The folder, with `modeling_laurel.py`, `model.safetensors`, `plan.toml`, `laurel_config.json` and `laurel_manifest.json`.
 
     Raises:
-        ConfigError: the model was not rewritten, its weights are on the meta device, the folder cannot be written, or it holds files that
-            would be replaced and are no earlier result.
+        ConfigError: the model was not rewritten, its weights are on the meta device, there is no such factory, the folder cannot be
+            written, or it holds files that would be replaced and are no earlier result.
         RewriteError: a class of the model cannot be imported again.
     """
     if isinstance(model, fx.GraphModule):
@@ -75,8 +75,9 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, fa
         raise ConfigError("The model is on the meta device and has no weights to save.")
     text, names = source_of(record, type(model).__name__)
     folder = Path(folder)
-    origin = getattr(model, _ORIGIN, None) if built is None else _origin(built)
+    origin = attribute(model, _ORIGIN) if built is None else _origin(built)
     if factory is not None:
+        models.check_offered(factory)
         origin = Origin({"kind": "spec", "spec": factory, "settings": {}})
     if origin is None:
         origin = _own_origin(model)
@@ -270,7 +271,7 @@ def _origin(built: Built) -> Origin:
 
 
 def _own_origin(model: nn.Module) -> Origin:
-    config = getattr(model, "config", None)
+    config = attribute(model, "config")
     if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel) and config is not None:
         base = vars(type(model)).get(BASE, type(model))
         recipe = {"kind": "transformers", "class": _name(base), "config": _name(type(config))}

@@ -52,9 +52,17 @@ class Rewriting:
         return Rewriting, (self.plan, self.classes, self.text, self.names)
 
 
+def attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of a module, or None; a `__getattr__` of the model's own may raise anything for a name that it does not know."""
+    try:
+        return getattr(module, name)
+    except Exception:
+        return None
+
+
 def rewriting_of(model: nn.Module) -> Rewriting:
     """What was done to a rewritten model; ConfigError where nothing was."""
-    record = getattr(model, RECORD, None)
+    record = attribute(model, RECORD)
     if not isinstance(record, Rewriting):
         raise ConfigError(f"This {type(model).__name__} was not made by laurel_rewrite.rewrite or load.")
     return record

@@ -1,0 +1,99 @@
+"""Modules that are unlike others: that cannot be copied, keep computed weights, answer for names, or forbid subclasses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import operator
+import threading
+
+import pytest
+import torch
+from conftest import away_from_start
+from torch import nn
+
+from laurel_rewrite import ConfigError, RewriteError, load, remove, rewrite, save
+from laurel_rewrite.operator import sites_of
+
+D = 16
+example_inputs = (torch.randn(2, 5, D),)  # of a module whose factories a saved folder may name
+X = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1))
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(D, D)
+
+    def forward(self, x):
+        return x + self.a(x)
+
+
+class Locked(Plain):
+    """A lock can neither be copied nor pickled."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Answers(Plain):
+    """Raises KeyError for a name that it does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["more"] = {}
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return self.__dict__["more"][name]
+
+
+class NoSubclass(Plain):
+    def __init_subclass__(cls, **options):
+        raise TypeError("there are no subclasses")
+
+
+def test_what_cannot_be_copied_is_changed_itself(tmp_path):
+    for cls in (Locked, Answers):
+        with pytest.raises(RewriteError, match=rf"{cls.__name__} cannot be copied .* Change it itself: inplace=True"):
+            rewrite(cls(), (X,), rank=4)
+        model = cls()
+        before = model(X)
+        better = rewrite(model, (X,), rank=4, inplace=True)
+        assert better is model
+        assert torch.equal(better(X), before)
+        assert not torch.equal(away_from_start(better)(X), before)
+        with pytest.raises(ConfigError, match=r'Say how with factory="package\.module:function"'):
+            save(better, tmp_path / "without")
+        for factory, reason in (("nowhere", "is no factory"), ("toys:CASES", "does not define both CASES and example_inputs")):
+            with pytest.raises(ConfigError, match=reason):
+                save(better, tmp_path / "without", factory=factory)
+        assert not (tmp_path / "without").exists()
+        save(better, tmp_path / cls.__name__, factory=f"{__name__}:{cls.__name__}")
+        assert torch.equal(load(tmp_path / cls.__name__)(X), better(X))
+        assert not sites_of(remove(better, inplace=True))
+
+
+def test_a_class_that_forbids_subclasses(tmp_path):
+    better = away_from_start(rewrite(NoSubclass(), (X,), rank=4))
+    save(better, tmp_path)
+    assert torch.equal(load(tmp_path)(X), better(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_are_computed_before_each_call():
+    model = Plain()
+    nn.utils.weight_norm(model.a)
+    better = rewrite(model, (X,), rank=4)
+    assert torch.equal(better(X), model(X))
+    away_from_start(better)(X).square().mean().backward()
+    assert better.a.weight_g.grad.abs().max() > 0
+    assert torch.equal(remove(better)(X), model(X))
+
+
+def test_a_spawned_worker_gets_a_rewritten_model():
+    better = away_from_start(rewrite(Plain(), (X,), rank=4)).requires_grad_(False)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(pool.apply(operator.call, (better, X)), better(X))
