@@ -24,6 +24,8 @@ from laurel_rewrite.sites import Sites
 from laurel_rewrite.surgery import Rewriting, change_classes, copied, install, keep_record, remove
 from laurel_rewrite.verify import Check
 
+_ENGINES = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+"""Classes of torch and DeepSpeed that send gradients around for the parameters that they found when they were made."""
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 4  # ways to write a class: adds in place or not, turns counted in one way or the other
 
@@ -86,7 +88,8 @@ def rewrite(
         state dict loads with `strict=False`, and only LAuReL keys are missing.
 
     Raises:
-        ConfigError: the request cannot be meant (`LaurelConfig`), or the model was rewritten already.
+        ConfigError: the request cannot be meant (`LaurelConfig`), the model was rewritten already, or it is wrapped for distributed
+            training (DDP, FSDP, DeepSpeed), which takes note of the parameters: rewrite first.
         NoSiteError: no residual connection, or none that can be rewritten.
         CaptureError: the model cannot be captured with these inputs.
         RewriteError: sites stand where they cannot be rewritten; all of them are named. The model is as it was.
@@ -109,6 +112,7 @@ def rewrite(
     elif not isinstance(plan, Plan):
         plan = Plan.read(plan)
     refuse_second_time(model)
+    _refuse_distributed(model)
     args, kwargs = call_inputs(args, kwargs)
     sites = detect(model, args, kwargs)
     if plan is None:
@@ -122,6 +126,17 @@ def rewrite(
     for site in applied.skipped:
         _log.warning("skipped: %s (%s): %s", site.id, site.where, site.reason)
     return applied.model
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    """Raise ConfigError where a module's parameters are known to an engine already: it would not send the gradients of new ones around."""
+    for name, module in model.named_modules():
+        engine = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _ENGINES), None)
+        if engine is not None:
+            raise ConfigError(
+                f"{name or 'The model'} is a {engine}, which took note of its parameters before LAuReL's were there: each process would train its "
+                "own. Rewrite the model first, and wrap or shard the result."
+            )
 
 
 def apply_plan(

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import away_from_start, real
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from toys import CASES, D
 
-from laurel_rewrite import LaurelError, load, rewrite, save
+from laurel_rewrite import ConfigError, LaurelError, load, rewrite, save
 from laurel_rewrite.profiling.training import profile_training
 
 IDS = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -185,3 +187,34 @@ def test_bytes_kept_for_backward():
     kept = 4 * 7 * (D + 3 * D)  # the input, and the ReLU's output, which the second layer reads
     loss = 4 * 7 * D  # the output, of whose square the mean is taken
     assert result.rows[0].saved_bytes == kept + loss
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ["DistributedDataParallel", "FSDPModule"])
+def test_a_model_whose_parameters_an_engine_knows_is_refused(engine, one_process):
+    """DDP averages the gradients of the parameters that it found: each process would train a LAuReL of its own."""
+    model = CASES["plain"].make()
+    wrapped = nn.parallel.DistributedDataParallel(model) if engine == "DistributedDataParallel" else fully_shard(model)
+    with pytest.raises(ConfigError, match=rf"The model is a {engine}, .* Rewrite the model first, and wrap or shard the result"):
+        rewrite(wrapped, (torch.randn(2, 5, D),), rank=4)
+
+
+def test_a_rewritten_model_in_data_parallel_sends_all_gradients(one_process):
+    x = torch.randn(2, 5, D)
+    model = nn.parallel.DistributedDataParallel(away_from_start(rewrite(CASES["plain"].make(), (x,), rank=4)))
+    sent = []
+
+    def send(state, bucket):
+        sent.extend(bucket.parameters())
+        return default_hooks.allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, send)
+    model(x).square().mean().backward()
+    assert {id(p) for p in sent} == {id(p) for p in model.parameters()}
