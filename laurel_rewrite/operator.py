@@ -114,7 +114,7 @@ class Laurel(nn.Module):
         elif self._low_rank:
             skip = x + _apply(self.down, self.up, x)
         if self._normalize is not None:
-            skip = weights(self.mix, self._normalize)[1].to(x.dtype) * skip
+            skip = _scaled(skip, weights(self.mix, self._normalize)[1])
         out = laid_out(add(skip, self.branch(f), self.sides[0]), x, f, self.sides[0])
         for position, branch in enumerate(more, start=1):
             side = self.sides[position] if position < len(self.sides) else 0
@@ -149,7 +149,7 @@ class Laurel(nn.Module):
         """sum_j g_j U_j V_j x_{i-j}, or h(sum_j g_j x_{i-j}) where the lags share one map h."""
         total: Tensor | None = None
         for lag, state in window:
-            term = self.g[lag : lag + 1].to(state.dtype) * state
+            term = _scaled(state, self.g[lag : lag + 1])
             if self._per_lag:
                 term = _apply(self.down[lag], self.up[lag], term)
             total = term if total is None else total + term
@@ -190,7 +190,14 @@ def weights(mix: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
 
 def weighted(f: Tensor, mix: Tensor, normalize: str) -> Tensor:
     """a f."""
-    return weights(mix, normalize)[0].to(f.dtype) * f
+    return _scaled(f, weights(mix, normalize)[0])
+
+
+def _scaled(x: Tensor, weight: Tensor) -> Tensor:
+    """A weight of shape (1,) times x. A nested tensor, which torch.nn.TransformerEncoder makes of a padded batch, takes only a number."""
+    if isinstance(x, Tensor) and x.is_nested:  # which a value that fx traces is not
+        weight = weight.squeeze(0)
+    return weight.to(x.dtype) * x
 
 
 def _window(x: Tensor, past: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
@@ -204,6 +211,8 @@ def state_like(state: Tensor, x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and state.numel() != x.numel():
         shapes = f"a state of shape {list(state.shape)} beside a skip of shape {list(x.shape)}"
         raise LaurelError(f"PA reads {shapes}: with these inputs the stream changes its size. Use a variant without pa.")
+    if state.is_nested and x.is_nested:  # which may have neither a shape nor strides
+        return state.to(x.dtype)
     return state.reshape(x.shape).to(x.dtype)
 
 
@@ -218,7 +227,7 @@ def laid_out(out: Tensor, x: Tensor, f: Tensor, side: int) -> Tensor:
 
     Mostly it has them: this mends what torch's rules make of expanded, strided and broadcast operands. A compiled graph has its own layouts.
     """
-    if torch.compiler.is_compiling() or x.stride() == f.stride() == out.stride():
+    if torch.compiler.is_compiling() or out.is_nested or x.stride() == f.stride() == out.stride():
         return out
     strides = _strides_of_sum(x, f, side)
     return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)

@@ -97,3 +97,19 @@ def test_a_spawned_worker_gets_a_rewritten_model():
     better = away_from_start(rewrite(Plain(), (X,), rank=4)).requires_grad_(False)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert torch.equal(pool.apply(operator.call, (better, X)), better(X))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("variant", ["rw", "rw+lr", "rw+lr+pa"])
+def test_a_padded_batch_that_torch_makes_a_nested_tensor_of(variant):
+    """nn.TransformerEncoder does so in eval mode without gradients; with gradients it takes the other way."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 32, batch_first=True), 3).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    better = rewrite(model, (X,), rank=4, variant=variant).eval()
+    with torch.no_grad():
+        assert torch.equal(better(X, src_key_padding_mask=padding), model(X, src_key_padding_mask=padding))
+    expected = away_from_start(better)(X, src_key_padding_mask=padding)
+    with torch.no_grad():
+        found = better(X, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-5, atol=1e-5)  # float32, another kernel for attention
+    assert not found[padding].any()
