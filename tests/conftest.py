@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import functools
 import gc
 import importlib.util
@@ -247,13 +248,19 @@ def torchlib_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Exports of the small real architectures, once each."""
-    folder = tmp_path_factory.mktemp("exported")
+    """Exports of the small real architectures, once each for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    folder.mkdir(exist_ok=True)
 
-    @functools.cache
     def export(name: str) -> Path:
-        example = real(name)
-        return export_onnx(example.model, example.args, example.kwargs, folder / f"{name}.onnx")
+        path = folder / f"{name}.onnx"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                example = real(name)
+                export_onnx(example.model, example.args, example.kwargs, path)
+        return path
 
     return export
 

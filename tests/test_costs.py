@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import fused
+from conftest import fused, slow
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -142,7 +142,7 @@ def test_flops_of_an_op_are_those_counted_by_hand(name, tmp_path):
     assert list(found.values()) == ([] if name == "embedding" else [expected])
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", slow("gpt2")])
 def test_fused_attention_has_the_flops_of_its_parts(name, exported, tmp_path):
     path = exported(name)
     after = fused(path, tmp_path)

@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, object]] = {
     "timm:levit_128s": {},
     "timm:mobilevitv2_050": {},
     "timm:edgenext_xx_small": {},
-    "timm:swin_tiny_patch4_window7_224": {"depths": (2, 2, 2, 2), "embed_dim": 24},
+    "timm:swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (3, 6), "embed_dim": 24},
     "timm:dpn48b": {},
     "timm:repvgg_a0": {},
     "hf:gpt2": GPT,
@@ -48,7 +48,16 @@ NOT_TRACEABLE = {name for name in MODELS if name.startswith("hf:")} | {
     "timm:test_vit_relpos",
 }
 """`fx.symbolic_trace` fails on their control flow."""
-LARGE = {"timm:levit_128s", "timm:mobilevitv2_050", "timm:edgenext_xx_small", "timm:dpn48b", "timm:repvgg_a0", "hf:llama"}
+LARGE = {
+    "timm:levit_128s",
+    "timm:mobilevitv2_050",
+    "timm:edgenext_xx_small",
+    "timm:dpn48b",
+    "timm:repvgg_a0",
+    "timm:mobilenetv3_small_050",
+    "hf:llama",
+    "hf:gemma2",
+}
 
 
 def table(sites: Sites, *, ids: bool) -> list[tuple[object, ...]]:

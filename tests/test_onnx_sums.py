@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import close, fused, trained
+from conftest import close, fused, slow, trained
 from onnx import TensorProto, helper, numpy_helper
 from toys import D
 
@@ -23,7 +23,7 @@ from laurel_rewrite.verify_onnx import run_onnx
 FUSED = {"resnet18": "FusedConv", "bert": "SkipLayerNormalization", "gpt2": "Gelu", "llama": "SkipSimplifiedLayerNormalization"}
 
 
-@pytest.mark.parametrize("variant", ["rw", "lr", "rw+lr+pa"])
+@pytest.mark.parametrize("variant", ["rw", "rw+lr+pa", slow("lr")])
 @pytest.mark.parametrize("name", FUSED)
 def test_sums_inside_fused_nodes(name, variant, exported, tmp_path):
     """The graph after onnxruntime's fusions has the same sites; with the same LAuReL parameters it computes the same."""
