@@ -268,9 +268,13 @@ def _reads(flow: Dataflow, residual: Residual) -> frozenset[str]:
 
 def _twice(sites: Sites, twins: Mapping[str, Site]) -> Iterator[str]:
     """A note of the connections that are written at two places."""
-    for name, twin in twins.items():
-        places = f"{portable(sites[name].where)} and {portable(twin.where)}"
-        yield f"{name} is written at two places, of which each mode runs one: {places}. One LAuReL stands at both."
+    if twins:
+        first, twin = next(iter(twins.items()))
+        places = f"{portable(sites[first].where)} and {portable(twin.where)}"
+        yield (
+            f"{len(twins)} residual connection{'s' if len(twins) > 1 else ''} ({_some([*twins])}), the first at {places}, stand at two places, "
+            "of which each mode runs one: one LAuReL stands at both."
+        )
 
 
 def _apart(sites: Sites, one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
@@ -286,8 +290,11 @@ def _apart(sites: Sites, one: Sequence[str], other: Sequence[str]) -> Iterator[s
 
 
 def _note(modes: Sequence[str], ids: Sequence[str]) -> str:
-    shown = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
     return (
-        f"{len(ids)} residual connection{'s' if len(ids) > 1 else ''} that {modes[0]} mode ran were not run in {modes[1]} mode ({shown}): "
+        f"{len(ids)} residual connection{'s' if len(ids) > 1 else ''} that {modes[0]} mode ran were not run in {modes[1]} mode ({_some(ids)}): "
         "they are dropped at random, or left out there."
     )
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")

@@ -80,7 +80,8 @@ def test_both_places_have_one_laurel(name, tmp_path):
     sites = detect(model, (X,))
     assert [site.id for site in sites] == ["laurel_0", "laurel_1"]
     (note,) = sites.notes
-    assert note.startswith("laurel_0 is written at two places, of which each mode runs one")
+    assert note.startswith("1 residual connection (laurel_0), the first at ")
+    assert note.endswith("of which each mode runs one: one LAuReL stands at both.")
     better = away_from_start(rewrite(model, (X,), variant="rw+lr", rank=4))
     assert len(sites_of(better)) == 2
     save(better, tmp_path / "saved")
