@@ -21,6 +21,7 @@ import torch.fx.traceback
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.jit._fuser import optimized_execution
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -199,6 +200,7 @@ class _Captor:
             training(self.model, train),
             without_caches(self.model),
             plain_checkpoints(),
+            _unoptimised_scripts(self.model),
             quiet(),
         ):
             yield
@@ -287,6 +289,30 @@ def training(model: nn.Module, mode: bool) -> Iterator[None]:
     finally:
         for module, was in before:
             module.training = was
+
+
+@contextlib.contextmanager
+def _unoptimised_scripts(model: nn.Module) -> Iterator[None]:
+    """Scripted parts as they are in their first run: TorchScript differentiates what has run before by itself, behind a detach."""
+    scripted = [(path, m) for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    with optimized_execution(False):
+        try:
+            for path, module in scripted:
+                above, _, name = path.rpartition(".")
+                parent = model.get_submodule(above) if path else None
+                if parent is None or isinstance(parent, torch.jit.ScriptModule):
+                    continue
+                with contextlib.suppress(Exception):  # what cannot be written stays
+                    buffer = io.BytesIO()
+                    torch.jit.save(module, buffer)
+                    buffer.seek(0)
+                    parent._modules[name] = torch.jit.load(buffer).train(module.training)  # type: ignore[no-untyped-call]
+                    replaced.append((parent, name, module))
+            yield
+        finally:
+            for holder, name, original in replaced:
+                holder._modules[name] = original
 
 
 @contextlib.contextmanager

@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command.main(rest or ["--help"], prog_name=name, standalone_mode=False)
         sys.stdout.flush()
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _stop("Interrupted.", 130)
     except click.ClickException as error:
         error.show()
@@ -365,6 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(f"Error: the output cannot be printed: {error.strerror}.", ConfigError.exit_code)
     except Exception as error:  # the last net; a traceback would say as little to a user
         _unexpected(error, rest)
+    except BaseException as error:  # which no code of ours raises
+        _stop(f"Error: the model's code raised {type(error).__name__}: {error}. Nothing was written.", CaptureError.exit_code)
 
 
 def _unexpected(error: Exception, arguments: Sequence[str]) -> None:

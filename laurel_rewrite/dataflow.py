@@ -6,7 +6,7 @@ The detector sees this and nothing else, so that one definition of a residual co
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -140,11 +140,13 @@ class Value:
 class Dataflow:
     """The values of one graph, in topological order: `values[i].index == i` and operands come first.
 
-    `outputs` are the graph's results, and what its inputs and buffers hold at the end where they were written into.
+    `outputs` are the graph's results, and what its inputs and buffers hold at the end where they were written into. `deployed` is a graph that
+    may be the deployed half of a trained model, whose results need not be those that it learned from.
     """
 
     values: list[Value] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
+    deployed: bool = False
 
     def add(self, name: str, op: str, kind: OpKind, inputs: Sequence[int] = (), **attributes: object) -> Value:
         """Append a value whose operands are already there."""
@@ -164,9 +166,22 @@ class Dataflow:
     @cached_property
     def live(self) -> frozenset[int]:
         """The values that an output depends on; what inputs and buffers hold at the end is an output too."""
-        found, stack = set(self.outputs), list(self.outputs)
+        return self._ancestors(self.outputs)
+
+    @cached_property
+    def learning(self) -> frozenset[int]:
+        """The live values that a gradient reaches from an output; all of them in a graph whose outputs have none at all."""
+        found = self._ancestors([i for i in self.outputs if self.values[i].floating], graded=True)
+        graded = any(self.values[i].inputs and self.values[i].data and not self.values[i].kind.cut for i in found)
+        return found if graded and not self.deployed else self.live
+
+    def _ancestors(self, indices: Iterable[int], *, graded: bool = False) -> frozenset[int]:
+        """These values and what they are computed from; `graded`: by ways that gradients go back."""
+        found = set(indices)
+        stack = list(found)
         while stack:
-            for operand in self.values[stack.pop()].inputs:
+            value = self.values[stack.pop()]
+            for operand in () if graded and value.kind.cut else value.inputs:
                 if operand not in found:
                     found.add(operand)
                     stack.append(operand)

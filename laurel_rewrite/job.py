@@ -228,6 +228,10 @@ def run(
         built = _build(spec, settings)
         model, args, kwargs = built.model, built.args, built.kwargs
         refuse_second_time(model)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise ConfigError(
+                f"{spec} is on the meta device: it has no values to verify and to export. Build it on the CPU, or see it with --dry-run."
+            )
         stage.done(f"{type(model).__name__}, {number(built.parameters)} parameters")
     with listener("detect") as stage:
         sites = detect(model, args, kwargs)

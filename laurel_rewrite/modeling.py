@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import sys
 import tokenize
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
@@ -92,6 +93,14 @@ class _ModuleWriter:
         return chosen
 
     def _import_class(self, cls: type) -> str:
+        found: Any = sys.modules.get(cls.__module__)
+        for part in cls.__qualname__.split(".") if "<locals>" not in cls.__qualname__ else ():
+            found = getattr(found, part, None)
+        if found is None:
+            raise RewriteError(
+                f"{cls.__module__}.{cls.__qualname__} was made while the program ran, as a parametrisation makes classes, so that it cannot be imported "
+                "again; take that off the module that adds, or leave its sites out"
+            )
         return self._import(f"_{cls.__name__.lstrip('_')}", cls, cls.__module__, cls.__qualname__)
 
     def _import(self, wanted: str, thing: Any, module: str, attribute: str) -> str:

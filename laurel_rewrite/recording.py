@@ -57,7 +57,8 @@ class Call:
 
 
 class Recorder(TorchFunctionMode):
-    """Marks the graph node of every add with the index of a `Call` in `meta["custom"]["laurel_call"]`.
+    """Marks the graph node of every add with the index of a `Call` in `meta["custom"]["laurel_call"]`, and in inference mode with
+    "laurel_unrecorded".
 
     Attributes:
         calls: the adds in Python code of the model's modules, in order of execution.
@@ -68,6 +69,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self.sums: Counter[tuple[str, tuple[Span, ...]]] = Counter()
+        self._inference = torch.is_inference_mode_enabled()  # of the caller
         # By their attributes, which the stand-ins that an export makes of modules share with them. A module of two paths has the first.
         self._modules = {id(vars(module)): (path, module) for path, module in reversed(list(model.named_modules()))}
         self._running: dict[str, tuple[FrameType, int]] = {}
@@ -86,7 +88,10 @@ class Recorder(TorchFunctionMode):
             if call is not None:
                 self.calls.append(call)
                 self.sums[call.owner, call.steps] += _can_be_residual(args)
-                with torch.fx.traceback.annotate({"laurel_call": len(self.calls) - 1}):
+                marks: dict[str, Any] = {"laurel_call": len(self.calls) - 1}
+                if torch.is_inference_mode_enabled() and not self._inference:  # which leaves no node in the graph
+                    marks["laurel_unrecorded"] = True
+                with torch.fx.traceback.annotate(marks):
                     return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

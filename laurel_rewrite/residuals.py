@@ -4,7 +4,7 @@ A sum is a residual connection when one operand, the skip, followed back through
 ancestor of another operand through a path with at least one mixing op. Two operands that descend from a nearest common ancestor,
 one by linear ops only and the other through a non-linearity, are a projection shortcut.
 
-Only what is learned counts: a sum that reaches no output is none, and a path on which no gradient passes (detach, rounding, an index)
+Only what is learned counts: a sum that reaches no output is none, nor one that no gradient reaches, and a path on which no gradient passes (detach, rounding, an index)
 is none, for a stream is what gradients flow through. So a straight-through estimator, z + (q - z).detach(), is none, and neither is
 the embedding of a detached prediction. What runs under no_grad is judged as everything is, and then left alone: a frozen backbone has
 residual connections, but LAuReL in it could not learn.
@@ -45,7 +45,8 @@ REASONS = {
     "gated": "the operands are weighted by tensors, as in a gate",
     "subgraph": "it stands in the subgraph of an If, Loop or Scan, which is left alone",
     "existing LAuReL": "in, or with the result of, a LAuReL block that the model has already",
-    "no gradient": "a residual connection where no gradient is recorded (torch.no_grad), so that LAuReL there could not learn",
+    "no gradient": "a residual connection where no gradient is recorded (torch.no_grad), or from which none reaches an output (detach, argmax), "
+    "so that LAuReL there could not learn",
     "detached": "an operand is computed from the other, but no gradient passes (detach, rounding, an index): "
     "a straight-through estimator, an embedding of detached values",
     "attention bias": "one operand is a product of queries and keys, and a softmax reads the sum",
@@ -238,18 +239,21 @@ class _Finder:
             skip = max(identity, key=lambda position: roots[position])
             if self._is_embedding(roots[skip]):
                 return refuse("detached")
-            return refuse("no gradient") if not value.recorded else self._residual(value, leaves, skip, "identity", roots[skip])
+            return refuse("no gradient") if not self._learns(value) else self._residual(value, leaves, skip, "identity", roots[skip])
         if any(ways & every(PLAIN, len(roots)) for ways in others):
             return refuse("pointwise")
         verdict = self._of_parts(operands)
         if not isinstance(verdict, str):
             kind, skip, source = verdict
-            return refuse("no gradient") if not value.recorded else self._residual(value, leaves, skip, kind, source)
+            return refuse("no gradient") if not self._learns(value) else self._residual(value, leaves, skip, kind, source)
         behind = {roots[start] for ways in others for start in by(ways, CUT)}
         if behind:
             self.embedded |= behind
             return refuse("detached")
         return refuse(self.lookalikes.near_miss(operands) or verdict)
+
+    def _learns(self, value: Value) -> bool:
+        return value.recorded and value.index in self.flow.learning
 
     def _of_parts(self, operands: list[int]) -> tuple[str, int, int] | str:
         """Where no operand is an ancestor of another: the kind, the position of the skip and where the operands part, or the reason."""

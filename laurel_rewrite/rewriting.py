@@ -111,6 +111,10 @@ def rewrite(
         )  # fmt: skip
     elif not isinstance(plan, Plan):
         plan = Plan.read(plan)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"rewrite takes a torch.nn.Module, not {type(model).__name__}; rewrite_onnx takes ONNX files, and the command model files."
+        )
     refuse_second_time(model)
     _refuse_distributed(model)
     args, kwargs = call_inputs(args, kwargs)

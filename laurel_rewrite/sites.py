@@ -7,7 +7,7 @@ import gc
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import fx
@@ -128,9 +128,13 @@ class Sites:
     def __len__(self) -> int:
         return len(self.sites)
 
-    def __getitem__(self, key: int | str) -> Site:
-        """The site at a position in the order of execution, or of an id."""
-        if isinstance(key, int):
+    @overload
+    def __getitem__(self, key: int | str) -> Site: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Site]: ...
+    def __getitem__(self, key: int | str | slice) -> Site | list[Site]:
+        """The site at a position in the order of execution, or of an id; those of a slice."""
+        if isinstance(key, int | slice):
             return self.sites[key]
         for site in self.sites:
             if site.id == key:

@@ -76,29 +76,32 @@ def check_gradients(rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[s
 
     U starts at 0, so that V has its first gradient in the second step.
     """
+    name = "gradients within two steps"
     model = copy.deepcopy(rewritten).train()
     parameters = {f"{site}.{name}": p for site, module in sites_of(model).items() for name, p in module.named_parameters()}
     arrived: set[str] = set()
     broken: set[str] = set()
-    with without_caches(model), torch.random.fork_rng():
+    with without_caches(model), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         for step in range(2):
             torch.manual_seed(seed + step)
             model.zero_grad()
             leaves = [leaf for leaf in _floats(model(*args, **kwargs)) if leaf.requires_grad]
+            if not leaves:
+                return Check.not_run(name, "no output carries a gradient: all are whole numbers, or made under no_grad or detach")
             loss = sum(((leaf.float() * torch.randn_like(leaf, dtype=torch.float32)).mean() for leaf in leaves), torch.zeros(()))
             torch.autograd.backward(loss)
             with torch.no_grad():
-                for name, parameter in parameters.items():
+                for key, parameter in parameters.items():
                     if parameter.grad is None:
                         continue
                     if not torch.isfinite(parameter.grad).all():
-                        broken.add(name)
+                        broken.add(key)
                     elif parameter.grad.abs().max() > 0:
-                        arrived.add(name)
+                        arrived.add(key)
                     parameter.sub_(1e-2 * parameter.grad.sign())
     missing = sorted(set(parameters) - arrived | broken)
     detail = f"{len(parameters)} parameter tensors" if not missing else f"none or not finite: {', '.join(missing[:4])}"
-    return Check("gradients within two steps", not missing, float(len(missing)), "finite, not zero", detail)
+    return Check(name, not missing, float(len(missing)), "finite, not zero", detail)
 
 
 @contextlib.contextmanager

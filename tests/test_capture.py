@@ -222,6 +222,25 @@ def test_sums_under_control_flow_are_listed():
     assert "subgraph" in reasons(sites)
 
 
+@pytest.mark.parametrize("parts", [(nn.ReLU(),), (nn.LayerNorm(D), nn.GELU())])
+def test_scripted_parts_are_the_same_each_time(parts):
+    """TorchScript optimises what it has run, and differentiates it then by itself."""
+
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.jit.script(nn.Sequential(nn.Linear(D, D), *parts)), nn.Linear(D, D)
+
+        def forward(self, x):
+            x = x + self.a(x)
+            return x + torch.tanh(self.b(x))
+
+    model = Scripted()
+    for _ in range(3):
+        model(X).sum().backward()
+        assert kinds(detect(model, (X,))) == {"identity": 2}
+
+
 # Modes
 
 

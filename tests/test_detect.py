@@ -219,6 +219,12 @@ def test_the_same_sites_with_dynamic_shapes_and_from_a_program(name):
     assert [(s.kind, s.axis, s.dim) for s in detect(program)] == [(s.kind, s.axis, s.dim) for s in plain]
 
 
+def test_sites_are_a_sequence():
+    sites = detect(CASES["plain"].make(), (X,))
+    assert sites[0] is sites["laurel_0"] is sites[:1][0]
+    assert sites[1:] == [sites["laurel_1"]]
+
+
 def test_detection_changes_nothing():
     model = real("resnet18").model.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -84,6 +84,42 @@ def test_a_branch_that_no_gradient_reaches_is_none(name):
     assert reasons(sites) & {"detached", "pointwise"} == {"detached"}
 
 
+UNLEARNED = {
+    "a detached result": lambda s, x: (s.b(x), (x + s.a(x)).detach() * 2),
+    "a choice": lambda s, x: (s.b(x), (x + s.a(x)).argmax(-1)),
+    "a view of what was detached": lambda s, x: s.b(x) + (lambda v, y: v)((h := s.norm(x)).detach(), h.add_(s.a(h))),
+    "inference mode": lambda s, x: s.b(under(torch.inference_mode(), lambda: x + s.a(x)) * 1),
+}
+
+
+def under(context, call):
+    with context:
+        return call()
+
+
+@pytest.mark.parametrize("name", UNLEARNED)
+def test_a_sum_that_no_gradient_reaches_is_none(name):
+    sites = found(UNLEARNED[name])
+    assert not sites.sites
+    assert "no gradient" in reasons(sites)
+
+
+@pytest.mark.parametrize("end", [lambda y: y.argmax(-1), lambda y: y.detach(), lambda y: y > 0])
+def test_of_a_model_whose_outputs_have_no_gradient_at_all_every_sum_counts(end):
+    """It is trained in another way than it is called here."""
+    assert kinds(found(lambda s, x: end(x + s.a(x)))) == {"identity": 1}
+
+
+def test_a_caller_in_inference_mode_changes_nothing():
+    with torch.inference_mode():
+        assert kinds(found(lambda s, x: x + s.a(x))) == {"identity": 1}
+
+
+def test_an_onnx_graph_may_be_the_deployed_half_of_a_model(tmp_path):
+    torch.onnx.export(Net(UNLEARNED["a choice"]).eval(), (X,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    assert kinds(detect(tmp_path / "model.onnx")) == {"identity": 1}
+
+
 class Step(Net):
     def forward(self, x):
         return x + self.a(self.norm(x))

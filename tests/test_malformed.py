@@ -20,9 +20,10 @@ from conftest import EXAMPLES, run
 from onnx import TensorProto, helper
 from test_cli import NET
 from test_graph_files import graph, with_data
+from torch import nn
 from toys import CASES, D
 
-from laurel_rewrite import CaptureError, ConfigError, detect, load, rewrite, save
+from laurel_rewrite import CaptureError, ConfigError, detect, load, profile, rewrite, save
 from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.graph_files import read_onnx
 from laurel_rewrite.manifest import MANIFEST
@@ -225,6 +226,13 @@ def test_functions_that_are_nested_are_read_in_a_process_of_their_own(tmp_path):
     assert len(detect(tmp_path / "model.onnx")) == 0
 
 
+def test_a_profile_reads_files_as_everything_does(tmp_path):
+    (tmp_path / "deep.onnx").write_bytes(functions(5000).SerializeToString())
+    for name, message in (("deep.onnx", "deep"), ("z" * 300 + ".onnx", "cannot be read"), ("none.onnx", "There is no file")):
+        with pytest.raises(ConfigError, match=message):
+            profile([tmp_path / name], seconds=0)
+
+
 def test_data_files_are_not_copied_into_the_place_of_a_result(tmp_path, here):
     (tmp_path / "model").mkdir()
     with_data(tmp_path / "model", "plan.toml")
@@ -313,6 +321,44 @@ def test_a_model_that_ends_the_program(change, message, tmp_path, here):
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "laurel_out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (lambda text: text.replace("return x + self.l(x)", "raise BaseException('no')"), 4, "the model's code raised BaseException: no"),
+        (lambda text: text.replace("return Net()", "raise GeneratorExit"), 4, "the model's code raised GeneratorExit"),
+        (lambda text: text.replace("return x + self.l(x)", "raise KeyboardInterrupt"), 130, "Interrupted"),
+        (lambda text: "import torch\ntorch.set_default_device('meta')\n" + text, 2, "is on the meta device: it has no values to verify"),
+    ],
+)
+def test_what_no_model_should_raise(change, code, message, tmp_path, here):
+    name = f"raises_{len(message)}.py"
+    (tmp_path / name).write_text(change(NET))
+    done = here(name, "--rank", "4", "--profile-seconds", "0")
+    assert done.returncode == code
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "laurel_out").exists()
+
+
+@pytest.mark.parametrize("end", [".argmax(-1)", ".detach()", " > 0"])
+def test_outputs_without_a_gradient_go_through_the_job(end, tmp_path, here):
+    name = f"without_{len(end)}.py"
+    (tmp_path / name).write_text(NET.replace("return x + self.l(x)", f"return (x + self.l(x)){end}"))
+    done = here(name, "--rank", "4", "--profile-seconds", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    (check,) = [check for check in json.loads(done.stdout)["verification"] if check["name"] == "gradients within two steps"]
+    assert check["outcome"] == "not run"
+    assert "no output carries a gradient" in check["detail"]
+
+
+def test_inputs_that_are_none_in_python():
+    x = torch.randn(2, 8)
+    with pytest.raises(ConfigError, match="kwargs must be a dictionary of keyword arguments, not Tensor"):
+        rewrite(nn.Linear(8, 8), (), x)
+    with pytest.raises(ConfigError, match=r"rewrite takes a torch\.nn\.Module, not str"):
+        rewrite("model.py", (x,))
 
 
 def test_what_a_model_prints_does_not_stand_before_the_json(tmp_path):

@@ -28,6 +28,17 @@ class Plain(nn.Module):
         return x + self.a(x)
 
 
+class Weighted(nn.Module):
+    """Adds, and has a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, D) / 4)
+
+    def forward(self, x):
+        return x + torch.tanh(x @ self.weight)
+
+
 class Locked(Plain):
     """A lock can neither be copied nor pickled."""
 
@@ -80,6 +91,13 @@ def test_a_class_that_forbids_subclasses(tmp_path):
     better = away_from_start(rewrite(NoSubclass(), (X,), rank=4))
     save(better, tmp_path)
     assert torch.equal(load(tmp_path)(X), better(X))
+
+
+def test_an_owner_whose_class_a_parametrisation_made_is_not_saved(tmp_path):
+    better = rewrite(nn.utils.parametrizations.weight_norm(Weighted()), (X,), rank=4)
+    with pytest.raises(RewriteError, match="ParametrizedWeighted was made while the program ran"):
+        save(better, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")

@@ -133,10 +133,11 @@ class _Reader:
             self._settle(node, op, self.views[view], operands)
             return
         owner, run, existing = owner_of(node)
+        marks = node.meta.get("custom") or {}
         value = self.flow.add(
             node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
-            trace=node.meta.get("stack_trace") or "", run=run, recorded=self.recording,
-            call=(node.meta.get("custom") or {}).get("laurel_call") if op in SUMS else None,
+            trace=node.meta.get("stack_trace") or "", run=run, 
+            recorded=self.recording and "laurel_unrecorded" not in marks, call=marks.get("laurel_call") if op in SUMS else None,
         )  # fmt: skip
         if kind.role is Role.TRANSPARENT and inputs:
             value.axes = _axes(node, op, values[inputs[0]], value)

@@ -72,7 +72,7 @@ class OnnxFlow:
         sums: the node behind each sum, by the index of its value.
     """
 
-    flow: Dataflow = field(default_factory=Dataflow)
+    flow: Dataflow = field(default_factory=lambda: Dataflow(deployed=True))
     index: dict[ir.Value, int] = field(default_factory=dict)
     sums: dict[int, OnnxSum] = field(default_factory=dict)
 

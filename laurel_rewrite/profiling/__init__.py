@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError
 from laurel_rewrite.feeds import Guess, check_feeds, fitting_feeds, shape_grid
-from laurel_rewrite.graph_files import external, write_onnx
+from laurel_rewrite.graph_files import external, read_onnx, write_onnx
+from laurel_rewrite.models import require_file
 from laurel_rewrite.one_more_layer import one_more_layer
 from laurel_rewrite.onnx_surgery import away_from_start
 from laurel_rewrite.profiling import latency
@@ -168,8 +169,7 @@ def profile(
     effort = Effort(seconds, min_rounds, precision, max_seconds)
     files = [Path(path) for path in paths]
     for file in files:
-        if not file.is_file():
-            raise ConfigError(f"There is no file {file} to profile.")
+        require_file(file)
     if not files:
         raise ConfigError("profile takes at least one ONNX file.")
     if inputs is not None and shapes:
@@ -344,6 +344,6 @@ def _file_bytes(path: Path) -> int:
 
 def _load(path: Path) -> ir.Model:
     try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
-        raise ConfigError(f"{path} is no ONNX model: {type(error).__name__}: {error}") from error
+        return read_onnx(path)
+    except CaptureError as error:
+        raise ConfigError(error.args[0]) from error

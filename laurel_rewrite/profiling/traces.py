@@ -100,7 +100,7 @@ def record(
     traces = []
     for n, session in enumerate(sessions):
         raw = Path(session.end_profiling()).replace(folder / f"trace{n}.json")
-        traces.append(_read(json.loads(raw.read_text())))
+        traces.append(_read(json.loads(raw.read_text(encoding="utf-8", errors="replace"))))
     return traces
 
 
