@@ -43,7 +43,9 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
     try:
         _check_archive(path)
         with quiet(), _tensors_alone():
-            return torch.export.load(path)
+            program = torch.export.load(path)
+        _check_metadata(program, path)
+        return program
     except CaptureError:
         raise
     except FOREIGN as error:  # zipfile's, json's, torch's and the file system's
@@ -65,6 +67,16 @@ def _check_archive(path: Path) -> None:
                 raise CaptureError(f"{path} holds the pickled object {shown(entry.filename)}, which is not unpickled.")
             if entry.filename.endswith(".json") and entry.file_size <= _JSON_BYTES:
                 _check_sizes(json.loads(archive.read(entry)), path)
+
+
+def _check_metadata(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Raise CaptureError where what a node says of its origin is of another type than an export writes."""
+    for graph in (module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)):
+        for node in graph.nodes:
+            stack = node.meta.get("nn_module_stack", {})
+            good = isinstance(stack, dict) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in stack.values())
+            if not (good and isinstance(node.meta.get("custom", {}), dict) and isinstance(node.meta.get("stack_trace") or "", str)):
+                raise CaptureError(f"{path} is damaged: the metadata of the node {shown(node.name)} is not what an export writes.")
 
 
 def _check_sizes(data: Any, path: Path) -> None:

@@ -31,7 +31,7 @@ from laurel_rewrite.models import build, parse_settings
 from laurel_rewrite.plan import LaurelConfig, Plan
 from tools.fuzz import formats
 
-FORMER_FAULTS = {"axis 1 of two dimensions": 15437}
+FORMER_FAULTS = {"axis 1 of two dimensions": 15437, "a stack trace that is a number": 27832}
 """Seeds of the fuzzer that once were faults, by what happened."""
 
 
@@ -294,6 +294,9 @@ def test_exported_programs(tmp_path, capfd):
         with pytest.raises(CaptureError, match="is no size"):
             detect(path)
     assert not called.exists()
+    path = program(tmp_path, lambda name, data: re.sub(rb'"stack_trace": ?"(?:\\.|[^"\\])*"', b'"stack_trace": 5', data))
+    with pytest.raises(CaptureError, match="the metadata of the node .* is not what an export writes"):
+        detect(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CaptureError, match="could not be read as an exported program"):
