@@ -295,7 +295,7 @@ def test_exported_programs(tmp_path, capfd):
             detect(path)
     assert not called.exists()
     path = program(tmp_path, lambda name, data: re.sub(rb'"stack_trace": ?"(?:\\.|[^"\\])*"', b'"stack_trace": 5', data))
-    with pytest.raises(CaptureError, match="the metadata of the node .* is not what an export writes"):
+    with pytest.raises(CaptureError, match=r"the metadata of the node .* is not what an export writes"):
         detect(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
