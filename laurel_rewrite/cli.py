@@ -53,7 +53,11 @@ _MAX_TIME = click.option(
 )
 
 
-_FORCE = click.option("--force", is_flag=True, help="Replace files in --out that are no earlier result, or were changed since, too.")
+_FORCE = click.option(
+    "--force",
+    is_flag=True,
+    help="Replace files in --out that are no earlier result, or were changed since, and another plan at --plan-out.",
+)
 
 
 def _seconds(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -184,7 +188,7 @@ def rewrite(
     measured = _check_limits(limits)
     if profile_seconds == 0 and (measured or precision is not None):
         raise ConfigError(f"{'--fail-if' if measured else '--precision'} needs a profile, and --profile-seconds 0 leaves it out.")
-    from laurel_rewrite.plan import LaurelConfig
+    from laurel_rewrite.plan import LaurelConfig, check_plan_file
 
     config = LaurelConfig(**options, seed=seed)
     from laurel_rewrite import job, terminal
@@ -195,11 +199,11 @@ def rewrite(
     listener = terminal.Stages(_console(stderr=True), quiet=quiet)
     if dry_run or plan_out is not None:
         if plan_out is not None:
-            _check_writable(plan_out)
+            check_plan_file(plan_out)
         report = job.plan_only(model, config, plan=plan, settings=parse_settings(settings), inputs=for_graphs["inputs"], listener=listener)
         others = job.configurations(report, config) if dry_run and plan is None else []
         if plan_out is not None:
-            _write_plan(plan_out, report.plan.to_toml())
+            report.plan.write(plan_out, force=force)
         if as_json:
             _print_json(report.to_dict() | ({"configurations": others} if others else {}))
         else:
@@ -434,20 +438,3 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _print_json(data: dict[str, Any]) -> None:
     click.echo(json.dumps(data, indent=1, default=str), file=click.get_current_context().obj)
-
-
-def _check_writable(path: Path) -> None:
-    """Raise ConfigError where a plan cannot be written, before the work of a capture is done."""
-    try:
-        folder, inside = path.is_dir(), path.parent.is_dir()
-    except OSError as error:  # a name that the file system does not take
-        raise ConfigError(f"The plan {str(path)[:80]} cannot be written: {error.strerror}.") from error
-    if folder or not inside:
-        raise ConfigError(f"The plan {path} cannot be written: {'it is' if folder else f'{path.parent} is not'} a folder.")
-
-
-def _write_plan(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"The plan {path} cannot be written: {error.strerror}.") from error

@@ -297,6 +297,16 @@ class Plan:
         """Read a plan file; ConfigError where there is none."""
         return Plan.from_toml(read_text(Path(path), "The plan"), str(path))
 
+    def write(self, path: Path, *, force: bool = False) -> None:
+        """Write the plan to a file; ConfigError where it cannot be, or where the file is there and says something else."""
+        text = self.to_toml()
+        try:
+            if not force and path.exists() and path.read_bytes() != text.encode():
+                raise ConfigError(f"{path} is there already, and says something else. Choose another file, or replace it with --force.")
+            path.write_text(text)
+        except OSError as error:
+            raise ConfigError(f"The plan {path} cannot be written: {error.strerror}.") from error
+
     def without(self, ids: Collection[str]) -> Plan:
         """The plan less these sites, and less what shares a stream with one of them where the operator reads the stream's history."""
         streams = {row.stream for row in self.sites if row.id in ids and variants.operator(row.variant).uses_history}
@@ -343,6 +353,16 @@ _HEAD = {
     "extra_turns": optional(one_of(*EXTRA_TURNS), "refuse"),
     "site": optional(list_of(anything(dict)), []),
 }
+
+
+def check_plan_file(path: Path) -> None:
+    """Raise ConfigError where a plan cannot be written, before the work of a capture is done."""
+    try:
+        folder, inside = path.is_dir(), path.parent.is_dir()
+    except OSError as error:  # a name that the file system does not take
+        raise ConfigError(f"The plan {str(path)[:80]} cannot be written: {error.strerror}.") from error
+    if folder or not inside:
+        raise ConfigError(f"The plan {path} cannot be written: {'it is' if folder else f'{path.parent} is not'} a folder.")
 
 
 def _label(row: Any, number: int) -> str:

@@ -125,6 +125,15 @@ def test_plan_out_edit_plan(net, here):
     site = json.loads(done.stdout)["plan"]["sites"][0]
     assert (site["variant"], site["rank"]) == ("lr", 3)
     assert not (net / "laurel_out").exists()
+    edited = (net / "plan.toml").read_text()
+    refused = here("net.py", "--rank", "4", "--plan-out", "plan.toml")
+    assert refused.returncode == 2
+    assert "plan.toml is there already, and says something else" in refused.stderr
+    assert (net / "plan.toml").read_text() == edited
+    for _ in range(2):
+        assert here("net.py", "--rank", "4", "--plan-out", "plan.toml", "--force").returncode == 0
+    assert here("net.py", "--rank", "4", "--plan-out", "plan.toml").returncode == 0
+    assert (net / "plan.toml").read_text() == text
 
 
 def test_a_dry_run_compares_configurations_with_one_capture(net, here, monkeypatch):
