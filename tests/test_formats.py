@@ -55,6 +55,7 @@ LARGE = {
     "timm:dpn48b",
     "timm:repvgg_a0",
     "timm:mobilenetv3_small_050",
+    "timm:test_nfnet",
     "hf:llama",
     "hf:gemma2",
 }
