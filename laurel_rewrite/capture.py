@@ -21,7 +21,6 @@ import torch.fx.traceback
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.jit._fuser import optimized_execution
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
@@ -291,28 +290,17 @@ def training(model: nn.Module, mode: bool) -> Iterator[None]:
             module.training = was
 
 
-@contextlib.contextmanager
-def _unoptimised_scripts(model: nn.Module) -> Iterator[None]:
-    """Scripted parts as they are in their first run: TorchScript differentiates what has run before by itself, behind a detach."""
-    scripted = [(path, m) for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    with optimized_execution(False):
-        try:
-            for path, module in scripted:
-                above, _, name = path.rpartition(".")
-                parent = model.get_submodule(above) if path else None
-                if parent is None or isinstance(parent, torch.jit.ScriptModule):
-                    continue
-                with contextlib.suppress(Exception):  # what cannot be written stays
-                    buffer = io.BytesIO()
-                    torch.jit.save(module, buffer)
-                    buffer.seek(0)
-                    parent._modules[name] = torch.jit.load(buffer).train(module.training)  # type: ignore[no-untyped-call]
-                    replaced.append((parent, name, module))
-            yield
-        finally:
-            for holder, name, original in replaced:
-                holder._modules[name] = original
+def _unoptimised_scripts(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Scripted functions and modules op by op. What has run before, TorchScript differentiates by itself, behind a detach that no code of the
+    model's has; what it compiled is forgotten, and compiled again when it runs next."""
+    unit: Any = torch.jit._state._python_cu  # of all that was scripted in this process; torch's stub has no results
+    scripts = [*unit.get_functions()]
+    for module in (m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)):
+        scripts += [module._c._get_method(name) for name in module._c._method_names()]
+    for script in scripts:
+        script._debug_flush_compilation_cache()
+    off: contextlib.AbstractContextManager[None] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]  # public, not in __all__
+    return off
 
 
 @contextlib.contextmanager
