@@ -1,7 +1,7 @@
 """Random ONNX graphs with LAuReL away from its start: lowered by every subset of the passes they compute what they computed before.
 
 A case is made of its seed alone. What a lowered graph is held against is float64, in `fuzz.reference`; how far the graph itself is from
-that in onnxruntime before it is lowered is the yardstick for how far it may be afterwards.
+that in onnxruntime before it is lowered, by the worse of its two ways to run it, is the yardstick for how far it may be afterwards.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from tools.fuzz.reference import evaluate
 VARIANTS = ("rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa")
 TOLERANCE = {TensorProto.FLOAT: 1e-5, TensorProto.FLOAT16: 1e-2}
 """Of an output, in units of its largest element: a few roundings of the coarsest type beside the yardstick."""
-SPREAD = 30
-"""How many times further from float64 a graph may be after lowering than before: the roundings fall at other places."""
+SPREAD = 20
+"""How many times further from float64 a graph may be after lowering than before: the roundings fall at other places. In float64 itself only
+the weights that lowering wrote are rounded, and it may be as far as the graph was."""
 PLAIN, OPTIMISED = "onnxruntime without its optimiser", "onnxruntime"
 D = 8
 SHAPES = {"rows": (3, D), "sequence": (2, 5, D), "image": (2, D, 4, 4)}
@@ -59,8 +60,8 @@ def run(seed: int) -> str:
         return f"nothing to do: no numbers, {case.kind}"
     with tempfile.TemporaryDirectory() as folder:
         given = write_onnx(model, Path(folder) / "before.onnx")
-        yardsticks = {way: _distances(run_onnx(given, case.feeds, optimised=way == OPTIMISED), exact) for way in (PLAIN, OPTIMISED)}
-        if not all(distance < 0.1 for distance in yardsticks[PLAIN]):
+        before = {way: _distances(run_onnx(given, case.feeds, optimised=way == OPTIMISED), exact) for way in (PLAIN, OPTIMISED)}
+        if not all(distance < 0.1 for distances in before.values() for distance in distances):
             return f"nothing to do: {case.kind}, ill-conditioned"
         lowered = model.clone()
         lower(lowered, skip=case.skip, verify=False)
@@ -68,10 +69,12 @@ def run(seed: int) -> str:
         assert [v.name for v in lowered.graph.outputs] == [v.name for v in model.graph.outputs], "the outputs have other names"
         after = write_onnx(lowered, Path(folder) / "after.onnx")
         found = {way: _distances(run_onnx(after, case.feeds, optimised=way == OPTIMISED), exact) for way in (PLAIN, OPTIMISED)}
-    found["float64"], yardsticks["float64"] = _distances(evaluate(lowered, case.feeds), exact), yardsticks[PLAIN]
+    found["float64"] = _distances(evaluate(lowered, case.feeds), exact)
+    # One of them is near by chance where the other shows what roundings do: the kernels differ, not the sums.
+    yardsticks = [max(both) for both in zip(*before.values(), strict=True)]
     for way, errors in found.items():
-        for output, error, yardstick in zip(model.graph.outputs, errors, yardsticks[way], strict=True):
-            allowed = case.tolerance + SPREAD * yardstick
+        for output, error, yardstick in zip(model.graph.outputs, errors, yardsticks, strict=True):
+            allowed = case.tolerance + (1 if way == "float64" else SPREAD) * yardstick
             assert error <= allowed, f"seed {seed}, {case.kind}, {way}: {output.name} is off by {error:.2g}, allowed are {allowed:.2g}"
     return case.kind
 
