@@ -17,12 +17,12 @@ from laurel_rewrite.capture import capture
 from laurel_rewrite.dataflow import Dataflow, Role
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.inputs import call_inputs
-from laurel_rewrite.plan import portable
 from laurel_rewrite.residuals import Residual
 from laurel_rewrite.sites import (
     Binding,
     Site,
     Sites,
+    portable,
     sites_of_capture,
     sites_of_graph,
     sites_of_onnx,

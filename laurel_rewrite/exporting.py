@@ -32,7 +32,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.onnx_surgery import check_form, inline_laurel, parameters_of
 from laurel_rewrite.operator import Laurel, sites_of
 from laurel_rewrite.operator_onnx import BRANCH, DOMAIN
-from laurel_rewrite.plan import portable
+from laurel_rewrite.sites import portable
 from laurel_rewrite.verify import require
 from laurel_rewrite.verify_export import check_export, numbered, widened
 

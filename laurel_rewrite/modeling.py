@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import io
-import sys
+import operator
 import tokenize
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
@@ -93,14 +93,6 @@ class _ModuleWriter:
         return chosen
 
     def _import_class(self, cls: type) -> str:
-        found: Any = sys.modules.get(cls.__module__)
-        for part in cls.__qualname__.split(".") if "<locals>" not in cls.__qualname__ else ():
-            found = getattr(found, part, None)
-        if found is None:
-            raise RewriteError(
-                f"{cls.__module__}.{cls.__qualname__} was made while the program ran, as a parametrisation makes classes, so that it cannot be imported "
-                "again; take that off the module that adds, or leave its sites out"
-            )
         return self._import(f"_{cls.__name__.lstrip('_')}", cls, cls.__module__, cls.__qualname__)
 
     def _import(self, wanted: str, thing: Any, module: str, attribute: str) -> str:
@@ -108,6 +100,14 @@ class _ModuleWriter:
             raise RewriteError(
                 f"{module}.{attribute} is defined inside a function, so that it cannot be imported again; move it to the module's top level"
             )
+        if not isinstance(thing, ModuleType):
+            try:
+                operator.attrgetter(attribute)(importlib.import_module(module))
+            except (ImportError, AttributeError) as error:
+                raise RewriteError(
+                    f"{module}.{attribute} was made while the program ran, as a parametrisation makes classes, so that it cannot be imported again; "
+                    "take that off the module that adds, or leave its sites out"
+                ) from error
         name, count = wanted, 1
         while (name in self.names and self.names[name] is not thing) or name in self.defined:
             count += 1

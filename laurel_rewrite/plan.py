@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import variants
 from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, toml_of, whole
+from laurel_rewrite.drafts import replacing
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.site_config import CONVOLUTIONS, HISTORY_MAP, INIT_DOWN, NORMALIZE, SiteConfig
-from laurel_rewrite.sites import Site, Sites
+from laurel_rewrite.sites import Site, Sites, portable
 from laurel_rewrite.turns import EXTRA_TURNS
 
 if TYPE_CHECKING:
@@ -300,12 +299,10 @@ class Plan:
     def write(self, path: Path, *, force: bool = False) -> None:
         """Write the plan to a file; ConfigError where it cannot be, or where the file is there and says something else."""
         text = self.to_toml()
-        try:
-            if not force and path.exists() and path.read_bytes() != text.encode():
-                raise ConfigError(f"{path} is there already, and says something else. Choose another file, or replace it with --force.")
-            path.write_text(text)
-        except OSError as error:
-            raise ConfigError(f"The plan {path} cannot be written: {error.strerror}.") from error
+        if not force and path.exists() and read_text(path, "The plan") != text:
+            raise ConfigError(f"{path} is there already, and says something else. Choose another file, or replace it with --force.")
+        with replacing(path.parent) as draft:
+            (draft / path.name).write_text(text)
 
     def without(self, ids: Collection[str]) -> Plan:
         """The plan less these sites, and less what shares a stream with one of them where the operator reads the stream's history."""
@@ -396,22 +393,6 @@ def _row(row: dict[str, Any], label: str) -> PlanSite:
     if (site.turns > 0) != bool(turn) or (turn and int(turn) >= site.turns):
         raise ConfigError(f"{label}: the id and turns = {site.turns} disagree; a loop's site ends in the number of its turn.")
     return site
-
-
-def portable(where: str) -> str:
-    """ "file:line" without what is true on one machine only: the path of the file's module, such as "timm/layers/mlp.py:40".
-
-    A file that is no imported module keeps its name alone.
-    """
-    path, colon, line = where.rpartition(":")
-    if not os.path.isabs(path):
-        return where
-    for folder in ("/site-packages/", "/dist-packages/"):
-        if folder in path:
-            return path.rpartition(folder)[2] + colon + line
-    name = next((name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == path), "")
-    depth = name.count(".") + (path.endswith("/__init__.py") and name != "__main__")
-    return "/".join(path.split("/")[-1 - depth :]) + colon + line
 
 
 def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:

@@ -24,8 +24,8 @@ from laurel_rewrite.sites import Sites
 from laurel_rewrite.surgery import Rewriting, change_classes, copied, install, keep_record, remove
 from laurel_rewrite.verify import Check
 
-_ENGINES = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
-"""Classes of torch and DeepSpeed that send gradients around for the parameters that they found when they were made."""
+_ENGINES = {"torch.DistributedDataParallel", "torch.FullyShardedDataParallel", "torch.FSDPModule", "deepspeed.DeepSpeedEngine"}
+"""Packages and classes in them that send gradients around for the parameters that they found when they were made."""
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 4  # ways to write a class: adds in place or not, turns counted in one way or the other
 
@@ -135,7 +135,8 @@ def rewrite(
 def _refuse_distributed(model: nn.Module) -> None:
     """Raise ConfigError where a module's parameters are known to an engine already: it would not send the gradients of new ones around."""
     for name, module in model.named_modules():
-        engine = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _ENGINES), None)
+        known = (f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(module).__mro__)
+        engine = next((name.partition(".")[2] for name in known if name in _ENGINES), None)
         if engine is not None:
             raise ConfigError(
                 f"{name or 'The model'} is a {engine}, which took note of its parameters before LAuReL's were there: each process would train its "

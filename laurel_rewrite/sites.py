@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -98,6 +100,22 @@ def short(where: str) -> str:
     """The last two parts of a file's path, and the line: enough to find it."""
     path, colon, line = where.rpartition(":")
     return "/".join(path.split("/")[-2:]) + colon + line if "/" in path else where
+
+
+def portable(where: str) -> str:
+    """ "file:line" without what is true on one machine only: the path of the file's module, such as "timm/layers/mlp.py:40".
+
+    A file that is no imported module keeps its name alone.
+    """
+    path, colon, line = where.rpartition(":")
+    if not os.path.isabs(path):
+        return where
+    for folder in ("/site-packages/", "/dist-packages/"):
+        if folder in path:
+            return path.rpartition(folder)[2] + colon + line
+    name = next((name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == path), "")
+    depth = name.count(".") + (path.endswith("/__init__.py") and name != "__main__")
+    return "/".join(path.split("/")[-1 - depth :]) + colon + line
 
 
 @dataclass

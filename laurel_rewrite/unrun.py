@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from types import CodeType
 
 from laurel_rewrite.errors import RewriteError
-from laurel_rewrite.plan import portable
-from laurel_rewrite.sites import Sites
+from laurel_rewrite.sites import Sites, portable
 from laurel_rewrite.source_file import Definition, SourceFile
 from laurel_rewrite.text_edits import CallForm
 

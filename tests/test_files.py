@@ -21,7 +21,8 @@ from laurel_rewrite import ConfigError, drafts, load, rewrite, save
 from laurel_rewrite.drafts import READY, check_out, reading, replacing
 from laurel_rewrite.manifest import MANIFEST, Manifest
 from laurel_rewrite.models import build
-from laurel_rewrite.plan import Plan, portable
+from laurel_rewrite.plan import Plan
+from laurel_rewrite.sites import portable
 from tools.fuzz import kills
 
 

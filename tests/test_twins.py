@@ -101,6 +101,31 @@ def test_what_is_trained_acts_in_eval_mode_with_earlier_states_too(name):
     torch.testing.assert_close(better.train()(X), better.eval()(X), rtol=1e-6, atol=1e-6)  # the dropout drops nothing
 
 
+def test_beside_connections_that_one_mode_alone_has():
+    """The twin stands once in the order; what train mode adds more has a LAuReL and a note of its own."""
+
+    class More(Base):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Linear(D, D)
+
+        def forward(self, x):
+            x = x + F.dropout(self.a(x), 0.0) if self.training else x + self.a(x)
+            x = x + self.b(torch.relu(x))
+            return x + self.c(torch.relu(x)) if self.training else x
+
+    sites = detect(More(), (X,))
+    assert [site.id for site in sites] == ["laurel_0", "laurel_1", "laurel_2"]
+    assert len(sites.notes) == 2
+    better = rewrite(More(), (X,), variant="rw", rank=4)
+    called = {name: [] for name in sites_of(better)}
+    for name, laurel in sites_of(better).items():
+        laurel.register_forward_hook(lambda *_, name=name: called[name].append(better.training))
+    for train in (False, True):
+        better.train(train)(X)
+    assert called == {"laurel_0": [False, True], "laurel_1": [False, True], "laurel_2": [True]}
+
+
 def test_connections_of_other_parameters_are_two():
     class Heads(Base):
         def forward(self, x):
