@@ -179,6 +179,7 @@ class _Watch(Watch):
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.reads is not None:
+            self.reads.look((args, kwargs))  # the sum reads its operands, as the original's did
             self.reads.inside += 1
 
     def _after(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:

@@ -234,6 +234,17 @@ class CallersTensor(One):
 
 
 @form
+class AddsToWhatABlockChanged(CallersTensor):
+    def forward(self, x):
+        h = torch.relu(x)
+        return self.a(self.changed(h)) + h  # evaluated before the sum, whose skip it changes
+
+    def changed(self, h):
+        self.block(h)
+        return h * 2
+
+
+@form
 class KeepsAnActivation(One):
     def forward(self, x):
         self.map = self.a(x)
