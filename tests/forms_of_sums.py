@@ -233,15 +233,23 @@ class CallersTensor(One):
         return h
 
 
+class _InPlaceAndOn(One):
+    def forward(self, h):
+        h += self.a(h)
+        return h * 2
+
+
 @form
-class AddsToWhatABlockChanged(CallersTensor):
+class AddsToWhatABlockChanged(One):
+    """The branch, which is evaluated first, changes the skip, and only the sum reads it then."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = _InPlaceAndOn()
+
     def forward(self, x):
         h = torch.relu(x)
-        return self.a(self.changed(h)) + h  # evaluated before the sum, whose skip it changes
-
-    def changed(self, h):
-        self.block(h)
-        return h * 2
+        return self.a(self.block(h)) + h
 
 
 @form
