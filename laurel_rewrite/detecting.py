@@ -230,16 +230,8 @@ def _twins(one: Sites, other: Sites, fewer: Sequence[Site], more: Sequence[Site]
     def facts(sites: Sites, site: Site) -> tuple[Any, ...]:
         binding = sites.bindings[site.id]
         call, sides = binding.adds[0][2], tuple(side for _, side, _ in binding.adds)
-        return (
-            site.owner,
-            call and call.owner_call,
-            site.kind,
-            site.axis,
-            site.dim,
-            sides,
-            binding.turn,
-            _reads(sites.flow, binding.residual),
-        )
+        where = site.owner, call and call.owner_call, binding.turn
+        return *where, site.kind, site.axis, site.dim, sides, _reads(sites.flow, binding.residual)
 
     twins: dict[str, Site] = {}
     left = [(facts(other, site), site) for site in more]

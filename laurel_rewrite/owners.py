@@ -136,15 +136,12 @@ def torn_histories(sites: Sites, plan: Plan) -> set[str]:
 def _change(row: PlanSite, sites: Sites, *, keep: bool, by_turn: bool) -> Change | str:
     """A site's change, or the reason why there is none."""
     binding = sites.bindings[row.id]
-    places = [
-        tuple((call.steps, side) for _, side, call in adds if call is not None and call.owner == row.owner)
-        for adds in (binding.adds, *binding.twins)
-    ]
     if row.kind == "partial":
         return "the skip is a slice of what the branch reads"
-    if any(len(place) != len(adds) for place, adds in zip(places, (binding.adds, *binding.twins), strict=True)):
+    if any(call is None or call.owner != row.owner for adds in binding.places for _, _, call in adds):
         return "its sum is spread over several modules, was not made by Python code, or stands in a torch.autograd.Function with its own backward"
-    return Change(row.attribute, tuple(places), binding.turn is not None, by_turn, keep)
+    places = tuple(tuple((call.steps, side) for _, side, call in adds if call is not None) for adds in binding.places)
+    return Change(row.attribute, places, binding.turn is not None, by_turn, keep)
 
 
 def _unfit(model: nn.Module, owner: str, wanted: list[tuple[Change, list[str]]]) -> str | None:

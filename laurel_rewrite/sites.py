@@ -95,6 +95,11 @@ class Binding:
     turns: int = 1
     holder: str = ""
 
+    @property
+    def places(self) -> tuple[Adds, ...]:
+        """The adds of every place where the source writes the connection."""
+        return (self.adds, *self.twins)
+
 
 def short(where: str) -> str:
     """The last two parts of a file's path, and the line: enough to find it."""
