@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import quiet, training, without_caches
+from laurel_rewrite.inputs import copied_inputs, copied_tensor
 from laurel_rewrite.operator import sites_of
 from laurel_rewrite.snapshot import preserved
 from laurel_rewrite.verify import Check, tensors_of
@@ -52,7 +51,7 @@ def run_once(
     """
     result = Run()
     for gradients in (False, True):
-        given_args, given_kwargs = _copied_inputs(args, kwargs)
+        given_args, given_kwargs = copied_inputs(args, kwargs)
         with preserved(model), training(model, train), without_caches(model), torch.set_grad_enabled(gradients), quiet():
             seeded(seed)
             try:
@@ -68,7 +67,7 @@ def run_once(
             held = {"output": output, "input": (given_args, given_kwargs)}
             named = {f"{kind} {n}": leaf for kind, tree in held.items() for n, leaf in enumerate(tensors_of(tree))}
             named |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()} if train else {}
-            return Run({name: _kept(tensor) for name, tensor in named.items()})
+            return Run({name: copied_tensor(tensor) for name, tensor in named.items()})
     return result
 
 
@@ -158,27 +157,6 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     if tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
         return ()
     return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """A copy with the strides of the original, which later calls cannot change."""
-    plain = tensor.detach()
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or any(stride == 0 for stride in tensor.stride()):
-        return plain.clone()
-    try:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(plain)
-    except RuntimeError:  # its elements share memory
-        return plain.clone()
-
-
-def _copied_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs again, so that what a model writes into them is its own."""
-    memo: dict[int, Any] = {}
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and not leaf.is_leaf:
-            memo[id(leaf)] = _kept(leaf)
-    given: tuple[tuple[Any, ...], dict[str, Any]] = copy.deepcopy((tuple(args), dict(kwargs)), memo)
-    return given
 
 
 def _line(error: BaseException) -> str:

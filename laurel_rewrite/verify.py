@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import without_caches
 from laurel_rewrite.errors import VerificationError
+from laurel_rewrite.inputs import copied_inputs
 from laurel_rewrite.operator import sites_of
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ def check_gradients(rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[s
         for step in range(2):
             torch.manual_seed(seed + step)
             model.zero_grad()
-            leaves = [leaf for leaf in _floats(model(*args, **kwargs)) if leaf.requires_grad]
+            given_args, given_kwargs = copied_inputs(args, kwargs)
+            leaves = [leaf for leaf in _floats(model(*given_args, **given_kwargs)) if leaf.requires_grad]
             if not leaves:
                 return Check.not_run(name, "no output carries a gradient: all are whole numbers, or made under no_grad or detach")
             loss = sum(((leaf.float() * torch.randn_like(leaf, dtype=torch.float32)).mean() for leaf in leaves), torch.zeros(()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import quiet, training, without_caches
+from laurel_rewrite.inputs import copied_inputs
 from laurel_rewrite.onnx_runs import FLOAT32, NotRun, Ran, Values, apart
 from laurel_rewrite.operator import sites_of
 from laurel_rewrite.verify import Check, tensors_of
@@ -132,7 +133,8 @@ def _run(model: nn.Module, inputs: Inputs, interface: Interface, values: Mapping
     handles = [module.register_forward_hook(hook(site)) for site, module in sites_of(model).items()]
     try:
         with training(model, False), without_caches(model), torch.no_grad(), quiet():
-            outputs = tensors_of(model(*inputs.args, **inputs.kwargs))
+            args, kwargs = copied_inputs(inputs.args, inputs.kwargs)
+            outputs = tensors_of(model(*args, **kwargs))
     finally:
         for handle in handles:
             handle.remove()

@@ -20,6 +20,7 @@ from laurel_rewrite.capture import quiet, training
 from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.feeds import GUESSES, draw_feeds, has_open_sizes
+from laurel_rewrite.inputs import copied_inputs
 from laurel_rewrite.onnx_runs import FLOAT32, Feeds, NotRun, Ran, Values, apart, differences, no_kernel, run_graph, run_onnx, session_of
 from laurel_rewrite.operator_onnx import DOMAIN
 from laurel_rewrite.verify import Check, check_gradients, tensors_of
@@ -170,7 +171,7 @@ def check_torch(module: fx.GraphModule, ran: Ran, *, seed: int = 0) -> list[Chec
     """A PyTorch module made from a rewritten graph equals it in eval mode, and its LAuReL parameters have gradients."""
     args = [torch.from_numpy(array) for array in ran.draws[0].values()]
     with training(module, False), torch.no_grad(), quiet():
-        found = [tensor.numpy() for tensor in tensors_of(module(*args))]
+        found = [tensor.numpy() for tensor in tensors_of(module(*copied_inputs(args, {})[0]))]
     names = list(ran.optimised[0])
     expected = [{name: ran.plain[0][name] for name in names}]
     ours = [dict(zip(names, found, strict=False))]

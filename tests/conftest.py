@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -36,6 +37,8 @@ from laurel_rewrite.verify_onnx import run_onnx
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 gc.set_threshold(50_000, 20, 50)  # exports make millions of objects, and a twelfth of the tests' time went to looking at them
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)  # new cases are the fuzzer's to find
+hypothesis.settings.load_profile("suite")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torchvision's import
     declare_torchvision_ops()

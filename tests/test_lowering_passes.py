@@ -240,7 +240,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=steps, seed=st.integers(0, 3), variant=st.sampled_from(["rw", "rw+lr", "rw+lr+pa"]), skip=st.sets(st.sampled_from(SKIPPABLE)))
 def test_random_graphs(plan, seed, variant, skip, tmp_path):
     """Values stay, whatever reads the streams, and whichever passes there are."""

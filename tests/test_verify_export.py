@@ -7,7 +7,7 @@ import json
 import onnx
 import pytest
 import torch
-from conftest import away_from_start
+from conftest import away_from_start, close
 from onnx import TensorProto
 from torch import nn
 from toys import CASES, D
@@ -15,6 +15,7 @@ from toys import CASES, D
 from laurel_rewrite import VerificationError, export_onnx, rewrite
 from laurel_rewrite.exporting import Exporter
 from laurel_rewrite.verify_export import check_export
+from laurel_rewrite.verify_onnx import run_onnx
 
 X = (torch.randn(2, 5, D),)
 
@@ -92,3 +93,24 @@ def test_models_in_half_precision_go_through_the_job(kind, type_, tmp_path, here
     assert ("as a copy in float32" in result.stdout) == (kind == "bfloat16")
     model = onnx.load(tmp_path / "laurel_out" / "laurel.onnx")
     assert {info.type.tensor_type.elem_type for info in model.graph.input} == {type_}
+
+
+class InPlace(nn.Module):
+    """Adds into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, D)
+
+    def forward(self, x):
+        x += self.linear(self.norm(x))
+        return x
+
+
+def test_a_model_that_writes_into_its_input_is_compared_on_copies(tmp_path):
+    model = away_from_start(rewrite(InPlace(), (X[0].clone(),), variant="rw+lr", rank=4)).eval()
+    given = X[0].clone()
+    path = export_onnx(model, (given,), None, tmp_path / "model.onnx")
+    assert torch.equal(given, X[0])
+    with torch.no_grad():
+        close(run_onnx(path, {"x": X[0].numpy()}, optimised=True), [model(given).numpy()])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.capture import quiet, without_caches
+from laurel_rewrite.inputs import copied_inputs
 from laurel_rewrite.operator import param_groups
 from laurel_rewrite.profiling.latency import Latency, interleaved, summarised
 
@@ -108,7 +109,8 @@ class _Step:
             torch.cuda.synchronize()
 
     def _loss(self) -> Tensor:
-        leaves = pytree.tree_leaves(self.forward(*self.args, **self.kwargs))
+        args, kwargs = copied_inputs(self.args, self.kwargs)
+        leaves = pytree.tree_leaves(self.forward(*args, **kwargs))
         floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad]
         return torch.stack([leaf.float().square().mean() for leaf in floats]).sum()
 
