@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import fx
 
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_runs import FLOAT32, NotRun, Ran, in_float32
+from laurel_rewrite.onnx_runs import FLOAT32, NotRun, Ran, in_float32, run_shaken
 from laurel_rewrite.onnx_surgery import GraphRewrite, away_from_start
 from laurel_rewrite.verify import Check
 from laurel_rewrite.verify_onnx import attempt, check_moves, check_optimiser, check_torch, proved, reference
@@ -55,20 +56,27 @@ class GraphProof:
             return
         exact = self.rewrite.exact_start()
         own = exact is self.rewrite.model
-        checks, ran = proved("start", self.original, file if own else exact, values=self.rewrite.values, exact=self.rewrite.exact)
+        checks, ran = proved(
+            "start",
+            self.original,
+            file if own else exact,
+            values=self.rewrite.values,
+            exact=self.rewrite.exact,
+            shaken=self._shaken(self.path),
+        )
         self.checks += checks
         if ran is not None and own:
             self._kept[file] = ran
         with away_from_start(file, self.seed) as random:
             found = attempt("random LAuReL", random, self.original, self.rewrite.values)
-        if isinstance(found, Check):
-            self.checks.append(found)
-            return
-        self._kept[None] = found
-        self.checks += [
-            check_moves(self.original, found, self.rewrite.values),
-            check_optimiser("random LAuReL, optimised against not", found, self.original),
-        ]
+            if isinstance(found, Check):
+                self.checks.append(found)
+                return
+            self._kept[None] = found
+            self.checks += [
+                check_moves(self.original, found, self.rewrite.values),
+                check_optimiser("random LAuReL, optimised against not", found, self.original, self._shaken(random)),
+            ]
 
     def weights(self, file: Path) -> None:
         """With trained parameters the outputs are numbers, which onnxruntime's optimiser keeps."""
@@ -80,7 +88,7 @@ class GraphProof:
             self.checks.append(found)
             return
         self._kept[file] = found
-        self.checks.append(check_optimiser("trained LAuReL, optimised against not", found, self.original))
+        self.checks.append(check_optimiser("trained LAuReL, optimised against not", found, self.original, self._shaken(file)))
 
     def lowered(
         self, name: str, source: Path, file: Path, scales: Mapping[str, float], *, random: bool, skip: Collection[str] = ()
@@ -95,14 +103,22 @@ class GraphProof:
         if isinstance(before, Check):
             self.checks.append(before)
             return
-        self.checks += proved(name, before, file, values=self.rewrite.values, scales=scales)[0]
+        self.checks += proved(name, before, file, values=self.rewrite.values, scales=scales, shaken=self._shaken(source))[0]
         if before.half:
-            wide = ir.from_proto(in_float32(onnx.load(source, load_external_data=False), source.parent))
+            given = ir.from_proto(in_float32(onnx.load(source, load_external_data=False), source.parent))
+            wide = given.clone()
             done = lower(wide, skip=skip, verify=False)
             rtol, atol = FLOAT32
             outputs = [{key: run[key] for key in before.optimised[0]} for run in before.plain]
             exact = replace(before, optimised=outputs, rtol=rtol, atol=atol, noise={})
-            self.checks += proved(f"{name}, as a copy in float32", exact, wide, values=self.rewrite.values, scales=done.scales)[0]
+            self.checks += proved(
+                f"{name}, as a copy in float32", exact, wide, values=self.rewrite.values, scales=done.scales, shaken=self._shaken(given)
+            )[0]
+
+    def _shaken(self, source: Path | ir.Model) -> Callable[[], Ran]:
+        """A graph with its weights moved in their last places, on the inputs of the original."""
+        assert self.original is not None
+        return partial(run_shaken, source, self.original.draws, self.rewrite.values)
 
     def torch(self, module: fx.GraphModule, file: Path) -> None:
         """A PyTorch module made from the same graph computes what a file does. Others convert the operators, so that this is always shown.
@@ -116,7 +132,8 @@ class GraphProof:
         except NotRun as why:
             raise ExportError(f"it could not be compared with the graph: {why}.") from why
         found = attempt(name, file, original, {})
+        shaken = partial(run_shaken, file, original.draws)
         try:
-            self.checks += [found] if isinstance(found, Check) else check_torch(module, found, seed=self.seed)
+            self.checks += [found] if isinstance(found, Check) else check_torch(module, found, shaken, seed=self.seed)
         except Exception as error:  # of foreign modules
             raise ExportError(f"what onnx2torch made of the graph does not run: {type(error).__name__}: {error}") from error

@@ -22,6 +22,13 @@ Values = dict[str, np.ndarray]
 HALVES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 FLOAT32 = (1e-4, 1e-5)
 """rtol and atol of a graph in float32."""
+_LAST_PLACE: Mapping[int, float] = {
+    TensorProto.DOUBLE: 2.0**-52,
+    TensorProto.FLOAT: 2.0**-23,
+    TensorProto.FLOAT16: 2.0**-10,
+    TensorProto.BFLOAT16: 2.0**-7,
+}
+"""The distance of 1 and the next number, by type."""
 _TYPES = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
 """Attributes that name a type."""
 _PROTO_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
@@ -92,6 +99,34 @@ def run_graph(source: Path | ir.Model, draws: Sequence[Feeds], values: Collectio
     return Ran(draws, plain, optimised, rtol, atol, half, copied, noise)
 
 
+def run_shaken(source: Path | ir.Model, draws: Sequence[Feeds], values: Collection[str] = ()) -> Ran:
+    """`run_graph` with every weight moved in its last place, which shows how far rounding alone moves what a graph computes.
+
+    Raises:
+        NotRun: its weights are more than protobuf can hold.
+        Exception: as `run_graph`.
+    """
+    given, folder = _proto(source)
+    proto = _whole(given, folder)
+    if proto.ByteSize() > _PROTO_BYTES:
+        raise NotRun(f"its copy with other weights would be of {proto.ByteSize() >> 20:,} MiB")
+    generator = np.random.default_rng(0)
+    for tensor in _tensors(proto):
+        if tensor.data_type in _LAST_PLACE:
+            array = numpy_helper.to_array(tensor)
+            moved = shaken(array.astype(np.float64), _LAST_PLACE[tensor.data_type], generator)
+            tensor.CopyFrom(numpy_helper.from_array(moved.astype(array.dtype), tensor.name))
+    return run_graph(ir.from_proto(proto), draws, values)
+
+
+def shaken(array: np.ndarray, eps: float, generator: np.random.Generator) -> np.ndarray:
+    """Every element moved by eps of it, up or down, but whole numbers, which masks and sizes are made of.
+
+    Where eps is that of the type (1 and the next number's distance), these are one or two units in the last place.
+    """
+    return np.asarray(np.where(array == np.rint(array), array, array * (1 + eps * generator.choice([-1, 1], array.shape))))
+
+
 def run_onnx(path: Path, feeds: Feeds, *, optimised: bool) -> list[np.ndarray]:
     """The outputs of a file."""
     return list(_run(path, path.parent, [feeds], optimised=optimised)[0].values())
@@ -157,17 +192,13 @@ def in_float32(proto: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     Raises:
         NotRun: it would be larger than protobuf can hold.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    onnx.load_external_data_for_model(copy, str(folder))
+    copy = _whole(proto, folder)
+    for tensor in _tensors(copy):
+        _widen(tensor)
     for graph in _graphs(copy):
-        for tensor in getattr(graph, "initializer", ()):
-            _widen(tensor)
         for attribute in (attribute for node in graph.node for attribute in node.attribute):
             if attribute.name in _TYPES and attribute.i in HALVES:
                 attribute.i = TensorProto.FLOAT
-            if attribute.HasField("t"):
-                _widen(attribute.t)
         for info in _infos(graph):
             for kind in _tensor_types(info.type):
                 kind.elem_type = TensorProto.FLOAT if kind.elem_type in HALVES else kind.elem_type
@@ -205,6 +236,21 @@ def _graphs(proto: onnx.ModelProto) -> Iterator[Any]:
         yield graph
         for attribute in (attribute for node in graph.node for attribute in node.attribute):
             stack += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Initializers and constants."""
+    for graph in _graphs(proto):
+        yield from getattr(graph, "initializer", ())
+        yield from (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
+
+
+def _whole(proto: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """A copy that holds its external weights itself."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    onnx.load_external_data_for_model(copy, str(folder))
+    return copy
 
 
 def _infos(graph: Any) -> Iterator[onnx.ValueInfoProto]:

@@ -7,8 +7,9 @@ magnitude of each tensor, be it 1e-9, and more by what the unchanged model shows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,20 @@ from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.feeds import GUESSES, draw_feeds, has_open_sizes
 from laurel_rewrite.inputs import copied_inputs
-from laurel_rewrite.onnx_runs import FLOAT32, Feeds, NotRun, Ran, Values, apart, differences, no_kernel, run_graph, run_onnx, session_of
+from laurel_rewrite.onnx_runs import (
+    FLOAT32,
+    Feeds,
+    NotRun,
+    Ran,
+    Values,
+    apart,
+    differences,
+    no_kernel,
+    run_graph,
+    run_onnx,
+    run_shaken,
+    session_of,
+)
 from laurel_rewrite.operator_onnx import DOMAIN
 from laurel_rewrite.verify import Check, check_gradients, tensors_of
 
@@ -38,6 +52,10 @@ __all__ = [
     "session_of",
 ]
 
+SPREAD = 20
+"""How many times further apart than a model and its copy with other last places two graphs may be: roundings fall at other places."""
+LITTLE = 0.1
+"""Where differences of this part of a value's largest magnitude have to be allowed, a comparison says little."""
 ENOUGH = 100
 """LAuReL's parameters must move the values at the sites by so many tolerances, or a comparison of them says little."""
 
@@ -50,6 +68,7 @@ def proved(
     values: Mapping[str, str],
     scales: Mapping[str, float] | None = None,
     exact: bool = False,
+    shaken: Callable[[], Ran] | None = None,
 ) -> tuple[list[Check], Ran | None]:
     """A graph computes what another one, or a PyTorch module, did: the one function that every door asks.
 
@@ -60,6 +79,8 @@ def proved(
         values: the site of each inner value to compare, by the value's name, in order.
         scales: c of each value that is 1/c of what it was, as the lowering says it.
         exact: without optimisation bit for bit.
+        shaken: what the other one computes with every weight moved in its last place. Called where something differs: what rounding
+            alone does in a deep model, this one may do.
 
     Returns:
         Two checks, without optimisation and with it, and what the graph computed; a failed one and None where it does not run.
@@ -72,9 +93,16 @@ def proved(
         {key: array.astype(np.float64) * rescaled[key] if key in rescaled else array for key, array in run.items()} for run in found.plain
     ]
     tolerance = (max(before.rtol, found.rtol), max(before.atol, found.atol))
-    inner = _compared(f"{name}, not optimised", before.plain, plain, before, (0.0, 0.0) if exact else tolerance, {}, values)
-    outer = _compared(f"{name}, optimised", before.optimised, found.optimised, before, tolerance, before.noise, {})
-    return [inner, outer], replace(found, plain=plain)
+
+    inner = (0.0, 0.0) if exact else tolerance
+
+    def compare(rounding: Mapping[str, float]) -> list[Check]:
+        return [
+            _compared(f"{name}, not optimised", before.plain, plain, before, inner, {}, values, rounding),
+            _compared(f"{name}, optimised", before.optimised, found.optimised, before, tolerance, before.noise, {}, rounding),
+        ]
+
+    return _judged(compare, before, None if exact else shaken, values), replace(found, plain=plain)
 
 
 def attempt(name: str, source: Path | ir.Model, before: Ran, values: Mapping[str, str]) -> Ran | Check:
@@ -130,7 +158,9 @@ def check_lowering(before: ir.Model, after: ir.Model, scales: Mapping[str, float
     sites = {node.outputs[0].name: node.metadata_props.get(f"{METADATA}site", "") for node in before.graph if node.domain == DOMAIN}
     values = {name: site for name, site in sites.items() if name}
     try:
-        return proved("lowered against not", reference(before, values=values), after, values=values, scales=scales)[0]
+        ran = reference(before, values=values)
+        shaken = partial(run_shaken, before, ran.draws, values)
+        return proved("lowered against not", ran, after, values=values, scales=scales, shaken=shaken)[0]
     except NotRun as why:
         return [Check.not_run("lowered against not", str(why))]
 
@@ -138,7 +168,8 @@ def check_lowering(before: ir.Model, after: ir.Model, scales: Mapping[str, float
 def check_rewrite(before: Path | ir.Model, after: ir.Model, values: Mapping[str, str], *, exact: bool) -> list[Check]:
     """A rewritten model at its start computes what the given one does, on drawn inputs."""
     try:
-        return proved("start", reference(before, values=values), after, values=values, exact=exact)[0]
+        ran = reference(before, values=values)
+        return proved("start", ran, after, values=values, exact=exact, shaken=partial(run_shaken, before, ran.draws, values))[0]
     except NotRun as why:
         return [Check.not_run("start", str(why))]
 
@@ -159,27 +190,55 @@ def check_moves(before: Ran, random: Ran, values: Mapping[str, str]) -> Check:
     return Check(name, True if tolerances >= ENOUGH else None, difference, f"at least {ENOUGH} tolerances", place)
 
 
-def check_optimiser(name: str, ran: Ran, before: Ran) -> Check:
-    """onnxruntime's optimiser keeps what a graph computes, but for what it does to the graph that it was made from."""
+def check_optimiser(name: str, ran: Ran, before: Ran, shaken: Callable[[], Ran]) -> Check:
+    """onnxruntime's optimiser keeps what a graph computes, but for what it does to the graph that it was made from; `shaken` as in `proved`."""
     if any(np.isnan(array).any() for run in ran.plain for array in run.values() if array.dtype.kind == "f"):
         return Check(name, False, float("nan"), "", "the outputs are not numbers")
     outputs = [{key: run[key] for key in ran.optimised[0]} for run in ran.plain]
-    return _compared(name, outputs, ran.optimised, ran, (ran.rtol, ran.atol), before.noise, {})
+    compare = lambda rounding: [_compared(name, outputs, ran.optimised, ran, (ran.rtol, ran.atol), before.noise, {}, rounding)]  # noqa: E731
+    return _judged(compare, ran, shaken, {})[0]
 
 
-def check_torch(module: fx.GraphModule, ran: Ran, *, seed: int = 0) -> list[Check]:
-    """A PyTorch module made from a rewritten graph equals it in eval mode, and its LAuReL parameters have gradients."""
+def check_torch(module: fx.GraphModule, ran: Ran, shaken: Callable[[], Ran], *, seed: int = 0) -> list[Check]:
+    """A PyTorch module made from a rewritten graph equals it in eval mode, and its LAuReL parameters have gradients; `shaken` as in `proved`."""
     args = [torch.from_numpy(array) for array in ran.draws[0].values()]
     with training(module, False), torch.no_grad(), quiet():
         found = [tensor.numpy() for tensor in tensors_of(module(*copied_inputs(args, {})[0]))]
     names = list(ran.optimised[0])
     expected = [{name: ran.plain[0][name] for name in names}]
     ours = [dict(zip(names, found, strict=False))]
-    check = _compared("PyTorch against ONNX", expected, ours, replace(ran, draws=ran.draws[:1]), (ran.rtol, ran.atol), ran.noise, {})
-    return [check, check_gradients(module, args, {}, seed=seed)]
+    one = replace(ran, draws=ran.draws[:1])
+    compare = lambda rounding: [_compared("PyTorch against ONNX", expected, ours, one, (ran.rtol, ran.atol), ran.noise, {}, rounding)]  # noqa: E731
+    return [*_judged(compare, ran, shaken, {}), check_gradients(module, args, {}, seed=seed)]
 
 
 # Comparing
+
+
+def _judged(
+    compare: Callable[[Mapping[str, float]], list[Check]], before: Ran, shaken: Callable[[], Ran] | None, values: Mapping[str, str]
+) -> list[Check]:
+    """Checks; where one fails, they are made again with what rounding alone does to each value, in units of its largest magnitude.
+
+    That takes another run to find out. What it does to a value is at least what it does to the sites before: in a deep model they are
+    samples of the same growing differences.
+    """
+    checks = compare({})
+    if shaken is None or not any(check.failed for check in checks):
+        return checks
+    try:
+        other = shaken()
+    except Exception:  # of onnxruntime or a foreign model: then there is no more to say
+        return checks
+    runs = list(zip((*before.plain, *before.optimised), (*other.plain, *other.optimised), strict=True))
+    rounding: dict[str, float] = {}
+    so_far = 0.0
+    for key in _order(before.plain[0], values):
+        pairs = [(one[key], two[key]) for one, two in runs if key in one and key in two and one[key].dtype.kind == "f"]
+        so_far = max([so_far, *(apart(one, two) / _scale(one) for one, two in pairs)])
+        if pairs:
+            rounding[key] = so_far
+    return compare(rounding)
 
 
 def _compared(
@@ -190,9 +249,10 @@ def _compared(
     tolerance: tuple[float, float],
     noise: Mapping[str, float],
     values: Mapping[str, str],
+    rounding: Mapping[str, float],
 ) -> Check:
-    """Every tensor of every run; the first site that differs is named, or the first output. Both sides may have the noise."""
-    worst, first, excess = 0.0, "", 0.0
+    """Every tensor of every run; the first site that differs is named, or the first output. Both sides may have the noise, and round."""
+    worst, first, excess, rounded = 0.0, "", 0.0, 0.0
     for feeds, theirs, mine in zip(before.draws, expected, found, strict=True):
         for key in _order(theirs, values):
             if key not in mine and key in values:
@@ -201,13 +261,21 @@ def _compared(
             difference = apart(a, b)
             if difference / _scale(a) > worst:
                 worst = difference / _scale(a)
-            if not first and _distance(a, b, *tolerance, 2 * noise.get(key, 0.0)) > 1:
+            allowed = 2 * noise.get(key, 0.0)
+            far = not first and _distance(a, b, *tolerance, allowed) > 1
+            spread = SPREAD * rounding.get(key, 0.0)
+            if far and _distance(a, b, *tolerance, allowed + spread * _scale(a)) <= 1:
+                rounded = max(rounded, spread)
+            elif far:
                 first = f"{_shapes(feeds)}: {values[key]} is the first that differs" if key in values else f"{_shapes(feeds)}: output {key}"
-            excess = max(excess, 2 * noise.get(key, 0.0) / _scale(a))
+            excess = max(excess, allowed / _scale(a))
     seen = sum(all(key in run for run in (*expected, *found)) for key in values)
     what = f"{seen} of {len(values)} sites and the outputs" if values else "the outputs"
     detail = first or "; ".join([what, *map(_shapes, before.draws)])
-    return Check(name, not first, worst, _allowed(*tolerance, excess), detail)
+    says_little = not first and rounded > LITTLE
+    if says_little:
+        detail = f"rounding alone moves the values by {rounded / SPREAD:.2g} of their largest magnitude; {detail}"
+    return Check(name, None if says_little else not first, worst, _allowed(*tolerance, excess, rounded), detail)
 
 
 def _order(values: Values, sites: Mapping[str, str]) -> Iterator[str]:
@@ -248,11 +316,12 @@ def _scale(array: np.ndarray) -> float:
     return float(_finite(array).max(initial=0.0)) or 1.0
 
 
-def _allowed(rtol: float, atol: float, noise: float) -> str:
+def _allowed(rtol: float, atol: float, noise: float, rounded: float) -> str:
     if not rtol and not atol:
         return "max |difference| = 0"
     allowed = f"{rtol:.0e} |y| + {atol:.0e} max|y|"
-    return f"{allowed} + {noise:.1e} max|y|, which the unchanged model shows against itself" if noise > atol / 10 else allowed
+    allowed += f" + {noise:.1e} max|y|, which the unchanged model shows against itself" if noise > atol / 10 else ""
+    return allowed + (f" + {rounded:.1e} max|y|, for what its weights' last places make" if rounded else "")
 
 
 def _shapes(feeds: Feeds) -> str:

@@ -95,6 +95,31 @@ def test_models_in_half_precision_go_through_the_job(kind, type_, tmp_path, here
     assert {info.type.tensor_type.elem_type for info in model.graph.input} == {type_}
 
 
+class Winding(nn.Module):
+    """Each block multiplies differences, those of rounding too, by about 1.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(24))
+        self.down = nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(24))
+        with torch.no_grad():
+            for up, down in zip(self.up, self.down, strict=True):
+                up.weight.normal_(std=0.3)
+                down.weight.normal_(std=0.25)
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.sin(up(x)))
+        return x
+
+
+def test_a_deep_model_may_be_off_by_what_rounding_alone_makes_of_it(tmp_path):
+    better = away_from_start(rewrite(Winding(), X, variant="rw+lr", rank=4)).eval()
+    checks, _ = check_export(better, Exporter(better, X, None).write(tmp_path / "model.onnx"), X, {}, name="model.onnx")
+    assert [check.outcome for check in checks] == ["passed", "passed"], checks
+    assert "what its weights' last places make" in checks[0].tolerance, checks
+
+
 class InPlace(nn.Module):
     """Adds into its input."""
 
