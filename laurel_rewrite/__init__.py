@@ -17,8 +17,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from laurel_rewrite.detecting import detect
-    from laurel_rewrite.drawing import draw
+    from laurel_rewrite.backends.module.rewriting import rewrite
+    from laurel_rewrite.backends.module.saving import load, save
+    from laurel_rewrite.backends.module.surgery import remove
+    from laurel_rewrite.backends.onnx.surgery import rewrite_onnx
+    from laurel_rewrite.detection.detecting import detect
+    from laurel_rewrite.detection.drawing import draw
+    from laurel_rewrite.detection.explaining import explain
     from laurel_rewrite.errors import (
         CaptureError,
         ConfigError,
@@ -29,30 +34,25 @@ if TYPE_CHECKING:
         RewriteError,
         VerificationError,
     )
-    from laurel_rewrite.explaining import explain
     from laurel_rewrite.exporting import export_onnx
-    from laurel_rewrite.graph_files import write_onnx
-    from laurel_rewrite.onnx_surgery import rewrite_onnx
-    from laurel_rewrite.operator import param_groups
+    from laurel_rewrite.files.onnx import write_onnx
+    from laurel_rewrite.operators.laurel import param_groups
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
-    from laurel_rewrite.rewriting import rewrite
-    from laurel_rewrite.saving import load, save
-    from laurel_rewrite.surgery import remove
 
 _HOMES = {
-    "detect": "detecting",
-    "explain": "explaining",
-    "draw": "drawing",
-    "rewrite": "rewriting",
-    "remove": "surgery",
-    "rewrite_onnx": "onnx_surgery",
-    "write_onnx": "graph_files",
-    "save": "saving",
-    "load": "saving",
+    "detect": "detection.detecting",
+    "explain": "detection.explaining",
+    "draw": "detection.drawing",
+    "rewrite": "backends.module.rewriting",
+    "remove": "backends.module.surgery",
+    "rewrite_onnx": "backends.onnx.surgery",
+    "write_onnx": "files.onnx",
+    "save": "backends.module.saving",
+    "load": "backends.module.saving",
     "export_onnx": "exporting",
     "profile": "profiling",
-    "param_groups": "operator",
+    "param_groups": "operators.laurel",
     "LaurelConfig": "plan",
     **dict.fromkeys(
         (

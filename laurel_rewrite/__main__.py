@@ -1,5 +1,5 @@
 """`python -m laurel_rewrite`."""
 
-from laurel_rewrite.cli import main
+from laurel_rewrite.app.cli import main
 
 main()

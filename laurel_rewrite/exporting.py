@@ -22,19 +22,19 @@ from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite import __version__
-from laurel_rewrite.capture import describe, quiet, training, without_caches
-from laurel_rewrite.dialects.onnx import METADATA
-from laurel_rewrite.drafts import replacing
+from laurel_rewrite.backends.onnx.surgery import check_form, inline_laurel, parameters_of
+from laurel_rewrite.detection.sites import portable
 from laurel_rewrite.errors import ExportError
-from laurel_rewrite.graph_files import place_onnx
-from laurel_rewrite.inputs import call_inputs
+from laurel_rewrite.files.drafts import replacing
+from laurel_rewrite.files.onnx import place_onnx
+from laurel_rewrite.graph.capture import describe, quiet, training, without_caches
+from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_surgery import check_form, inline_laurel, parameters_of
-from laurel_rewrite.operator import Laurel, sites_of
-from laurel_rewrite.operator_onnx import BRANCH, DOMAIN
-from laurel_rewrite.sites import portable
-from laurel_rewrite.verify import require
-from laurel_rewrite.verify_export import check_export, numbered, widened
+from laurel_rewrite.operators.laurel import Laurel, sites_of
+from laurel_rewrite.operators.onnx_function import BRANCH, DOMAIN
+from laurel_rewrite.sources.inputs import call_inputs
+from laurel_rewrite.verification.checks import require
+from laurel_rewrite.verification.export import check_export, numbered, widened
 
 if TYPE_CHECKING:
     import onnx_ir as ir

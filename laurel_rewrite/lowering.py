@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import ConfigError, nearest
+from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.passes.evaluate_laurel import EvaluateLaurel, Forms
 from laurel_rewrite.passes.expand_laurel import ExpandLaurel
 from laurel_rewrite.passes.fold_branch import FoldBranch
 from laurel_rewrite.passes.rescale_stream import RescaleStream
-from laurel_rewrite.verify import require
-from laurel_rewrite.verify_onnx import check_lowering
+from laurel_rewrite.verification.checks import require
+from laurel_rewrite.verification.onnx import check_lowering
 
 NOTES = f"{METADATA}lowering"
 """Where a lowered model says what was done."""

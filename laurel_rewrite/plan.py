@@ -10,18 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laurel_rewrite import variants
-from laurel_rewrite.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, toml_of, whole
-from laurel_rewrite.drafts import replacing
+from laurel_rewrite.detection.sites import Site, Sites, portable
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
-from laurel_rewrite.site_config import CONVOLUTIONS, HISTORY_MAP, INIT_DOWN, NORMALIZE, SiteConfig
-from laurel_rewrite.sites import Site, Sites, portable
-from laurel_rewrite.turns import EXTRA_TURNS
+from laurel_rewrite.files.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, toml_of, whole
+from laurel_rewrite.files.drafts import replacing
+from laurel_rewrite.operators import registry as variants
+from laurel_rewrite.operators.config import CONVOLUTIONS, HISTORY_MAP, INIT_DOWN, NORMALIZE, SiteConfig
+from laurel_rewrite.operators.turns import EXTRA_TURNS
 
 if TYPE_CHECKING:
     import torch
 
-    from laurel_rewrite.operator import Laurel
+    from laurel_rewrite.operators.laurel import Laurel
 
 MOST_TURNS = 10_000
 """The largest loop whose turns get LAuReL modules."""

@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 
 from laurel_rewrite.errors import ExportError
-from laurel_rewrite.operator_onnx import BRANCH, DOMAIN, FORM, FunctionForm, parameter_names
+from laurel_rewrite.operators.config import SiteConfig
+from laurel_rewrite.operators.onnx_function import BRANCH, DOMAIN, FORM, FunctionForm, parameter_names
 from laurel_rewrite.passes.algebra import Editor, bears, constant_of, scaled
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.onnx_pass import OnnxPass
-from laurel_rewrite.site_config import SiteConfig
 
 AFFINE_DOMAIN = "laurel_rewrite.lowering"
 AFFINE = "Affine"
@@ -156,7 +156,7 @@ def _evaluated(node: ir.Node, model: ir.Model) -> tuple[Affine, list[ir.Value]]:
 
 
 def _weights(config: SiteConfig, mix: np.ndarray | None) -> tuple[float, float]:
-    """a and b; see `laurel_rewrite.operator.weights`."""
+    """a and b; see `laurel_rewrite.operators.laurel.weights`."""
     if mix is None:
         return 1.0, 1.0
     if config.normalize == "sigmoid":

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from laurel_rewrite.dialects.fx import is_seen_elsewhere, mutates
+from laurel_rewrite.detection.sites import Binding, Sites, sites_of_graph
 from laurel_rewrite.errors import RewriteError
-from laurel_rewrite.operator import Laurel, refuse_second_time
+from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
+from laurel_rewrite.operators.laurel import Laurel, refuse_second_time
 from laurel_rewrite.passes.base import Pass, PassResult
-from laurel_rewrite.sites import Binding, Sites, sites_of_graph
 
 if TYPE_CHECKING:
     from laurel_rewrite.plan import Plan

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from laurel_rewrite.dialects.onnx import METADATA
 from laurel_rewrite.errors import ExportError
-from laurel_rewrite.operator_onnx import DOMAIN, DOMAIN_VERSION, IR_VERSION, FunctionForm, branch_function, parameter_names
+from laurel_rewrite.graph.from_onnx import METADATA
+from laurel_rewrite.operators.config import SiteConfig
+from laurel_rewrite.operators.onnx_function import DOMAIN, DOMAIN_VERSION, IR_VERSION, FunctionForm, branch_function, parameter_names
+from laurel_rewrite.operators.registry import operator
 from laurel_rewrite.passes.algebra import Editor
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.onnx_pass import OnnxPass
-from laurel_rewrite.site_config import SiteConfig
-from laurel_rewrite.variants import operator
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,14 @@ from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
-from laurel_rewrite import cli, export_onnx
-from laurel_rewrite.feeds import draw_feeds
-from laurel_rewrite.graph_files import write_onnx
+from laurel_rewrite import export_onnx
+from laurel_rewrite.app import cli
+from laurel_rewrite.files.onnx import write_onnx
+from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.models import build, declare_torchvision_ops
 from laurel_rewrite.profiling.sessions import session_of, settings
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.sources.models import build, declare_torchvision_ops
+from laurel_rewrite.verification.onnx import run_onnx
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 gc.set_threshold(50_000, 20, 50)  # exports make millions of objects, and a twelfth of the tests' time went to looking at them
@@ -120,7 +121,7 @@ def output(model: nn.Module, args: Any = (), kwargs: dict[str, Any] | None = Non
 
 def away_from_start(model: nn.Module, seed: int = 0, spread: float = 0.2) -> nn.Module:
     """Random LAuReL parameters, for good."""
-    from laurel_rewrite.operator import sites_of
+    from laurel_rewrite.operators.laurel import sites_of
 
     generator = torch.Generator().manual_seed(seed)
     for module in sites_of(model).values():

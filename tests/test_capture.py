@@ -14,8 +14,8 @@ from torch import nn
 from toys import D, Net, X, kinds, reasons
 
 from laurel_rewrite import CaptureError, detect
-from laurel_rewrite import capture as capturing
-from laurel_rewrite.capture import capture
+from laurel_rewrite.graph import capture as capturing
+from laurel_rewrite.graph.capture import capture
 
 
 def table(sites):

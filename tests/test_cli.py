@@ -15,7 +15,7 @@ import pytest
 from conftest import EXAMPLES, run, slow
 from toys import D
 
-from laurel_rewrite.operator import Laurel
+from laurel_rewrite.operators.laurel import Laurel
 
 NET = f"""
 import torch
@@ -55,7 +55,7 @@ def net(tmp_path: Path) -> Path:
 
 
 def test_help_answers_without_heavy_imports(tmp_path):
-    code = "import sys; from laurel_rewrite.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'rich', 'numpy', 'onnx'} & set(sys.modules)))"
+    code = "import sys; from laurel_rewrite.app.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'rich', 'numpy', 'onnx'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert re.search(r"Exit status:\n +0 +done\n +1 +a verification failed", done.stdout)
@@ -137,7 +137,7 @@ def test_plan_out_edit_plan(net, here):
 
 
 def test_a_dry_run_compares_configurations_with_one_capture(net, here, monkeypatch):
-    from laurel_rewrite import job
+    from laurel_rewrite.app import job
 
     captures: list[object] = []
     detect = job.detect
@@ -158,7 +158,11 @@ def test_a_dry_run_compares_configurations_with_one_capture(net, here, monkeypat
 @pytest.mark.parametrize("words", [("--plan", "missing.toml"), ("--plan", "broken.toml"), ("--plan-out", "nowhere/plan.toml")])
 @pytest.mark.parametrize("model", ["net.py", "net.onnx"])
 def test_files_are_looked_at_before_the_capture(words, model, net, here, monkeypatch):
-    from laurel_rewrite import graph_files, graph_job, job  # all of them before anything is replaced
+    from laurel_rewrite.app import (
+        graph_job,
+        job,  # all of them before anything is replaced
+    )
+    from laurel_rewrite.files import onnx as graph_files
 
     def refuse(*arguments, **named):
         raise AssertionError("captured")
@@ -276,7 +280,7 @@ def test_a_failed_verification_is_a_failed_exit(net, here, monkeypatch):
 
 
 def test_a_missing_package_says_how_to_install_it(tmp_path):
-    code = "import sys, importlib.util as u\nreal = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'timm' else real(n, *a)\nfrom laurel_rewrite.cli import main\nmain(['timm:resnet18'])"
+    code = "import sys, importlib.util as u\nreal = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'timm' else real(n, *a)\nfrom laurel_rewrite.app.cli import main\nmain(['timm:resnet18'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 5
     assert 'pip install "laurel-rewrite[zoo]"' in done.stderr

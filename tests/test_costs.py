@@ -12,8 +12,8 @@ from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from laurel_rewrite import profile
-from laurel_rewrite.feeds import draw_feeds
-from laurel_rewrite.graph_files import weight_count
+from laurel_rewrite.files.onnx import weight_count
+from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.profiling import _doubts
 from laurel_rewrite.profiling.flops import count_flops
 from laurel_rewrite.profiling.latency import Effort

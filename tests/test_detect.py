@@ -13,7 +13,7 @@ from torch import fx, nn
 from toys import CASES, D, Net, X, kinds, reasons
 
 from laurel_rewrite import CaptureError, detect, rewrite
-from laurel_rewrite.models import build
+from laurel_rewrite.sources.models import build
 
 IDENTITY = {
     "norm inside": lambda s, x: x + s.a(s.norm(x)),

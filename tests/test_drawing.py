@@ -13,7 +13,7 @@ from torch import fx, nn
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, MissingPackageError, detect, draw
-from laurel_rewrite.drawing import graph_of
+from laurel_rewrite.detection.drawing import graph_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -21,9 +21,9 @@ from laurel_rewrite import (
     load,
     write_onnx,
 )
-from laurel_rewrite.feeds import draw_feeds
-from laurel_rewrite.operator import sites_of
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.graph.feeds import draw_feeds
+from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.verification.onnx import run_onnx
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "resnet18", "yolo", "shufflenet", slow("t5"), slow("llama"), slow("vit_small")])
@@ -48,9 +48,9 @@ def test_a_trainable_module(name, exported, tmp_path):
 
 def emitted(given: Path, folder: Path, **config):
     """The module of a rewritten graph with random LAuReL parameters, and that graph."""
-    from laurel_rewrite.emit_torch import to_torch
-    from laurel_rewrite.graph_files import read_onnx
-    from laurel_rewrite.onnx_surgery import GraphRewrite
+    from laurel_rewrite.backends.onnx.emit_torch import to_torch
+    from laurel_rewrite.backends.onnx.surgery import GraphRewrite
+    from laurel_rewrite.files.onnx import read_onnx
     from laurel_rewrite.plan import LaurelConfig, Plan
 
     surgery = GraphRewrite(read_onnx(given))

@@ -13,7 +13,7 @@ from torch import fx
 from toys import CASES, D, Helper, Images, Net, ParallelSkipMiddle, Plain, X
 
 from laurel_rewrite import ConfigError, detect, explain
-from laurel_rewrite.residuals import REASONS
+from laurel_rewrite.detection.residuals import REASONS
 
 
 def line_of(thing: object, text: str) -> int:

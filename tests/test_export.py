@@ -12,10 +12,10 @@ import torch
 from conftest import away_from_start, output, real, slow
 from toys import CASES, D
 
-import laurel_rewrite.graph_files
+import laurel_rewrite.files.onnx
 from laurel_rewrite import ConfigError, ExportError, export_onnx, rewrite
-from laurel_rewrite.models import build
-from laurel_rewrite.operator import sites_of
+from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.sources.models import build
 
 RTOL, ATOL = 1e-4, 1e-5
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
@@ -137,7 +137,7 @@ def test_a_batch_of_one_still_gives_a_dynamic_batch(tmp_path):
 
 
 def test_large_models_get_a_data_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(laurel_rewrite.graph_files, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(laurel_rewrite.files.onnx, "EXTERNAL_DATA_BYTES", 1000)
     x = torch.randn(2, 5, D)
     model = away_from_start(rewrite(CASES["plain"].make(), (x,), rank=4))
     path = export_onnx(model, (x,), None, tmp_path / "model.onnx")

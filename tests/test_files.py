@@ -18,11 +18,11 @@ from test_cli import NET
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, drafts, load, rewrite, save
-from laurel_rewrite.drafts import READY, check_out, reading, replacing
-from laurel_rewrite.manifest import MANIFEST, Manifest
-from laurel_rewrite.models import build
+from laurel_rewrite.detection.sites import portable
+from laurel_rewrite.files.drafts import READY, check_out, reading, replacing
+from laurel_rewrite.files.manifest import MANIFEST, Manifest
 from laurel_rewrite.plan import Plan
-from laurel_rewrite.sites import portable
+from laurel_rewrite.sources.models import build
 from tools.fuzz import kills
 
 

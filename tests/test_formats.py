@@ -15,10 +15,10 @@ from torch import fx, nn
 from toys import D
 
 from laurel_rewrite import CaptureError, detect
-from laurel_rewrite.capture import quiet, without_caches
-from laurel_rewrite.dialects.onnx import dataflow_from_onnx
-from laurel_rewrite.models import build
-from laurel_rewrite.sites import Sites, sites_of_onnx
+from laurel_rewrite.detection.sites import Sites, sites_of_onnx
+from laurel_rewrite.graph.capture import quiet, without_caches
+from laurel_rewrite.graph.from_onnx import dataflow_from_onnx
+from laurel_rewrite.sources.models import build
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99}
 GPT = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 99}

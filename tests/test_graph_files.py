@@ -13,9 +13,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import laurel_rewrite.graph_files
+import laurel_rewrite.files.onnx
 from laurel_rewrite import CaptureError, ConfigError, ExportError, detect, profile, rewrite_onnx, write_onnx
-from laurel_rewrite.graph_files import external, read_onnx
+from laurel_rewrite.files.onnx import external, read_onnx
 
 N = 64
 WEIGHT = np.random.default_rng(0).standard_normal((N, N)).astype(np.float32)
@@ -196,7 +196,7 @@ def test_the_file_itself_is_not_replaced(tmp_path, here):
 
 def test_a_failed_verification_leaves_nothing(tmp_path, here, monkeypatch):
     path = with_data(tmp_path)
-    monkeypatch.setattr("laurel_rewrite.verify_onnx._distance", lambda *_: float("inf"))
+    monkeypatch.setattr("laurel_rewrite.verification.onnx._distance", lambda *_: float("inf"))
     for out in ("laurel_out", "."):
         result = here(path.name, "--rank", "16", "--profile-seconds", "0", "--out", out)
         assert result.returncode == 1
@@ -205,7 +205,7 @@ def test_a_failed_verification_leaves_nothing(tmp_path, here, monkeypatch):
 
 
 def test_a_large_result_gets_a_data_file_that_clashes_with_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(laurel_rewrite.graph_files, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(laurel_rewrite.files.onnx, "EXTERNAL_DATA_BYTES", 1000)
     path = tmp_path / "model.onnx"
     path.write_bytes(graph().SerializeToString())
     first = write_onnx(rewrite_onnx(path, rank=16), tmp_path / "first.onnx")

@@ -13,7 +13,7 @@ from torch import nn
 from toys import IMAGE, D, Net, X, axes, conv, found, kinds, reasons
 
 from laurel_rewrite import detect
-from laurel_rewrite.models import build
+from laurel_rewrite.sources.models import build
 
 # Sums
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from laurel_rewrite import ConfigError, profile
-from laurel_rewrite.limits import NAMES, check_limit, exceeded, figures, needs_profile
+from laurel_rewrite.profiling.limits import NAMES, check_limit, exceeded, figures, needs_profile
 
 
 @pytest.fixture(scope="module")

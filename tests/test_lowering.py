@@ -16,12 +16,12 @@ from onnxscript.rewriter.ort_fusions.skip_normalization import fuse_skip_layer_n
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, export_onnx, rewrite, rewrite_onnx
+from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.manifest import MANIFEST
 from laurel_rewrite.profiling.fusions import count_ops
 from laurel_rewrite.profiling.sessions import session_of
 from laurel_rewrite.profiling.sessions import settings as settings_of
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.verification.onnx import run_onnx
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 

@@ -23,7 +23,7 @@ from laurel_rewrite.passes.evaluate_laurel import Affine, EvaluateLaurel
 from laurel_rewrite.passes.expand_laurel import ExpandLaurel
 from laurel_rewrite.passes.fold_branch import FoldBranch
 from laurel_rewrite.passes.rescale_stream import RescaleStream
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.verification.onnx import run_onnx
 
 # Refusals
 

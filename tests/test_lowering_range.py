@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from laurel_rewrite import ExportError, rewrite_onnx, write_onnx
+from laurel_rewrite.backends.onnx.surgery import inline_laurel
 from laurel_rewrite.lowering import Lowering, lower
-from laurel_rewrite.onnx_surgery import inline_laurel
 from laurel_rewrite.passes.algebra import bears
 from laurel_rewrite.passes.onnx_pass import check_graph
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.verification.onnx import run_onnx
 from tools.fuzz.reference import evaluate
 
 D = 8

@@ -24,11 +24,11 @@ from torch import nn
 from toys import CASES, D
 
 from laurel_rewrite import CaptureError, ConfigError, detect, load, profile, rewrite, save
-from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
-from laurel_rewrite.graph_files import read_onnx
-from laurel_rewrite.manifest import MANIFEST
-from laurel_rewrite.models import build, parse_settings
+from laurel_rewrite.files.manifest import MANIFEST
+from laurel_rewrite.files.onnx import read_onnx
+from laurel_rewrite.graph.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.sources.models import build, parse_settings
 from tools.fuzz import formats
 
 FORMER_FAULTS = {"axis 1 of two dimensions": 15437, "a stack trace that is a number": 27832}
@@ -261,7 +261,7 @@ def test_inputs_in_files(tmp_path, monkeypatch):
             member.write(bytes(1 << 20))
     with pytest.raises(ConfigError, match="hold 'x', which is no array"):
         read_feeds(path)
-    monkeypatch.setattr("laurel_rewrite.feeds.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("laurel_rewrite.graph.feeds.MOST_BYTES", 1 << 20)
     with pytest.raises(ConfigError, match="bytes when unpacked"):
         read_feeds(path)
     np.savez(path, x=np.ones((2, 64), ">f4"))

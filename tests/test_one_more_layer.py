@@ -13,11 +13,11 @@ from torch import nn
 from toys import CASES, D
 
 from laurel_rewrite import detect, export_onnx, profile
-from laurel_rewrite.models import build
-from laurel_rewrite.one_more_layer import one_more_layer
 from laurel_rewrite.profiling import ONE_MORE
+from laurel_rewrite.profiling.one_more_layer import one_more_layer
 from laurel_rewrite.profiling.training import one_more_block
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.sources.models import build
+from laurel_rewrite.verification.onnx import run_onnx
 
 SMALL = {
     "gpt2": {"n_embd": 32, "n_head": 4, "vocab_size": 99, "n_positions": 256},

@@ -30,10 +30,10 @@ from laurel_rewrite import (
     save,
     write_onnx,
 )
-from laurel_rewrite.dialects.onnx import METADATA
-from laurel_rewrite.feeds import draw_feeds
-from laurel_rewrite.operator import sites_of
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.graph.feeds import draw_feeds
+from laurel_rewrite.graph.from_onnx import METADATA
+from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.verification.onnx import run_onnx
 
 X = np.random.default_rng(5).standard_normal((2, D)).astype(np.float32)
 W = np.random.default_rng(6).standard_normal((D, D)).astype(np.float32)

@@ -15,12 +15,12 @@ from torch import nn
 from toys import D
 
 from laurel_rewrite import ConfigError, NoSiteError, detect, rewrite_onnx, write_onnx
-from laurel_rewrite.capture import quiet
-from laurel_rewrite.dialects.onnx_shapes import completed, is_unknown, sizes_of
-from laurel_rewrite.feeds import draw_feeds, fitting_feeds
-from laurel_rewrite.graph_files import read_onnx
-from laurel_rewrite.onnx_surgery import GraphRewrite
-from laurel_rewrite.sites import read_onnx_sites
+from laurel_rewrite.backends.onnx.surgery import GraphRewrite
+from laurel_rewrite.detection.sites import read_onnx_sites
+from laurel_rewrite.files.onnx import read_onnx
+from laurel_rewrite.graph.capture import quiet
+from laurel_rewrite.graph.feeds import draw_feeds, fitting_feeds
+from laurel_rewrite.graph.shapes import completed, is_unknown, sizes_of
 
 
 class Block(nn.Module):

@@ -17,8 +17,8 @@ from laurel_rewrite import (
     rewrite_onnx,
     write_onnx,
 )
-from laurel_rewrite.feeds import draw_feeds
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.graph.feeds import draw_feeds
+from laurel_rewrite.verification.onnx import run_onnx
 
 FUSED = {"resnet18": "FusedConv", "bert": "SkipLayerNormalization", "gpt2": "Gelu", "llama": "SkipSimplifiedLayerNormalization"}
 

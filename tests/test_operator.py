@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from laurel_rewrite import ConfigError, LaurelConfig, LaurelError, param_groups
-from laurel_rewrite.operator import Laurel
-from laurel_rewrite.site_config import SiteConfig
-from laurel_rewrite.state import Link, Slot, Stream
-from laurel_rewrite.variants import canonical, operator, operators
+from laurel_rewrite.operators.config import SiteConfig
+from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.registry import canonical, operator, operators
+from laurel_rewrite.operators.state import Link, Slot, Stream
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 D, R, K = 12, 4, 3

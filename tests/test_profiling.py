@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, detect, export_onnx, profile, rewrite, rewrite_onnx, write_onnx
-from laurel_rewrite.feeds import draw_feeds
+from laurel_rewrite.backends.onnx.surgery import away_from_start
+from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_surgery import away_from_start
 from laurel_rewrite.profiling import ITSELF, _doubts
 from laurel_rewrite.profiling.latency import BLOCKS, VERDICTS, Effort, measure, ratio, summarised, verdict_of
 from laurel_rewrite.profiling.sessions import settings

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from laurel_rewrite import VerificationError, rewrite
-from laurel_rewrite.operator import Laurel, sites_of
-from laurel_rewrite.proof import first_wrong
+from laurel_rewrite.backends.module.proof import first_wrong
+from laurel_rewrite.operators.laurel import Laurel, sites_of
 
 D = 16
 
@@ -98,7 +98,7 @@ def test_a_model_that_differs_from_itself_is_not_verified_and_that_is_said(caplo
 
 
 def test_a_model_that_does_not_fit_twice_is_not_verified_and_that_is_said(caplog, monkeypatch):
-    monkeypatch.setattr("laurel_rewrite.proof.fits_twice", lambda model: False)
+    monkeypatch.setattr("laurel_rewrite.backends.module.proof.fits_twice", lambda model: False)
     with caplog.at_level(logging.WARNING):
         rewrite(Net(), (torch.randn(4, D),), rank=4)
     assert "the model's 0.0 GiB do not fit into memory twice" in caplog.text
@@ -117,7 +117,7 @@ def test_strides_are_part_of_the_claim(monkeypatch):
     x = torch.randn(3, 6, D)
     better = rewrite(Layout(), (x,), rank=4)
     assert better(x).stride() == Layout()(x).stride()
-    monkeypatch.setattr("laurel_rewrite.operator.laid_out", lambda out, *_: out.transpose(1, 2).contiguous().transpose(1, 2))
+    monkeypatch.setattr("laurel_rewrite.operators.laurel.laid_out", lambda out, *_: out.transpose(1, 2).contiguous().transpose(1, 2))
     with pytest.raises(VerificationError, match=r"\(96, 16, 1\) became \(96, 1, 6\)"):
         rewrite(Layout(), (x,), rank=4)
 

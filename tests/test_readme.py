@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from laurel_rewrite import cli
+from laurel_rewrite.app import cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -33,7 +33,7 @@ def test_the_fragment_is_a_model_file(tmp_path):
     (tmp_path / "fragment.py").write_text(
         "import torch\nclass MyModel(torch.nn.Linear):\n    def __init__(self): super().__init__(64, 64)\n" + PYTHON[0]
     )
-    code = "from laurel_rewrite.models import build; print(type(build('fragment.py').model).__name__)"
+    code = "from laurel_rewrite.sources.models import build; print(type(build('fragment.py').model).__name__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "MyModel", done.stderr
 

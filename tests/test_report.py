@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from toys import D
 
-from laurel_rewrite.report import breakable, count, page, schema, shortened, size
+from laurel_rewrite.report import page, schema
+from laurel_rewrite.report.words import breakable, count, shortened, size
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = {

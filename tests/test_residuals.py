@@ -8,9 +8,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from laurel_rewrite.dataflow import Dataflow, OpKind, Role
-from laurel_rewrite.descent import CUT, MIXED, PLAIN, Descent
-from laurel_rewrite.residuals import find_residuals
+from laurel_rewrite.detection.descent import CUT, MIXED, PLAIN, Descent
+from laurel_rewrite.detection.residuals import find_residuals
+from laurel_rewrite.graph.dataflow import Dataflow, OpKind, Role
 
 
 def random_flow(choices: list[tuple[int, int, int]], order: list[int] | None = None) -> tuple[Dataflow, list[int]]:

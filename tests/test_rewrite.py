@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from toys import CASES, Branch, D, Helper, Plain, TwoBranches
 
 from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, load, remove, rewrite, save
-from laurel_rewrite.operator import Laurel, sites_of
+from laurel_rewrite.backends.module.surgery import rewriting_of
+from laurel_rewrite.operators.laurel import Laurel, sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.surgery import rewriting_of
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 

@@ -18,8 +18,8 @@ from toys import CASES, D
 
 import laurel_rewrite
 from laurel_rewrite import ConfigError, load, remove, rewrite, save
-from laurel_rewrite.models import build
-from laurel_rewrite.operator import sites_of
+from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.sources.models import build
 
 FILES = {"modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "laurel_manifest.json"}
 
@@ -197,9 +197,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 
 def test_importing_the_package_is_light():
-    code = (
-        "import sys, laurel_rewrite, laurel_rewrite.cli; print([m for m in ('torch', 'onnxruntime', 'rich', 'onnx') if m in sys.modules])"
-    )
+    code = "import sys, laurel_rewrite, laurel_rewrite.app.cli; print([m for m in ('torch', 'onnxruntime', 'rich', 'onnx') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     assert set(laurel_rewrite.__all__) <= set(dir(laurel_rewrite))
     assert all(getattr(laurel_rewrite, name) is not None for name in laurel_rewrite.__all__)
@@ -238,7 +236,7 @@ def test_a_loaded_model_pickles(tmp_path):
     shutil.rmtree(tmp_path / "saved")
     code = (
         "import sys, torch, warnings; warnings.simplefilter('ignore');"
-        "from laurel_rewrite.models import declare_torchvision_ops; declare_torchvision_ops();"
+        "from laurel_rewrite.sources.models import declare_torchvision_ops; declare_torchvision_ops();"
         "model, inputs = (torch.load(f'{sys.argv[1]}/{n}.pt', weights_only=False) for n in ('model', 'inputs'));"
         "torch.save(model(**inputs).logits, f'{sys.argv[1]}/logits.pt')"
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from laurel_rewrite.snapshot import preserved, state_bytes
+from laurel_rewrite.graph.snapshot import preserved, state_bytes
 
 
 class Cache:

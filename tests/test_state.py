@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from toys import D, Plain
 
 from laurel_rewrite import LaurelError, RewriteError, detect, load, remove, rewrite, save
-from laurel_rewrite.operator import Laurel, sites_of
+from laurel_rewrite.operators.laurel import Laurel, sites_of
+from laurel_rewrite.operators.state import Stream
 from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.state import Stream
 
 A = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1))
 B = torch.randn(3, 4, D, generator=torch.Generator().manual_seed(2))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from laurel_rewrite import LaurelError
-from laurel_rewrite.state import _Kept
+from laurel_rewrite.operators.state import _Kept
 
 # Activation checkpointing
 

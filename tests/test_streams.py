@@ -8,9 +8,9 @@ from torch import nn
 from toys import IMAGE, D, axes, conv, found
 
 from laurel_rewrite import detect
-from laurel_rewrite.dataflow import Dataflow, OpKind, Role
-from laurel_rewrite.residuals import Residual
-from laurel_rewrite.streams import find_places
+from laurel_rewrite.detection.residuals import Residual
+from laurel_rewrite.detection.streams import find_places
+from laurel_rewrite.graph.dataflow import Dataflow, OpKind, Role
 
 
 def test_channels_first_and_last():

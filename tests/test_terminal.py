@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from laurel_rewrite import cli, terminal
-from laurel_rewrite.owners import Skipped
+from laurel_rewrite.app import cli, terminal
+from laurel_rewrite.backends.module.owners import Skipped
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.latency import Latency
-from laurel_rewrite.verify import Check
+from laurel_rewrite.verification.checks import Check
 
 WIDTHS = (160, 80, 40)
 SITES = [f"transformer.h.{block}.laurel_{number}" for block in range(2) for number in range(2)]

@@ -7,10 +7,10 @@ from conftest import real
 from toys import CASES, D
 
 from laurel_rewrite import rewrite
-from laurel_rewrite.operator import sites_of
-from laurel_rewrite.runs import check_start
-from laurel_rewrite.verify import Check, check_gradients
-from laurel_rewrite.verify_export import draw
+from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.verification.checks import Check, check_gradients
+from laurel_rewrite.verification.export import draw
+from laurel_rewrite.verification.runs import check_start
 
 X = (torch.randn(2, 5, D),)
 

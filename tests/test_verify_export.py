@@ -14,8 +14,8 @@ from toys import CASES, D
 
 from laurel_rewrite import VerificationError, export_onnx, rewrite
 from laurel_rewrite.exporting import Exporter
-from laurel_rewrite.verify_export import check_export
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.verification.export import check_export
+from laurel_rewrite.verification.onnx import run_onnx
 
 X = (torch.randn(2, 5, D),)
 

@@ -18,14 +18,14 @@ from conftest import trained
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-import laurel_rewrite.onnx_runs
+import laurel_rewrite.verification.onnx_runs
 from laurel_rewrite import VerificationError, rewrite_onnx
+from laurel_rewrite.backends.onnx.surgery import GraphRewrite
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_runs import Ran, in_float32, run_shaken
-from laurel_rewrite.onnx_surgery import GraphRewrite
 from laurel_rewrite.passes.evaluate_laurel import Affine
 from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.verify_onnx import _compared, check_moves, proved, reference
+from laurel_rewrite.verification.onnx import _compared, check_moves, proved, reference
+from laurel_rewrite.verification.onnx_runs import Ran, in_float32, run_shaken
 
 N = 16
 NUMPY = {
@@ -182,14 +182,14 @@ def test_lower_and_rewrite_compare(broken, tmp_path, monkeypatch):
         lower(before, skip=["fold-branch", "rescale-stream"])
     assert [node.name for node in before.graph] == nodes
     lower(before, skip=["fold-branch", "rescale-stream"], verify=False)
-    monkeypatch.setattr("laurel_rewrite.operator_onnx._Body.like", lambda self, form, value, other: self.op("Neg", value))
+    monkeypatch.setattr("laurel_rewrite.operators.onnx_function._Body.like", lambda self, form, value, other: self.op("Neg", value))
     with pytest.raises(VerificationError, match="laurel_0 is the first that differs"):
         rewrite_onnx(saved(net(), tmp_path), variant="rw")
     rewrite_onnx(tmp_path / "model.onnx", variant="rw", verify=False)
 
 
 def test_what_cannot_be_run_is_no_pass(tmp_path, here, monkeypatch, caplog):
-    monkeypatch.setattr(laurel_rewrite.onnx_runs, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(laurel_rewrite.verification.onnx_runs, "_free_memory", lambda: 1000)
     saved(net(), tmp_path)
     with caplog.at_level(logging.WARNING):
         rewrite_onnx(tmp_path / "model.onnx", variant="rw")

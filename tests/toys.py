@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laurel_rewrite import detect
-from laurel_rewrite.sites import Sites
+from laurel_rewrite.detection.sites import Sites
 
 D = 16
 

@@ -101,8 +101,8 @@ def synthetic(shape: str, nodes: int) -> Any:
 
 def exported(spec: str) -> tuple[Any, float]:
     """The graph of a whole architecture and the seconds of its capture."""
-    from laurel_rewrite.capture import capture
-    from laurel_rewrite.models import build
+    from laurel_rewrite.graph.capture import capture
+    from laurel_rewrite.sources.models import build
 
     built = build(spec, device="meta")
     begin = time.perf_counter()
@@ -134,7 +134,7 @@ def case(name: str, rounds: int) -> dict[str, Any]:
     from torch import fx
     from torch.fx.subgraph_rewriter import replace_pattern
 
-    from laurel_rewrite.sites import sites_of_capture, sites_of_graph
+    from laurel_rewrite.detection.sites import sites_of_capture, sites_of_graph
 
     torch.set_num_threads(1)
     kind, _, size = name.partition(":")

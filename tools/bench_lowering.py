@@ -62,7 +62,7 @@ def trained_like(model: ir.Model) -> None:
 def measure(spec: str, seconds: float, threads: int) -> list[str]:
     from laurel_rewrite import export_onnx, profile, rewrite_onnx, write_onnx
     from laurel_rewrite.lowering import lower
-    from laurel_rewrite.models import build
+    from laurel_rewrite.sources.models import build
 
     built = build(spec, MODELS.get(spec, {}))
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,8 +100,8 @@ def line(spec: str, variant: str, kind: str, row: Row, baseline: Row) -> str:
 @click.option("--threads", default=2, show_default=True, help="Of a run.")
 @click.option("--out", type=click.Path(path_type=Path), help="The table's file; by default dated, under tools/results/.")
 def main(models: tuple[str, ...], seconds: float, threads: int, out: Path | None) -> None:
-    from laurel_rewrite.models import declare_torchvision_ops
     from laurel_rewrite.profiling import processor
+    from laurel_rewrite.sources.models import declare_torchvision_ops
 
     declare_torchvision_ops()
     lines = [

@@ -33,7 +33,7 @@ SECONDS, MEGABYTES = 30, 1000
 """The goal."""
 _RUN = """
 import json, resource, sys, time
-from laurel_rewrite import cli
+from laurel_rewrite.app import cli
 begin = time.perf_counter()
 try:
     cli.main(sys.argv[1:])

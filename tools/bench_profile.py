@@ -23,7 +23,7 @@ PLANTED = ("layer3.*",)
 def cases(folder: Path) -> Iterator[tuple[str, Path]]:
     """A vision model of 30 ms and a language model of 10 ms a run, roughly."""
     from laurel_rewrite import export_onnx
-    from laurel_rewrite.models import build, declare_torchvision_ops
+    from laurel_rewrite.sources.models import build, declare_torchvision_ops
 
     declare_torchvision_ops()
     for name, spec, settings in (
@@ -42,7 +42,7 @@ def main(seconds: float, runs: int, out: Path | None) -> None:
     from bench_lowering import trained_like
 
     from laurel_rewrite import profile, rewrite_onnx, write_onnx
-    from laurel_rewrite.detecting import detect
+    from laurel_rewrite.detection.detecting import detect
     from laurel_rewrite.lowering import lower
     from laurel_rewrite.plan import LaurelConfig, Plan
     from laurel_rewrite.profiling import processor

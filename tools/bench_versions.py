@@ -54,10 +54,13 @@ MODELS: dict[str, list[str]] = {
 }
 """MODEL -> settings: the depth of real models, and widths at which torch's own work does not hide ours."""
 STEPS = {
-    "original and rewritten compared": ["laurel_rewrite.proof:Proof.__init__", "laurel_rewrite.proof:Proof.of"],
-    "gradients": ["laurel_rewrite.verify:check_gradients"],
-    "the other mode rehearsed": ["laurel_rewrite.capture:_Captor._rehearse"],
-    "files compared in onnxruntime": ["laurel_rewrite.verify_export:check_export"],
+    "original and rewritten compared": [
+        "laurel_rewrite.backends.module.proof:Proof.__init__",
+        "laurel_rewrite.backends.module.proof:Proof.of",
+    ],
+    "gradients": ["laurel_rewrite.verification.checks:check_gradients"],
+    "the other mode rehearsed": ["laurel_rewrite.graph.capture:_Captor._rehearse"],
+    "files compared in onnxruntime": ["laurel_rewrite.verification.export:check_export"],
     "exports": ["laurel_rewrite.exporting:Exporter.write"],
 }
 """Steps of the main job, and the functions in which they are done."""
@@ -106,8 +109,12 @@ def one(model: str) -> dict[str, Any]:
     """Detection and the main job of one model, in this process."""
     import torch
 
-    from laurel_rewrite import cli, detect, job  # noqa: F401  # the job is watched
-    from laurel_rewrite.models import build, parse_settings
+    from laurel_rewrite import detect
+    from laurel_rewrite.app import (
+        cli,
+        job,  # noqa: F401  # the job is watched
+    )
+    from laurel_rewrite.sources.models import build, parse_settings
 
     torch.set_num_threads(1)
     warm = torch.nn.Linear(4, 4)

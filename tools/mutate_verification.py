@@ -25,12 +25,12 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from laurel_rewrite.feeds import draw_feeds
+from laurel_rewrite.backends.onnx.surgery import GraphRewrite
+from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.onnx_runs import run_shaken
-from laurel_rewrite.onnx_surgery import GraphRewrite
 from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.verify_onnx import ENOUGH, proved, reference
+from laurel_rewrite.verification.onnx import ENOUGH, proved, reference
+from laurel_rewrite.verification.onnx_runs import run_shaken
 
 HERE = Path(__file__).parent
 RTOL, ATOL = 1e-4, 1e-5  # what verification allows in float32, of each number and of the largest of its tensor
@@ -204,7 +204,7 @@ def given(name: str, folder: Path) -> Path | ir.Model:
     import torch
 
     from laurel_rewrite import export_onnx
-    from laurel_rewrite.models import build
+    from laurel_rewrite.sources.models import build
 
     settings, side = MODELS[name]
     torch.manual_seed(0)

@@ -74,7 +74,7 @@ def build(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A model on the meta device with the inputs of its forward."""
     import torch
 
-    from laurel_rewrite.models import build as build_model
+    from laurel_rewrite.sources.models import build as build_model
 
     prefix, _, name = spec.partition(":")
     if prefix != "hf":
@@ -104,8 +104,8 @@ def build(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 def survey(spec: str) -> Row:
     """Build, capture and detect, each apart, so that the times can be told apart."""
-    from laurel_rewrite.capture import capture
-    from laurel_rewrite.sites import sites_of_capture
+    from laurel_rewrite.detection.sites import sites_of_capture
+    from laurel_rewrite.graph.capture import capture
 
     identity, projection = EXPECTED["models"].get(spec, (None, None))
     row = Row(spec, (identity, projection))
@@ -159,7 +159,7 @@ def main(models: tuple[str, ...], sample: bool, out: Path | None) -> None:
 
     import torch
 
-    from laurel_rewrite.models import declare_torchvision_ops
+    from laurel_rewrite.sources.models import declare_torchvision_ops
 
     warnings.simplefilter("ignore")  # of the libraries that are surveyed
     logging.disable(logging.WARNING)

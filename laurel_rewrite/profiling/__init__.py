@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from laurel_rewrite.backends.onnx.surgery import away_from_start
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError
-from laurel_rewrite.feeds import Guess, check_feeds, fitting_feeds, shape_grid
-from laurel_rewrite.graph_files import external, read_onnx, write_onnx
-from laurel_rewrite.models import require_file
-from laurel_rewrite.one_more_layer import one_more_layer
-from laurel_rewrite.onnx_surgery import away_from_start
+from laurel_rewrite.files.onnx import external, read_onnx, write_onnx
+from laurel_rewrite.graph.feeds import Guess, check_feeds, fitting_feeds, shape_grid
 from laurel_rewrite.profiling import latency
 from laurel_rewrite.profiling.attribution import Attribution, against, attribute
 from laurel_rewrite.profiling.costs import Costs, costs_of
@@ -26,8 +24,10 @@ from laurel_rewrite.profiling.flops import count_flops
 from laurel_rewrite.profiling.fusions import Ops, count_ops
 from laurel_rewrite.profiling.latency import MOST_SECONDS, RESOLVED, Effort, Latency
 from laurel_rewrite.profiling.memory import Memory, memory_of, resident_bytes
+from laurel_rewrite.profiling.one_more_layer import one_more_layer
 from laurel_rewrite.profiling.sessions import CPU, Settings, check_runs, conditions, processor, session_of, settings
 from laurel_rewrite.profiling.traces import graph_of_run, record
+from laurel_rewrite.sources.models import require_file
 
 __all__ = ["Profile", "Row", "processor", "profile"]
 

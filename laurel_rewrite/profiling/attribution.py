@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from laurel_rewrite.dialects.onnx import METADATA, module_of
+from laurel_rewrite.graph.from_onnx import METADATA, module_of
 from laurel_rewrite.profiling.flops import PRODUCTS
 from laurel_rewrite.profiling.fusions import ADDEND
 from laurel_rewrite.profiling.traces import Trace

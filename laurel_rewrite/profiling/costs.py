@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from laurel_rewrite.dialects.onnx import METADATA
-from laurel_rewrite.onnx_weights import parameters_of
+from laurel_rewrite.files.onnx_weights import parameters_of
+from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.profiling.attribution import Attribution
 from laurel_rewrite.profiling.traces import Trace
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from laurel_rewrite.capture import quiet, without_caches
-from laurel_rewrite.inputs import copied_inputs
-from laurel_rewrite.operator import param_groups
+from laurel_rewrite.graph.capture import quiet, without_caches
+from laurel_rewrite.operators.laurel import param_groups
 from laurel_rewrite.profiling.latency import Latency, interleaved, summarised
+from laurel_rewrite.sources.inputs import copied_inputs
 
 _BLOCKS = 3
 _MODES = ("eager", "compiled")

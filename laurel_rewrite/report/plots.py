@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from laurel_rewrite.report import shortened
+from laurel_rewrite.report.words import shortened
 
 _SHOWN_OPS = 12
 _SHOWN_RUNS = 400

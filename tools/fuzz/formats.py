@@ -29,13 +29,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import laurel_rewrite
+from laurel_rewrite.backends.module.saving import load, save
+from laurel_rewrite.backends.onnx.surgery import GraphRewrite
 from laurel_rewrite.errors import LaurelError
-from laurel_rewrite.feeds import check_feeds, draw_feeds, read_feeds
-from laurel_rewrite.graph_files import read_onnx, write_onnx
-from laurel_rewrite.manifest import MANIFEST
-from laurel_rewrite.onnx_surgery import GraphRewrite
+from laurel_rewrite.files.manifest import MANIFEST
+from laurel_rewrite.files.onnx import read_onnx, write_onnx
+from laurel_rewrite.graph.feeds import check_feeds, draw_feeds, read_feeds
 from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.saving import load, save
 
 LIMIT = 20  # seconds of the processor for one case
 WIDTH = 8

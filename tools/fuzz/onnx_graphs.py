@@ -17,11 +17,11 @@ import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from laurel_rewrite import rewrite_onnx, write_onnx
+from laurel_rewrite.backends.onnx.surgery import inline_laurel
 from laurel_rewrite.errors import NoSiteError
 from laurel_rewrite.lowering import SKIPPABLE, lower
-from laurel_rewrite.onnx_surgery import inline_laurel
 from laurel_rewrite.passes.onnx_pass import check_graph
-from laurel_rewrite.verify_onnx import run_onnx
+from laurel_rewrite.verification.onnx import run_onnx
 from tools.fuzz.reference import evaluate
 
 VARIANTS = ("rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa")

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import laurel_rewrite
+from laurel_rewrite.backends.module.rewriting import apply_plan
+from laurel_rewrite.backends.module.saved_folder import importable
 from laurel_rewrite.errors import ConfigError, RewriteError
-from laurel_rewrite.operator import Laurel, sites_of
+from laurel_rewrite.operators.laurel import Laurel, sites_of
 from laurel_rewrite.passes import InsertLaurel
 from laurel_rewrite.plan import LaurelConfig, Plan
-from laurel_rewrite.rewriting import apply_plan
-from laurel_rewrite.saved_folder import importable
 from tools.fuzz.grammar import Program, program
 
 VARIANTS = ("rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa")

@@ -1,0 +1,385 @@
+"""The main job: capture, rewrite, export, verify, profile, and only then put the results in their place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from laurel_rewrite.backends.module.owners import Skipped
+from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
+from laurel_rewrite.detection.detecting import detect
+from laurel_rewrite.detection.sites import Sites
+from laurel_rewrite.errors import ConfigError, VerificationError
+from laurel_rewrite.files.drafts import check_out, replacing
+from laurel_rewrite.files.manifest import MANIFEST
+from laurel_rewrite.graph.feeds import read_feeds
+from laurel_rewrite.operators import registry as variants
+from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.profiling import ONE_MORE, Profile, profile
+from laurel_rewrite.profiling.latency import USUAL, Effort
+from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
+from laurel_rewrite.report import HTML, JSON, write_report
+from laurel_rewrite.report.words import count as number
+from laurel_rewrite.sources.models import Built, build, require_file
+from laurel_rewrite.verification.checks import Check, check_gradients, failure, randomized
+from laurel_rewrite.verification.export import array_of, check_export, widened
+from laurel_rewrite.verification.onnx import check_moves
+from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, session_of, write_in_float32
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROBE = "probe.onnx"
+RANKS = (4, 8, 16, 32, 64)  # that a dry run compares
+FILES = ("baseline.onnx", "laurel.onnx", MODELING, WEIGHTS, PLAN, CONFIG, JSON, HTML)
+
+
+class Stage(Protocol):
+    """A stage that is running; the listener shows it."""
+
+    def done(self, text: str) -> None: ...
+
+    def progress(self, fraction: float) -> None: ...
+
+
+class _Silent:
+    def done(self, text: str) -> None:
+        pass
+
+    def progress(self, fraction: float) -> None:
+        pass
+
+
+Listener = Callable[[str], AbstractContextManager[Stage]]
+
+
+def silent(name: str) -> AbstractContextManager[Stage]:
+    """A listener that shows nothing."""
+    return nullcontext(_Silent())
+
+
+@dataclass
+class Report:
+    """Everything the job found out, as `report.json` holds it."""
+
+    model: str
+    plan: Plan
+    sites: Sites
+    parameters: dict[str, int]
+    skipped: tuple[Skipped, ...] = ()
+    checks: list[Check] = field(default_factory=list)
+    profile: Profile | None = None
+    training: Training | None = None
+    out: str = ""
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Nothing failed."""
+        return not any(check.failed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.model,
+            "model": self.model,
+            **self.sites.to_dict(),
+            "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites], "left_out": self.plan.left_out},
+            "skipped": [asdict(site) for site in self.skipped],
+            "parameters": self.parameters,
+            "notes": [*self.sites.notes, *self.plan.narrowed, *self.notes],
+            "verification": [check.to_dict() for check in self.checks],
+            "profile": self.profile.to_dict() if self.profile is not None else None,
+            "training": self.training.to_dict() if self.training is not None else None,
+            "out": self.out,
+            "files": self.files,
+        }
+
+
+def find_sites(spec: str, settings: Mapping[str, Any], inputs: Path | None = None) -> Sites:
+    """The sites of what a MODEL names: Python, an architecture, or a graph in a file, whose inputs may lie in an .npz file."""
+    if Path(spec).suffix not in (".onnx", ".pt2"):
+        return _build_and_detect(spec, settings)[1]
+    return detect(graph_file(spec, settings), None if inputs is None else read_feeds(inputs))
+
+
+def graph_file(spec: str, settings: Mapping[str, Any]) -> Path:
+    """The file of a graph; ConfigError where there is none, or where settings are given."""
+    if settings:
+        raise ConfigError("--set is for models that are built; a graph has no settings.")
+    require_file(Path(spec))
+    return Path(spec)
+
+
+def _build_and_detect(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Sites]:
+    """On the meta device where the model allows it: a large architecture needs no memory for this."""
+    from laurel_rewrite.errors import CaptureError
+
+    try:
+        built = _build(spec, settings, device="meta")
+        return built, detect(built.model, built.args, built.kwargs)
+    except CaptureError:
+        built = _build(spec, settings)
+        return built, detect(built.model, built.args, built.kwargs)
+
+
+def _build(spec: str, settings: Mapping[str, Any] | None, *, device: str = "cpu") -> Built:
+    """A model with a batch of 2 or more: a batch of 1 hides broadcasts, and batch normalisation cannot train on it."""
+    built = build(spec, settings, device=device)
+    built.args, built.kwargs = widened(built.args, built.kwargs)
+    return built
+
+
+def read_plan(plan: Path | None) -> Plan | None:
+    """The plan in a file, read before the work of a capture is done."""
+    return Plan.read(plan) if plan is not None else None
+
+
+def make_plan(sites: Sites, config: LaurelConfig, given: Plan | None, model: str) -> Plan:
+    """The plan of a configuration, or a given one, checked against the model."""
+    if given is None:
+        return Plan.from_sites(sites, config).with_model(model)
+    given.check(sites)
+    return given
+
+
+def plan_only(
+    spec: str,
+    config: LaurelConfig,
+    *,
+    plan: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Path | None = None,
+    listener: Listener = silent,
+) -> Report:
+    """Detection and plan, nothing more; `inputs` of an ONNX file are an .npz file."""
+    given = read_plan(plan)
+    with listener("detect") as stage:
+        if spec.endswith(".onnx"):
+            from laurel_rewrite.files.onnx import read_onnx, weight_count
+
+            model = read_onnx(graph_file(spec, settings or {}))
+            count, sites = weight_count(model), detect(model, None if inputs is None else read_feeds(inputs))
+        else:
+            built, sites = _build_and_detect(spec, settings or {})
+            count = built.parameters
+        stage.done(counts(sites))
+    chosen = make_plan(sites, config, given, spec)
+    return Report(spec, chosen, sites, parameters(count, chosen))
+
+
+def configurations(report: Report, config: LaurelConfig) -> list[dict[str, Any]]:
+    """What other variants and ranks would add to the same model: one capture serves to choose among them."""
+    found = []
+    for variant in variants.operators():
+        costs: list[dict[str, Any]] = []
+        for rank in RANKS:
+            try:
+                plan = Plan.from_sites(report.sites, replace(config, variant=variant, rank=rank))
+            except ConfigError:  # a rank above the size of a feature axis
+                break
+            costs.append({"variant": variant, "rank": rank, **parameters(report.parameters["model"], plan)})
+        ranked = len({cost["added"] for cost in costs}) > 1
+        found += costs if ranked else [cost | {"rank": None} for cost in costs[:1]]
+    return found
+
+
+def run(
+    spec: str,
+    config: LaurelConfig,
+    out: Path,
+    *,
+    plan: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    functions: str = "keep",
+    target: str = "ort-cpu",
+    skip: tuple[str, ...] = (),
+    effort: Effort = USUAL,
+    train: bool = False,
+    unsupported: str = "skip",
+    force: bool = False,
+    listener: Listener = silent,
+) -> Report:
+    """Do the main job for a model in Python; `graph_job.run` does it for an ONNX file.
+
+    The files appear in `out` when everything has passed; else nothing does. Sites that cannot be rewritten keep their plain sum and are
+    reported, or with `unsupported="refuse"` stop the job. `force` replaces
+    files there that are no earlier result, too.
+
+    Raises:
+        VerificationError: a check failed; the report is its `args[1]`.
+        NoSiteError: there is no residual connection, or none that can be rewritten.
+    """
+    import torch
+
+    from laurel_rewrite.backends.module.rewriting import apply_plan
+    from laurel_rewrite.backends.module.saving import save
+    from laurel_rewrite.exporting import Exporter
+    from laurel_rewrite.operators.laurel import refuse_second_time
+
+    check_out(out, "rewrite", FILES, force=force)
+    given = read_plan(plan)
+    with listener("build") as stage:
+        torch.manual_seed(config.seed)
+        built = _build(spec, settings)
+        model, args, kwargs = built.model, built.args, built.kwargs
+        refuse_second_time(model)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise ConfigError(
+                f"{spec} is on the meta device: it has no values to verify and to export. Build it on the CPU, or see it with --dry-run."
+            )
+        stage.done(f"{type(model).__name__}, {number(built.parameters)} parameters")
+    with listener("detect") as stage:
+        sites = detect(model, args, kwargs)
+        stage.done(counts(sites))
+    with listener("rewrite, verify") as stage:
+        chosen = make_plan(sites, config, given, spec)
+        report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out))
+        try:
+            applied = apply_plan(model, sites, chosen, args, kwargs, unsupported=unsupported)
+        except VerificationError as error:
+            report.checks = list(error.checks)
+            raise VerificationError(error.args[0], report) from error
+        rewritten, report.plan, report.skipped = applied.model, applied.plan, applied.skipped
+        report.parameters = parameters(built.parameters, applied.plan)
+        report.checks += applied.checks
+        stage.done(f"{insertion(report)}, {verdict(report.checks)}" + (f", {len(report.skipped)} skipped" if report.skipped else ""))
+    with listener("verify gradients") as stage:
+        report.checks.append(check_gradients(rewritten, args, kwargs, seed=config.seed))
+        stage.done(verdict(report.checks[-1:]))
+    stop_if_failed(report)
+    with replacing(out, "rewrite", force=force, keep=built.files.values()) as draft:
+        with listener("export") as stage:
+            baseline = Exporter(model, args, kwargs).write(draft / "baseline.onnx")
+            exporter = Exporter(rewritten, args, kwargs, functions=functions, target=target, skip=skip)
+            laurel = exporter.write(draft / "laurel.onnx")
+            stage.done("baseline.onnx, laurel.onnx")
+        with listener("verify ONNX") as stage:
+            with randomized(rewritten, config.seed):
+                probe = exporter.write(draft / PROBE)
+                checks, random = check_export(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
+            if target == "ort-cpu":
+                report.notes.append(lowered(probe.path))
+            more, start = check_export(rewritten, laurel, args, kwargs, name="laurel.onnx", seed=config.seed)
+            if start is not None and random is not None:
+                checks.append(check_moves(start, random, laurel.values))
+            checks += more + check_export(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)[0]
+            report.checks += checks
+            stage.done(verdict(checks))
+        stop_if_failed(report)
+        with listener("save") as stage:
+            save(rewritten, draft, built=built)
+            stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
+        if effort.seconds > 0:
+            with listener("profile") as stage:
+                # With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph.
+                files = [baseline.path, probe.path]
+                if start is not None and start.in_float32:
+                    files = [write_in_float32(file, draft / f"{PROBE}-{file.name}") for file in files]
+                    report.notes.append(IN_FLOAT32)
+                report.profile = profile(
+                    files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], built), **vars(effort), control=True,
+                    traces=draft, seed=config.seed, progress=stage.progress,
+                )  # fmt: skip
+                places = {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", draft: out}
+                report.profile = renamed(report.profile, places)
+                stage.done(f"{report.profile.rows[1].latency.ratio:.3f}x the baseline's latency")
+        if train:
+            with listener("training") as stage:
+                report.training = _train(model, rewritten, sites, built, effort.seconds or 10.0, config.seed)
+                stage.done(
+                    "; ".join(
+                        f"{row.mode}, {row.name}: {row.step.ratio:.3f}x" for row in report.training.rows if row.step.verdict != "baseline"
+                    )
+                )
+        for file in draft.glob(f"{PROBE}*"):
+            file.unlink()
+        add_report(report, draft)
+    return report
+
+
+def add_report(report: Report, draft: Path) -> None:
+    """List the files of a draft folder, and add the report to them."""
+    report.files = sorted({*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML, MANIFEST})
+    write_report(report.to_dict(), draft)
+
+
+def stop_if_failed(report: Report) -> None:
+    """Raise VerificationError with the report where a check failed."""
+    failed = [check for check in report.checks if check.failed]
+    if failed:
+        raise VerificationError(failure(failed[0]), report)
+
+
+def _feeds(path: Path, built: Built) -> dict[str, Any]:
+    """The model's own example inputs, for the profile."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    leaves = [leaf for leaf in pytree.tree_leaves((built.args, built.kwargs)) if isinstance(leaf, torch.Tensor)]
+    inputs = session_of(path).get_inputs()
+    given = {info.name: built.kwargs.get(info.name, leaves[n]) for n, info in enumerate(inputs)}
+    return {info.name: array_of(given[info.name], float32="float16" not in info.type) for info in inputs}
+
+
+def _train(model: nn.Module, rewritten: nn.Module, sites: Sites, built: Built, seconds: float, seed: int) -> Training:
+    """Training steps of the model, the rewritten one, and the model with one more layer."""
+    models = {"baseline": model, "laurel": rewritten}
+    taller = one_more_block(model, [site.owner for site in sites if site.kind == "identity"], built.args, built.kwargs)
+    if taller is not None:
+        models[ONE_MORE] = taller
+    return profile_training(models, built.args, built.kwargs, seconds=seconds, seed=seed)
+
+
+def renamed(result: Profile, places: Mapping[Path, Path]) -> Profile:
+    """The profile with the files where they will be: a file or a folder -> its later place."""
+
+    def place(path: Path) -> Path:
+        return places.get(path) or (places[path.parent] / path.name if path.parent in places else path)
+
+    return replace(result, rows=tuple(replace(row, path=str(place(Path(row.path))) if row.path else "") for row in result.rows))
+
+
+def lowered(path: Path) -> str:
+    """What the lowering says it did to a file."""
+    import onnx_ir as ir
+
+    from laurel_rewrite.lowering import NOTES
+
+    random = " with random LAuReL parameters" if PROBE in path.name else ""
+    return f"Lowered{random}: {ir.load(path).metadata_props.get(NOTES, '')}"
+
+
+def parameters(model: int, plan: Plan) -> dict[str, int]:
+    """What the plan adds to a model of so many parameters."""
+    flops = sum(variants.operator(s.variant).flops(plan.config(s)) * s.calls for s in plan.sites)
+    return {
+        "model": model,
+        "added": plan.parameters(),
+        "added_flops_per_position": flops,
+    }
+
+
+def insertion(report: Report) -> str:
+    """In words: how many modules, and what they add."""
+    added = report.parameters["added"]
+    share = 100 * added / max(report.parameters["model"], 1)
+    return f"{len(report.plan.sites)} LAuReL modules, {number(added)} parameters more (+{share:.2f} %)"
+
+
+def counts(sites: Sites) -> str:
+    """The kinds of sites, in words."""
+    kinds = Counter(site.kind for site in sites)
+    streams = len({site.stream for site in sites})
+    return f"{len(sites)} sites ({', '.join(f'{n} {k}' for k, n in kinds.items()) or 'none'}), {streams} streams, {len(sites.rejected)} other additions"
+
+
+def verdict(checks: list[Check]) -> str:
+    """How many checks had each outcome, or which failed."""
+    failed = [check.name for check in checks if check.failed]
+    outcomes = Counter(check.outcome for check in checks)
+    return f"FAILED: {', '.join(failed)}" if failed else ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())

@@ -1,0 +1,281 @@
+"""What a person sees: stages while they run, tables when they are done."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from laurel_rewrite.app.job import Report, Stage
+from laurel_rewrite.detection.explaining import Explanation
+from laurel_rewrite.detection.sites import Sites, short
+from laurel_rewrite.profiling import Profile
+from laurel_rewrite.profiling.latency import Latency
+from laurel_rewrite.profiling.training import Training
+from laurel_rewrite.report.words import count, part, shortened, size, skipped_of
+
+
+class Stages:
+    """Shows the stages on a terminal as they run; in a pipe it shows nothing."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self.console = console
+        self.shown = console.is_terminal and not quiet
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Stage]:
+        begin = time.perf_counter()
+        bar = Progress(
+            SpinnerColumn(), TextColumn(f"{name:<18}"), BarColumn(), TimeElapsedColumn(), console=self.console, transient=True,
+            disable=not self.shown,
+        )  # fmt: skip
+        with bar:
+            stage = _Shown(bar)
+            yield stage
+        if self.shown:
+            seconds = time.perf_counter() - begin
+            mark = (" ✗ ", "bold red") if stage.text.startswith("FAILED") else (" ✓ ", "green")
+            self.console.print(Text.assemble(mark, f"{name:<18}", stage.text, (f"  {seconds:.1f} s", "dim")))
+
+
+class _Shown:
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.task = bar.add_task("", total=None)
+        self.text = ""
+
+    def done(self, text: str) -> None:
+        self.text = text
+
+    def progress(self, fraction: float) -> None:
+        self.bar.update(self.task, total=1.0, completed=fraction)
+
+
+def show_sites(console: Console, model: str, sites: Sites) -> None:
+    """The table of sites and, below, the other additions by reason."""
+    if sites.sites:
+        rows = [
+            (
+                site.id, site.kind, "x".join(map(str, site.shape)), str(site.axis), str(site.dim or "?"), f"{site.stream}:{site.index}",
+                short(site.where),
+            )
+            for site in sites
+        ]  # fmt: skip
+        _show(console, f"{model}: {len(sites)} residual connections", ("site", "kind", "shape", "axis>", "D>", "stream>", "where"), rows)
+    counts = Counter((r.reason, short(r.where), r.detail) for r in sites.rejected)
+    if counts:
+        rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
+        _show(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
+    for note in sites.notes if sites.sites else [sites.why_none()]:
+        console.print(Text(note))
+
+
+def show_explanations(console: Console, explanations: list[Explanation]) -> None:
+    """Each verdict once, with its facts; those of the same line and verdict are counted under the first."""
+    groups: dict[tuple[str, str, str], list[Explanation]] = {}
+    for explanation in explanations:
+        groups.setdefault((explanation.where, explanation.verdict, explanation.rule), []).append(explanation)
+    for (where, verdict, rule), alike in groups.items():
+        first = alike[0]
+        found = "is a residual connection" if first.id else "is no residual connection"
+        console.print(Text.assemble((first.id or short(where), "bold"), f" {found}: ", (verdict, "green" if first.id else "yellow")))
+        console.print(Text(f"  {rule}"))
+        console.print(Text(f"  {short(where)}" + (f"    {first.code}" if first.code else ""), style="cyan"))
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, fact in first.facts:
+            table.add_row(label, Text(fact))
+        console.print(table)
+        if len(alike) > 1:
+            names = [e.id or e.owner for e in alike[1:]]
+            shown = ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
+            console.print(Text(f"  The same for {len(names)} more: {shown}", style="dim"))
+        console.print()
+
+
+def show_plan(console: Console, report: Report) -> None:
+    """The plan in groups of equal treatment."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for site in report.plan.sites:
+        groups.setdefault((site.variant, str(site.rank), str(site.dim)), []).append(site.id)
+    rows = [(ids[0], str(len(ids)), *group) for group, ids in groups.items()]
+    _show(console, f"Plan for {report.model}", ("first site", "sites>", "variant", "rank>", "D>"), rows)
+    console.print(_parameter_line(report))
+    if report.plan.left_out:
+        console.print(
+            Text(f"Left out, for no maps fit their feature axis, or its size is unknown: {', '.join(report.plan.left_out)}", style="yellow")
+        )
+    for note in (*report.sites.notes, *report.plan.narrowed, *report.notes):
+        console.print(Text(note))
+
+
+def show_configurations(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
+    """What other variants and ranks would add."""
+    rows = [
+        (one["variant"], str(one["rank"] or "any"), f"{one['added']:,}", f"{100 * one['added'] / max(one['model'], 1):.2f} %", f"{one['added_flops_per_position']:,}")
+        for one in found
+    ]  # fmt: skip
+    _show(console, "Other configurations", ("variant", "rank>", "parameters>", "of the model's>", "FLOPs a position>"), rows)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """What was left out, what was rewritten, whether it is right, what it costs, and where it lies."""
+    if report.skipped:
+        console.print(Text(skipped_of(len(report.skipped), len(report.plan.sites)), style="bold yellow"))
+        for site in report.skipped:
+            console.print(Padding(Text.assemble((site.id, "bold"), f" ({short(site.where)}): {site.reason}"), (0, 0, 0, 2)))
+    show_plan(console, report)
+    checks = [
+        (
+            check.name, Text(check.outcome, {True: "green", False: "bold red", None: "yellow"}[check.passed]),
+            "" if check.outcome == "not run" else f"{check.difference:.2g}", check.tolerance, check.detail,
+        )
+        for check in report.checks
+    ]  # fmt: skip
+    _show(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, cut={"passed"})
+    if report.profile is not None:
+        show_profile(console, report.profile)
+    if report.training is not None:
+        show_training(console, report.training)
+    if report.files:
+        console.print(Text(f"Written to {report.out}/: {', '.join(report.files)}"))
+
+
+def show_profile(console: Console, profile: Profile) -> None:
+    """The figures of each model, and of the shapes it was measured at."""
+    conditions, baseline, several = profile.conditions, profile.rows[0], len(profile.shapes) > 1
+    times = [
+        (f"{shortened(row.name, 60)}\n{_sizes(shape)}" if several else shortened(row.name, 60), *_timed(one))
+        for row in profile.rows
+        for one, shape in zip(row.latencies, profile.shapes, strict=True)
+    ]
+    caption = (
+        f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {_sizes(profile.shapes[0])}; "
+        f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}"
+    )
+    _show(console, "Profile in onnxruntime", ("model", *_TIMED), times, caption)
+    costs = [
+        (
+            shortened(row.name, 60),
+            f"{'at least ' if row.costs.uncounted else ''}{count(row.costs.flops)}\n{part(row.costs.flops, baseline.costs.flops)}",
+            f"{count(row.costs.parameters)}\n{part(row.costs.parameters, baseline.costs.parameters)}",
+            size(row.memory.activation_bytes), size(row.resident_bytes), size(row.file_bytes),
+        )
+        for row in profile.rows
+    ]  # fmt: skip
+    _show(console, "Cost", ("model", "FLOPs>", "parameters>", "activations\npeak>", "resident\npeak>", "file>"), costs)
+    for row in profile.rows:
+        line = f"{shortened(row.name, 60)}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
+        console.print(Text(line if row is baseline else f"{line}; fusions {row.ops.against(baseline.ops)}"))
+        sites = row.attribution.sites
+        if sites:
+            dearest = max(sites, key=lambda site: site.ms)
+            console.print(
+                Text(
+                    f"  {len(sites)} sites take {sum(site.ms for site in sites):+.3f} ms, most {shortened(dearest.site, 60)} ({dearest.ms:+.4f} ms); "
+                    f"{row.attribution.left_over_ms:+.3f} ms of the difference belong to none"
+                )
+            )
+    for warning in profile.warnings:
+        console.print(Text(warning, style="yellow"))
+
+
+def show_training(console: Console, training: Training) -> None:
+    """Time and memory of training steps."""
+    rows = [(row.name, row.mode, *_timed(row.step), size(row.saved_bytes), size(row.peak_bytes)) for row in training.rows]
+    headings = ("model", "mode", *_TIMED, "kept for\nbackward>", "device\npeak>")
+    _show(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
+    for note in training.notes:
+        console.print(Text(note, style="yellow"))
+
+
+_TIMED = ("median ms\n(p10-p90)>", "ratio\n[95 %]>", "verdict")
+
+
+def _timed(time: Latency) -> tuple[str, str, Text]:
+    ratio = "1" if time.verdict == "baseline" else f"{time.ratio:.3f}\n[{time.low:.3f}, {time.high:.3f}]"
+    style = {"faster": "green", "slower": "red", "unresolved": "yellow"}.get(time.verdict, "")
+    return f"{time.median_ms:.2f}\n({time.p10_ms:.2f}-{time.p90_ms:.2f})", ratio, Text(time.verdict, style)
+
+
+def _show(
+    console: Console,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    caption: str = "",
+    cut: Collection[str] = (),
+) -> None:
+    """A table where it fits the width; else of each row two paragraphs: its first cell, and indented the others with their headings.
+
+    Args:
+        console: to print on.
+        title, caption: above and below.
+        headings: of the columns; one that ends in ">" is set to the right.
+        rows: cells.
+        cut: rows that hold a cell with such a text have their second paragraph cut to one line.
+    """
+    table = Table(title=title, caption=caption or None, **_STYLE)
+    for heading in headings:
+        table.add_column(heading.removesuffix(">"), justify="right" if heading.endswith(">") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    table.caption, measured = None, table.__rich_measure__(console, console.options.update(width=_WIDEST))
+    if measured.maximum <= console.width:
+        table.caption = caption or None
+        console.print(table)
+        return
+    console.print(Text(f"\n{title}", style="bold"))
+    names = ["", *(heading.removesuffix(">").partition("\n")[0] for heading in headings[1:])]
+    for first, *others in rows:
+        console.print(_line(first))
+        cells = [
+            Text.assemble((f"{name} ", "dim") if name else "", _line(cell))
+            for name, cell in zip(names[1:], others, strict=True)
+            if str(cell)
+        ]
+        if any(str(cell) in cut for cell in others):
+            console.print(Padding(Text(" · ", "dim").join(cells), (0, 0, 0, 2)), no_wrap=True, overflow="ellipsis")
+        else:
+            console.print(Padding(_packed(cells, console.width - 2), (0, 0, 0, 2)))
+    if caption:
+        console.print(Text(caption, style="italic dim"))
+    console.print()
+
+
+def _packed(cells: Sequence[Text], width: int) -> Text:
+    """Cells one behind the other, each whole on a line where it fits one."""
+    lines: list[Text] = []
+    for cell in cells:
+        joined = Text(" · ", "dim").join([lines[-1], cell]) if lines else cell
+        lines[-1:] = [joined] if joined.cell_len <= width or not lines else [lines[-1], cell]
+    return Text("\n").join(lines)
+
+
+def _line(cell: str | Text) -> Text:
+    """The lines of a cell in one."""
+    return Text(" ").join(Text(str(cell), cell.style if isinstance(cell, Text) else "").split("\n"))
+
+
+def _sizes(shape: Mapping[str, str]) -> str:
+    return ", ".join(f"{shortened(name, 40)} {value}" for name, value in shape.items())
+
+
+_WIDEST = 10_000  # columns, to find out how wide a table would like to be
+_STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
+
+
+def _parameter_line(report: Report) -> str:
+    counts = report.parameters
+    share = 100 * counts["added"] / max(counts["model"], 1)
+    return f"{counts['model']:,} parameters + {counts['added']:,} of LAuReL (+{share:.2f} %)"

@@ -1,0 +1,1 @@
+"""Where connections are put in: modules, fx graphs, ONNX graphs."""

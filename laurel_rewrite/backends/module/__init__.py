@@ -1,0 +1,1 @@
+"""Connections in live modules: their source is edited, and saved."""

@@ -1,0 +1,227 @@
+"""Proof that a rewritten model does at its start what the original does, before anybody gets it.
+
+Compared are runs in eval and in train mode with one random state: outputs, their strides and types, inputs and buffers afterwards; and how
+often each connection is called. While the rewritten model runs, reads of tensors that the original would have changed in place are noticed: there
+an add in place must stay one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from laurel_rewrite.errors import TooManyTurnsError
+from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
+from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.plan import Plan
+from laurel_rewrite.verification.checks import Check
+from laurel_rewrite.verification.runs import Run, Watch, compare_runs, plain_start, run_once
+
+_MODES = (False, True)
+
+
+@dataclass
+class Evidence:
+    """What runs of a rewritten model showed.
+
+    Attributes:
+        checks: one a mode, and one on the calls.
+        stale: sites after which somebody read what the original had changed in place.
+        turns: whether a loop ran on after its modules were used up.
+        counts: how often each connection was called, in each mode that ran.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    stale: set[str] = field(default_factory=set)
+    turns: bool = False
+    counts: dict[bool, Counter[str]] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return any(check.failed for check in self.checks)
+
+
+class Proof:
+    """The original's runs, made before anything changes, and the comparison of a rewritten model with them.
+
+    Args:
+        model: the original.
+        args, kwargs: inputs of its forward.
+        seed: of all random generators, in every run.
+    """
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0) -> None:
+        self.args, self.kwargs, self.seed = args, kwargs, seed
+        # Each run keeps a copy of the model's state beside it.
+        self.why_not = "" if fits_twice(model) else f"the model's {state_bytes(model) / 2**30:.1f} GiB do not fit into memory twice"
+        self.before: dict[bool, Run] = {}
+        self.unsteady: dict[bool, str] = {}
+        if not self.why_not:
+            with self._memory():
+                self.before = {mode: self._run(model, mode) for mode in _MODES}
+
+    def of(self, model: nn.Module, plan: Plan, loose: Mapping[str, int]) -> Evidence:
+        """Run a rewritten model and compare.
+
+        Args:
+            model: the rewritten one.
+            plan: what it should have.
+            loose: sites whose add in place became one that is not, each with the operand (0 or 1) that holds the skip.
+        """
+        found = Evidence()
+        if not self.why_not:
+            with self._memory(), plain_start(model):
+                for mode in _MODES:
+                    watch = _Watch(model, loose)
+                    after = self._run(model, mode, watch)
+                    found.checks.append(compare_runs(self.before[mode], after, train=mode))
+                    found.turns |= isinstance(after.error, TooManyTurnsError)
+                    found.stale |= watch.found
+                    if self.before[mode].error is None and after.error is None:
+                        found.counts[mode] = watch.counts
+        if self.why_not:
+            return Evidence([Check.not_run("exact start", self.why_not)])
+        if found.counts:
+            found.checks.append(_calls(plan, found.counts))
+        found.checks = [self.unsteady_or(check, mode) for check, mode in zip(found.checks, (*_MODES, None), strict=False)]
+        return found
+
+    def steady(self, model: nn.Module, evidence: Evidence) -> bool:
+        """Whether the original is the same from run to run, in the modes in which the rewritten one differed. Where it is not, its checks become
+        "not run"."""
+        for mode, check in zip(_MODES, evidence.checks, strict=False):
+            if check.failed and mode not in self.unsteady:
+                with self._memory():
+                    again = compare_runs(self.before[mode], self._run(model, mode), train=mode)
+                    if again.failed:
+                        self.unsteady[mode] = f"the model differs from itself from run to run, by {again.difference:.2g} ({again.detail})"
+        evidence.checks = [self.unsteady_or(check, mode) for check, mode in zip(evidence.checks, (*_MODES, None), strict=False)]
+        return not evidence.failed
+
+    def differs(self, model: nn.Module) -> bool:
+        """Whether a rewritten model fails the comparison, in any mode in which the original is steady."""
+        with plain_start(model):
+            return any(
+                compare_runs(self.before[mode], self._run(model, mode), train=mode).failed for mode in _MODES if mode not in self.unsteady
+            )
+
+    def unsteady_or(self, check: Check, mode: bool | None) -> Check:
+        return Check.not_run(check.name, self.unsteady[mode]) if mode in self.unsteady and mode is not None else check
+
+    def _run(self, model: nn.Module, train: bool, watch: Watch | None = None) -> Run:
+        return run_once(model, self.args, self.kwargs, train=train, seed=self.seed, watch=watch)
+
+    @contextlib.contextmanager
+    def _memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.why_not = f"there is not enough memory to run both models ({type(error).__name__})"
+
+
+def first_wrong(count: int, wrong: Callable[[int], bool]) -> int:
+    """The least k such that the first k of `count` sites make the model wrong, given that all of them do; by halving."""
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wrong(middle) else (middle, high)
+    return high
+
+
+def _calls(plan: Plan, counts: Mapping[bool, Counter[str]]) -> Check:
+    """Every connection was called as often as the plan says, in one of the modes at least: layer drop may leave some out in the other."""
+    name, wrong = "every connection is called", []
+    for row in plan.sites:
+        seen = {mode: count[row.id] for mode, count in counts.items()}
+        if row.calls not in seen.values():
+            wrong.append(f"{row.id}: {max(seen.values())} times, not {row.calls}")
+    detail = "; ".join(wrong[:4]) if wrong else f"{len(plan.sites)} connections"
+    return Check(name, not wrong, float(len(wrong)), "as often as the plan says", detail)
+
+
+class _Watch(Watch):
+    """Counts the calls of LAuReL modules, and notices reads of tensors that the original would have changed in place."""
+
+    def __init__(self, model: nn.Module, loose: Mapping[str, int]) -> None:
+        self.modules = sites_of(model)
+        self.loose = loose
+        self.counts: Counter[str] = Counter()
+        self.found: set[str] = set()
+        self.reads = _StaleReads(self.found) if loose else None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Watch:
+        for name, module in self.modules.items():
+            handles = [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after(name), with_kwargs=True, always_call=True),
+            ]
+            for handle in handles:
+                self._stack.callback(handle.remove)
+        if self.reads is not None:
+            self._stack.enter_context(self.reads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def done(self, output: Any, inputs: Any) -> None:
+        if self.reads is not None:
+            self.reads.look((output, inputs))
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.reads is not None:
+            self.reads.look((args, kwargs))  # the sum reads its operands, as the original's did
+            self.reads.inside += 1
+
+    def _after(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.counts[name] += 1
+            if self.reads is not None:
+                self.reads.inside -= 1
+                if name in self.loose:
+                    operands = [args[0] if args else kwargs["x"], args[1] if len(args) > 1 else kwargs["f"]]
+                    self.reads.stale(operands[self.loose[name]], name)
+
+        return hook
+
+
+class _StaleReads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Notices every op that reads memory which an add in place of the original would have changed by then."""
+
+    def __init__(self, found: set[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.found = found
+        self.inside = 0  # LAuReL reads earlier states on purpose
+        self._storages: dict[int, tuple[Any, str]] = {}
+
+    def stale(self, tensor: Tensor, site: str) -> None:
+        storage = _storage(tensor)
+        if storage is not None:
+            self._storages[storage._cdata] = storage, site
+
+    def look(self, tree: Any) -> None:
+        for leaf in pytree.tree_leaves(tree):
+            storage = _storage(leaf) if isinstance(leaf, Tensor) else None
+            if storage is not None and storage._cdata in self._storages:
+                self.found.add(self._storages[storage._cdata][1])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._storages and not self.inside:
+            self.look((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> Any:
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # sparse, or a subclass without memory of its own
+        return None

@@ -1,0 +1,317 @@
+"""The ONNX back end: put LAuReL into a graph that anyone's exporter wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnx_ir import tensor_adapters
+
+from laurel_rewrite import __version__
+from laurel_rewrite.backends.onnx.sums import SumRewriter
+from laurel_rewrite.detection.sites import Sites, read_onnx_sites
+from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, nearest
+from laurel_rewrite.files.onnx import external, read_onnx
+from laurel_rewrite.graph.capture import quiet
+from laurel_rewrite.graph.from_onnx import METADATA, OnnxFlow
+from laurel_rewrite.graph.ops.onnx import SPLIT_LAYOUT
+from laurel_rewrite.graph.shapes import twice_named
+from laurel_rewrite.lowering import lower
+from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.onnx_function import DOMAIN, IR_VERSION, FunctionForm
+from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx
+from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.verification.checks import require
+from laurel_rewrite.verification.onnx import check_rewrite
+
+FUNCTIONS = ("keep", "inline")
+TARGETS = ("ort-cpu", "portable", "none")
+"""ort-cpu: LAuReL lowered to the ops that run fastest in onnxruntime (`laurel_rewrite.lowering`), the graph to deploy.
+portable: LAuReL as local functions of standard ops, with its parameters, which every ONNX runtime inlines. none: the ordinary nodes that
+PyTorch executes, with LAuReL's parameters; nothing is folded."""
+_NODE = f"{METADATA}node"
+_LAUREL_KEY = re.compile(r"(^|\.)laurel_\d+(\.\d+)?\.(?P<parameter>mix|g|(down|up)(\.\d+)?\.weight)$")
+
+
+def rewrite_onnx(
+    model: ir.Model | str | PathLike[str],
+    *,
+    plan: Plan | str | None = None,
+    weights: Path | str | None = None,
+    target: str = "portable",
+    functions: str = "keep",
+    verify: bool = True,
+    **options: Any,
+) -> ir.Model:
+    """Replace the residual connections of an ONNX graph by LAuReL. At the start it computes what it computed, which onnxruntime is asked to show.
+
+    Args:
+        model: a model, or the path of a file; it stays as it is, and its external weights are not read.
+        plan: an edited plan, or the path of one, instead of the options.
+        weights: a safetensors file with trained LAuReL parameters, instead of the start.
+        target: see `TARGETS`.
+        functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
+        verify: whether to compare both at the start, on inputs that are drawn; where that cannot be done here, a warning is logged.
+        options: variant, rank, ...: see `LaurelConfig`.
+
+    Returns:
+        A new model; `write_onnx` writes it. Inputs and outputs are as they were.
+
+    Raises:
+        ConfigError, NoSiteError, CaptureError, RewriteError, ExportError: see `GraphRewrite`.
+        VerificationError: the start is another function; the message names the first site.
+    """
+    check_form(target, functions)
+    rewrite = GraphRewrite(model if isinstance(model, ir.Model) else read_onnx(Path(model)))
+    if plan is None:
+        plan = Plan.from_sites(rewrite.sites, LaurelConfig(**options))
+    rewrite.apply(plan if isinstance(plan, Plan) else Plan.read(plan))
+    if verify:
+        given = model if isinstance(model, ir.Model) else Path(model)
+        require(check_rewrite(given, rewrite.exact_start(), rewrite.values, exact=rewrite.exact))
+    if weights is not None:
+        rewrite.load(Path(weights))
+    if target == "ort-cpu":
+        lower(rewrite.model, verify=verify)
+    elif target == "none" or functions == "inline":
+        inline_laurel(rewrite.model)
+    return rewrite.model
+
+
+def check_form(target: str, functions: str) -> None:
+    """Raise ConfigError unless these are a target and a word for functions."""
+    if target not in TARGETS:
+        raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
+    if functions not in FUNCTIONS:
+        raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
+
+
+class GraphRewrite:
+    """One ONNX model on its way: detected, and then rewritten. The model that is given stays as it was.
+
+    Args:
+        model: the graph.
+        feeds: inputs that it runs with, by name, for sizes that cannot be inferred; else they are drawn where they are needed.
+
+    Attributes:
+        model: a copy with local functions inlined and shapes inferred, into which the plan is carried out.
+        sites: its residual connections.
+        notes: what was done beside the insertion, in sentences for the user.
+        exact: whether at the start every sum adds the same operands in the same order as before.
+        values: the site of each value that is a sum of one, by the value's name, in order.
+
+    Raises:
+        ConfigError: the model was rewritten already.
+        CaptureError: the graph cannot be read, or its tensors are laid out for one machine.
+    """
+
+    def __init__(self, model: ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> None:
+        if any(node.domain == DOMAIN or f"{METADATA}site" in node.metadata_props for node in model.graph):
+            raise ConfigError("The graph was rewritten already: it has LAuReL nodes. Give the file that it was made from.")
+        if SPLIT_LAYOUT in {node.domain for node in model.graph}:
+            raise CaptureError(
+                f"The graph was optimised by onnxruntime for one machine ({SPLIT_LAYOUT}, channels in blocks). Give the file before that."
+            )
+        self.notes = [f"{len(model.functions)} local functions were inlined."] if model.functions else []
+        self.exact = True
+        self.given = model
+        self.values: dict[str, str] = {}
+        try:
+            copy = model.clone()
+        except Exception as error:  # onnx-ir's
+            raise CaptureError(f"The graph could not be copied; are its nodes in topological order? {error.__cause__ or error}") from error
+        again = len(twice_named(copy))
+        self.notes += [f"{again} nodes had the name of another one, and got names of their own."] if again else []
+        self._feeds = feeds
+        self._read_sites(copy)
+        self.notes += [undecided] if (undecided := self.sites.undecided()) else []
+
+    def _read_sites(self, model: ir.Model) -> None:
+        self.sites: Sites
+        self._read: OnnxFlow
+        self.sites, self._read, self.model = read_onnx_sites(model, self._feeds)
+
+    def again(self) -> GraphRewrite:
+        """The same model before its rewrite."""
+        return GraphRewrite(self.given, self._feeds)
+
+    def apply(self, plan: Plan, *, split: bool = False) -> None:
+        """Insert the LAuReL nodes of a plan, at their start.
+
+        Args:
+            plan: for these sites.
+            split: take products that add something apart at the sites, so that each LAuReL node computes a whole sum.
+
+        Raises:
+            ConfigError: the plan does not fit the graph.
+            RewriteError: a sum cannot be replaced.
+            ExportError: the graph's opset must be raised, and cannot be.
+        """
+        plan.check(self.sites)
+        self._raise_versions(max(FunctionForm(plan.config(row)).opset for row in plan.sites))
+        values = {index: value for value, index in self._read.index.items()}
+        rewriter = SumRewriter(self._read.sums, split=split)
+        for row in plan.sites:
+            residual = self.sites.bindings[row.id].residual
+            stream = values.get(residual.skip) or values[residual.branches[0]]  # one of them may lie inside a fused node
+            dtype = tensor_adapters.to_torch_dtype(stream.dtype or ir.DataType.FLOAT)
+            laurel = plan.build(row, torch.empty(0, dtype=dtype))
+            rewriter.site(row.id, residual, plan.config(row), plan.past(row), parameters_of(laurel))
+        self.plan, self.exact, self.values = plan, rewriter.exact, rewriter.values
+        InsertLaurelOnnx(rewriter.sites, __version__)(self.model)
+
+    def exact_start(self) -> ir.Model:
+        """The model; where its start is declared inexact (paper: a = b = 1/2), the same with a = b = 1, which shows what the insertion does."""
+        if not any(row.normalize == "paper" for row in self.plan.sites):
+            return self.model
+        twin = GraphRewrite(self.given)
+        twin.apply(replace(self.plan, sites=tuple(replace(row, normalize="softmax") for row in self.plan.sites)))
+        return twin.model
+
+    def _raise_versions(self, opset: int) -> None:
+        """What LAuReL's functions need, and no more."""
+        had = self.model.opset_imports.get("", 0)
+        if had < opset:
+            from onnxscript import version_converter
+
+            try:
+                with quiet():
+                    converted = version_converter.ConvertVersionPass(opset, fallback=True)(self.model.clone()).model
+            except Exception as error:  # the converter's exceptions share no base class
+                raise ExportError(f"The graph's opset {had} could not be raised to {opset}: {str(error)[:300]}") from error
+            if converted.opset_imports.get("", 0) < opset:
+                raise ExportError(f"onnx's version converter cannot raise this graph from opset {had} to {opset}.")
+            self.notes.append(f"The opset was raised from {had} to {opset} by onnx's version converter.")
+            ids = [site.id for site in self.sites]
+            self._read_sites(converted)
+            if ids != [site.id for site in self.sites]:
+                raise ExportError(f"Raising the graph from opset {had} to {opset} changed its residual connections.")
+        if self.model.ir_version < IR_VERSION:
+            if self.model.ir_version < 4:  # where an initializer was an input too, and no caller could set it
+                inputs = self.model.graph.inputs
+                inputs[:] = [value for value in inputs if value.name not in self.model.graph.initializers]
+            self.notes.append(f"The IR version was raised from {self.model.ir_version} to {IR_VERSION}, for functions and metadata.")
+            self.model.ir_version = IR_VERSION
+
+    def load(self, weights: Path) -> None:
+        """Put trained LAuReL parameters in the place of the start.
+
+        Args:
+            weights: a safetensors file with `site.mix`, `site.down.weight` and so on, as `save` writes it; its other tensors are ignored.
+
+        Raises:
+            ConfigError: the file cannot be read, lacks a parameter, has one for another site, or of another shape.
+        """
+        from safetensors import safe_open
+
+        initializers = self.model.graph.initializers
+        wanted = set(_laurel_names(self.model))
+        try:
+            with safe_open(str(weights), "pt") as file:
+                given = {key for key in file.keys() if _LAUREL_KEY.search(key)}  # noqa: SIM118  # not a dict
+                _check_keys(weights, wanted, given)
+                for name in sorted(wanted):
+                    old = initializers[name].const_value
+                    assert old is not None
+                    tensor = file.get_tensor(name)
+                    if tuple(tensor.shape) != tuple(old.shape):
+                        raise ConfigError(
+                            f"{weights}: {name} is of shape {list(tensor.shape)}, and the plan gives it {list(old.shape)}. "
+                            "Was it trained with another rank?"
+                        )
+                    value = tensor.to(tensor_adapters.to_torch_dtype(old.dtype)).contiguous()
+                    initializers[name].const_value = tensor_adapters.TorchTensor(value, name=name)
+        except ConfigError:
+            raise
+        except Exception as error:  # safetensors' and the file system's
+            raise ConfigError(f"{weights} could not be read as safetensors: {type(error).__name__}: {error}") from error
+
+
+def inline_laurel(model: ir.Model) -> None:
+    """Write LAuReL's functions out as ordinary nodes in place; their names begin with the name of the node they come from."""
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            node.metadata_props[_NODE] = node.name or ""
+    common.InlinePass()(model)
+    for node in model.graph:
+        call = node.metadata_props.pop(_NODE, None)
+        if call is not None:
+            node.name = f"{call}/{node.name}"
+    model.opset_imports.pop(DOMAIN, None)
+
+
+@contextlib.contextmanager
+def away_from_start(path: Path, seed: int = 0, *, inline: bool = False) -> Iterator[Path]:
+    """A copy of a file whose LAuReL parameters are random where they are at their start; the file itself where there is nothing to do.
+
+    What is 0 or 1 at the start could be lost or swapped unseen, and a runtime deletes it. Where the model has external weights, the copy
+    lies beside it for a while, for it refers to them.
+
+    Args:
+        path: of the file.
+        seed: of the numbers.
+        inline: write LAuReL's functions out as ordinary nodes, as every runtime does.
+    """
+    model = ir.load(path)
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, ir.TensorProtocol] = {}
+    for name, parameter in _laurel_names(model).items():
+        tensor = model.graph.initializers[name].const_value
+        array = tensor.numpy() if tensor is not None else np.ones(1)
+        if parameter.startswith(("mix", "up")) and not array.any():
+            noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
+            drawn[name] = ir.tensor(noise.astype(array.dtype), name=name)
+    inline = inline and any(node.domain == DOMAIN for node in model.graph)
+    if not drawn and not inline:
+        yield path
+        return
+    for name, tensor in drawn.items():
+        model.graph.initializers[name].const_value = tensor
+    if inline:
+        inline_laurel(model)
+    with tempfile.TemporaryDirectory(prefix="laurel-") as scratch:
+        # Beside a draft's file, with the draft's name first, so that it is removed with the draft whatever happens.
+        prefix = path.name[: len(".laurel-") + 8] + "-" if path.name.startswith(".laurel-") else ".laurel-"
+        handle, file = tempfile.mkstemp(prefix=prefix, suffix=".onnx", dir=path.parent if external(model) else scratch)
+        os.close(handle)
+        try:
+            ir.save(model, file)
+            yield Path(file)
+        finally:
+            Path(file).unlink(missing_ok=True)
+
+
+def parameters_of(laurel: Laurel) -> dict[str, ir.TensorProtocol]:
+    """The tensors of a LAuReL module by their names in it."""
+    return {name: tensor_adapters.TorchTensor(value.detach().contiguous()) for name, value in laurel.named_parameters()}
+
+
+def _laurel_names(model: ir.Model) -> dict[str, str]:
+    """The initializers that are LAuReL parameters, each with its name below the site's."""
+    sites = {node.metadata_props.get(f"{METADATA}site") for node in model.graph}
+    matches = {name: match for name in model.graph.initializers if (match := _LAUREL_KEY.search(name)) is not None}
+    return {name: match["parameter"] for name, match in matches.items() if name[: match.start("parameter") - 1] in sites}
+
+
+def _check_keys(weights: Path, wanted: set[str], given: set[str]) -> None:
+    missing, foreign = sorted(wanted - given), sorted(given - wanted)
+    if missing:
+        raise ConfigError(
+            f"{weights} lacks {len(missing)} of {len(wanted)} LAuReL parameters, the first {missing[0]!r}. {nearest(missing[0], given)}"
+        )
+    if foreign:
+        raise ConfigError(
+            f"{weights} has {len(foreign)} LAuReL parameters that this plan has not, the first {foreign[0]!r}. "
+            "Give the plan that it was trained with (--plan)."
+        )

@@ -1,0 +1,1 @@
+"""Which sums are residual connections, what carries them, and where they stand."""

@@ -1,0 +1,385 @@
+"""Sites: the residual connections of one model, by stable ids, and the sums that are none, with reasons."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import fx
+
+from laurel_rewrite.detection.residuals import REASONS, Refusal, Residual, find_residuals
+from laurel_rewrite.detection.streams import find_places
+from laurel_rewrite.errors import CaptureError, nearest
+from laurel_rewrite.graph.capture import Call, Capture, parameters_of
+from laurel_rewrite.graph.dataflow import Dataflow
+from laurel_rewrite.graph.from_fx import dataflow_from_fx
+from laurel_rewrite.graph.regions import flattened
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir
+
+    from laurel_rewrite.graph.from_onnx import OnnxFlow
+
+
+@dataclass(frozen=True)
+class Site:
+    """One residual connection.
+
+    Attributes:
+        id: owner's module path, "laurel_" and an ordinal: where the LAuReL module goes, and so the prefix of its parameters'
+            names. A loop adds ".turn"; a further call of a shared module adds "@call".
+        kind: "identity" (x + f(x)), "projection" (ResNet's downsample) or "partial" (the skip is a slice of what the branch reads).
+        owner: path of the module whose code adds; "" is the model itself.
+        where: "file:line" of the add.
+        shape: of the sum, as captured.
+        axis: feature axis, -1 or 1.
+        dim: D, its size; None where unknown.
+        stream: number of the stream.
+        index: position in the stream, from 0.
+    """
+
+    id: str
+    kind: str
+    owner: str
+    where: str
+    shape: tuple[int | str, ...]
+    axis: int
+    dim: int | None
+    stream: int
+    index: int
+
+    @property
+    def module(self) -> str:
+        """Path of the LAuReL module, which the calls of a shared module have in common."""
+        return self.id.split("@")[0]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sum that is no site: where it stands, the module whose code adds, the reason, and the particulars."""
+
+    where: str
+    owner: str
+    reason: str
+    detail: str
+
+
+Adds = tuple[tuple[str, int, Call | None], ...]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How a site hangs in the captured graph and in the source; the back ends work from it.
+
+    Attributes:
+        residual: the sum in the dataflow.
+        adds: the binary adds from the skip outwards: graph node, operand (0 or 1) that holds the skip, recorded call or None.
+        twins: the adds of other places where the source writes the same connection, of which a pass runs one.
+        turn: which execution of its source line in one call of the owner this is, None where there is one only.
+        turns: how many executions there are.
+        holder: path of the module whose call is one pass of the site's stream.
+    """
+
+    residual: Residual
+    adds: Adds
+    twins: tuple[Adds, ...] = ()
+    turn: int | None = None
+    turns: int = 1
+    holder: str = ""
+
+    @property
+    def places(self) -> tuple[Adds, ...]:
+        """The adds of every place where the source writes the connection."""
+        return (self.adds, *self.twins)
+
+
+def short(where: str) -> str:
+    """The last two parts of a file's path, and the line: enough to find it."""
+    path, colon, line = where.rpartition(":")
+    return "/".join(path.split("/")[-2:]) + colon + line if "/" in path else where
+
+
+def portable(where: str) -> str:
+    """ "file:line" without what is true on one machine only: the path of the file's module, such as "timm/layers/mlp.py:40".
+
+    A file that is no imported module keeps its name alone.
+    """
+    path, colon, line = where.rpartition(":")
+    if not os.path.isabs(path):
+        return where
+    for folder in ("/site-packages/", "/dist-packages/"):
+        if folder in path:
+            return path.rpartition(folder)[2] + colon + line
+    name = next((name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) == path), "")
+    depth = name.count(".") + (path.endswith("/__init__.py") and name != "__main__")
+    return "/".join(path.split("/")[-1 - depth :]) + colon + line
+
+
+@dataclass
+class Sites:
+    """What detection found. Iterating gives the sites.
+
+    Attributes:
+        sites: the residual connections, in order of execution.
+        rejected: the other sums, with reasons.
+        bindings: how each site hangs in the graph, by id.
+        refusals: the other sums in the dataflow, in the order of `rejected`.
+        flow: the dataflow that was searched.
+        calls: the recorded calls that its values refer to.
+        notes: sentences for the user: where the modes differ, and what could not be seen.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    bindings: dict[str, Binding] = field(default_factory=dict, repr=False)
+    refusals: list[Refusal] = field(default_factory=list, repr=False)
+    flow: Dataflow = field(default_factory=Dataflow, repr=False)
+    calls: Sequence[Call] = field(default=(), repr=False)
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Site: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Site]: ...
+    def __getitem__(self, key: int | str | slice) -> Site | list[Site]:
+        """The site at a position in the order of execution, or of an id; those of a slice."""
+        if isinstance(key, int | slice):
+            return self.sites[key]
+        for site in self.sites:
+            if site.id == key:
+                return site
+        raise KeyError(f"There is no site {key!r}. {nearest(key, [site.id for site in self.sites])}")
+
+    def call(self, index: int) -> Call | None:
+        """The recorded call that computed a value of the dataflow."""
+        position = self.flow.values[index].call
+        return self.calls[position] if position is not None and position < len(self.calls) else None
+
+    def owner(self, index: int) -> str:
+        """Path of the module whose code computed a value."""
+        call = self.call(index)
+        return call.owner if call is not None else self.flow.values[index].owner
+
+    def where(self, index: int) -> str:
+        """ "file:line" of a value, or its name in a graph without source lines."""
+        call = self.call(index)
+        return call.where if call is not None else self.flow.values[index].where or self.flow.values[index].name
+
+    def lines(self, index: int) -> list[str]:
+        """ "file:line" of a value and of the calls of helpers that led to it."""
+        call = self.call(index)
+        return [self.where(index)] if call is None else [f"{span.filename}:{span.line}" for span in call.steps]
+
+    def undecided(self) -> str:
+        """How many sums may be residual connections for all that is known of their sizes, and the way out; "" where there is none."""
+        count = sum(rejected.reason in ("open sizes", "unknown shape") for rejected in self.rejected)
+        return (
+            f"{count} of {len(self.rejected)} other additions were refused only because their open sizes could not be shown equal: "
+            "fix the sizes in the graph, or give inputs that it runs with (--inputs)."
+            if count
+            else ""
+        )
+
+    def why_none(self) -> str:
+        """Why there is no site, for the user."""
+        undecided = self.undecided()
+        if undecided:
+            return f"Whether there is a residual connection is not known. {undecided}"
+        reasons = Counter(rejected.reason for rejected in self.rejected)
+        common = reasons.most_common(1)
+        rule = f". {REASONS[common[0][0]][0].upper()}{REASONS[common[0][0]][1:]}" if common else ""
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
+        counted = f"Of its {len(self.rejected)} additions: {why}{rule}." if why else "It has no addition at all."
+        return " ".join(["The model has no residual connection.", counted, *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `laurel-rewrite sites --json` prints it."""
+        return {
+            "sites": [asdict(site) for site in self.sites],
+            "rejected": [asdict(rejected) for rejected in self.rejected],
+            "notes": list(self.notes),
+        }
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection for a while: detection makes millions of small objects that live on, and each pass would walk them all."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
+def sites_of_program(program: torch.export.ExportedProgram) -> Sites:
+    """The sites of an exported program."""
+    graph = flattened(program.graph)
+    flow, _ = dataflow_from_fx(graph, parameters=parameters_of(program))
+    return _sites(flow, (), graph)
+
+
+@_uncollected()
+def sites_of_capture(captured: Capture) -> Sites:
+    """The sites of a captured model, with source positions."""
+    graph = flattened(captured.graph)
+    flow, _ = dataflow_from_fx(graph, parameters=captured.parameters)
+    return _sites(flow, captured.calls, graph)
+
+
+@_uncollected()
+def sites_of_graph(module: fx.GraphModule) -> Sites:
+    """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes."""
+    flow, _ = dataflow_from_fx(flattened(module.graph), module.get_submodule)
+    return _sites(flow, ())
+
+
+@_uncollected()
+def sites_of_onnx(model: onnx_ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> Sites:
+    """The sites of an ONNX model, which stays as it is; see `read_onnx_sites`."""
+    return read_onnx_sites(model, feeds)[0]
+
+
+def read_onnx_sites(model: onnx_ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> tuple[Sites, OnnxFlow, onnx_ir.Model]:
+    """The sites of an ONNX model, how they hang in its graph, and the graph that was read: a copy where functions had to be inlined or
+    shapes inferred.
+
+    Args:
+        model: stays as it is.
+        feeds: inputs that it runs with, by name, for sizes that cannot be inferred. None draws them where they are needed.
+
+    Raises:
+        CaptureError: the nodes are not in topological order.
+    """
+    from laurel_rewrite.graph.from_onnx import dataflow_from_onnx
+    from laurel_rewrite.graph.observed import observe_sizes
+    from laurel_rewrite.graph.shapes import completed
+
+    given = model
+    try:
+        model = completed(model)
+    except Exception as error:  # onnx's, onnx-ir's and the inference's exceptions share no base class
+        raise CaptureError(f"The graph could not be read: {type(error).__name__}: {str(error)[:400]}") from error
+    read = dataflow_from_onnx(model.graph)
+    sites = _sites(read.flow, ())
+    if sites.undecided() or _has_unknown_sizes(read.flow):
+        if model is given:
+            model = model.clone()
+        if observe_sizes(model, feeds):
+            read = dataflow_from_onnx(model.graph)
+            sites = _sites(read.flow, ())
+    return sites, read, model
+
+
+def _has_unknown_sizes(flow: Dataflow) -> bool:
+    """Whether a size that nobody knows stands where a stream may flow: it would part streams, or hide their features."""
+    return any(
+        value.shape is None or any(isinstance(size, str) and size.startswith("?") for size in value.shape)
+        for value in flow.values
+        if value.data and value.floating
+    )
+
+
+def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+    """Give the nodes of a graph their shapes, where they have none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    if any("val" in n.meta or "tensor_meta" in n.meta for n in module.graph.nodes if n.op.startswith("call")):
+        return
+    if not args and not kwargs:
+        raise CaptureError(
+            "The graph's nodes carry no shapes: pass example inputs, or run torch.fx.passes.shape_prop.ShapeProp on it first."
+        )
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    given = dict(zip((n.target for n in placeholders), args, strict=False)) | dict(kwargs or {})
+    try:
+        inputs = [given[n.target] if n.target in given else n.args[0] for n in placeholders]
+        # On fake tensors: shapes only, no compute, no change to a buffer.
+        ShapeProp(module, fake_mode=FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+    except Exception as error:
+        raise CaptureError(f"The graph could not be run with the given inputs: {type(error).__name__}: {error}") from error
+
+
+def _stack(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """The calls of modules that a node was computed in, from the model inwards: which call, and the module's path. A Sequential may be
+    looped over instead of called."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple((str(key), path) for key, (path, cls) in stack.items() if not str(cls).endswith("Sequential"))
+
+
+def _holder(stacks: Sequence[tuple[tuple[str, str], ...]]) -> str:
+    """The deepest module that computes all these in one call."""
+    holder = ""
+    for calls in zip(*stacks, strict=False):
+        if len(set(calls)) > 1:
+            break
+        holder = calls[0][1]
+    return holder
+
+
+def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None) -> Sites:
+    residuals, refusals = find_residuals(flow)
+    values = flow.values
+    sites = Sites(refusals=refusals, flow=flow, calls=calls)
+
+    def line(index: int) -> tuple[str, int, Any] | None:
+        """The owner, which of its calls, and the expression there; None where the graph does not say."""
+        call, value = sites.call(index), values[index]
+        if call is not None:
+            return call.owner, call.owner_call, call.steps
+        return (value.owner, value.run, value.trace) if value.trace else None
+
+    lines = [line(residual.adds[0][0]) for residual in residuals]
+    places = find_places(flow, residuals, [key and key[2] for key in lines])
+    # How often each line ran, sites or not: a loop's turns. Without recorded calls a line may hold several adds, and only sites count.
+    runs: dict[tuple[Any, ...], dict[int, int]] = defaultdict(dict)
+    for index in range(len(values)) if calls else (residual.adds[0][0] for residual in residuals):
+        key = line(index) if not calls or sites.call(index) is not None else None
+        if key is not None:
+            runs[key][index] = len(runs[key])
+    ordinals: dict[tuple[str, int], dict[Any, int]] = defaultdict(dict)
+    tied: dict[str, int] = defaultdict(int)
+    added: dict[int, list[str]] = defaultdict(list)
+    for residual, place in zip(residuals, places, strict=True):
+        adds = tuple((values[node].name, side, sites.call(node)) for node, side in residual.adds)
+        inner = residual.adds[0][0]  # where the skip is added
+        owner, where, shape = sites.owner(inner), sites.where(inner), values[residual.output].shape or ()
+        key = line(inner)
+        if key not in runs:
+            key = None
+        # The steps of a recorded call begin in its owner; a trace begins outside, so that it differs from call to call.
+        known = ordinals[owner, 0 if sites.call(inner) is not None else values[inner].run]
+        ordinal = known.setdefault(key[2] if key is not None else residual.output, len(known))
+        turns = len(runs[key]) if key is not None else 1
+        turn = runs[key][inner] if key is not None and turns > 1 else None
+        path = f"{owner}.laurel_{ordinal}" if owner else f"laurel_{ordinal}"
+        if turn is not None:
+            path += f".{turn}"
+        name = path if not tied[path] else f"{path}@{tied[path]}"
+        tied[path] += 1
+        sites.sites.append(Site(name, residual.kind, owner, where, shape, place.axis, place.dim, place.stream, place.index))
+        sites.bindings[name] = Binding(residual, adds, turn=turn, turns=turns)
+        added[place.stream].append(values[inner].name)
+    nodes = {node.name: node for node in graph.nodes} if graph is not None else {}
+    holders = {stream: _holder([_stack(nodes[name]) for name in names]) if nodes else "" for stream, names in added.items()}
+    for site in sites:
+        sites.bindings[site.id] = replace(sites.bindings[site.id], holder=holders[site.stream])
+    sites.rejected = [Rejected(sites.where(r.output), sites.owner(r.output), r.reason, r.detail) for r in refusals]
+    return sites

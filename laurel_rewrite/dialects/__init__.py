@@ -1,1 +1,0 @@
-"""One module a dialect of graphs: its op table, which is data, and the builder of `Dataflow` from it."""

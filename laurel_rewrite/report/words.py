@@ -1,0 +1,50 @@
+"""Names and numbers as the terminal and the page show them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_SHOWN = 120  # characters of a name on the page; the JSON has them all
+
+
+def shortened(text: object, length: int = _SHOWN) -> str:
+    """A name with its middle left out where it is too long to show."""
+    text = str(text)
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2) :]}"
+
+
+def breakable(text: object, length: int = 60) -> Markup:
+    """A shortened name that a page may break behind its dots, slashes and colons, and nowhere else."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[./:])", shortened(text, length)))
+
+
+def size(number: float) -> str:
+    """Bytes in words."""
+    for unit, one in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= one:
+            return f"{number / one:.1f} {unit}"
+    return f"{number:.0f} B" if number else "-"
+
+
+def count(number: float) -> str:
+    """A number in words: 8.2 G."""
+    for unit, one in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= one:
+            return f"{number / one:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def skipped_of(skipped: int, rewritten: int) -> str:
+    """How many of the planned sites kept their plain sum, in words."""
+    return f"{skipped} of {skipped + rewritten} sites skipped: they keep their plain sum."
+
+
+def part(number: float, whole: float) -> str:
+    """A ratio to the baseline."""
+    return f"{number / whole:.3f}" if whole else "-"

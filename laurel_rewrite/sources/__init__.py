@@ -1,0 +1,1 @@
+"""MODEL and its inputs: what the word on the command line stands for."""

@@ -1,0 +1,1 @@
+"""The Python text of a model: where its statements stand, and edits that keep the rest."""

@@ -1,0 +1,1 @@
+"""Whether what was made computes what it was made from."""

@@ -1,0 +1,164 @@
+"""What a call of a model gives, kept in a form that two models can be compared in: at its start a rewritten one equals the original."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from laurel_rewrite.graph.capture import quiet, training, without_caches
+from laurel_rewrite.graph.snapshot import preserved
+from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.sources.inputs import copied_inputs, copied_tensor
+from laurel_rewrite.verification.checks import Check, tensors_of
+
+
+@dataclass
+class Run:
+    """What one call of a model gave.
+
+    Attributes:
+        tensors: by name: every tensor of the output, of the inputs afterwards, and (in train mode) the buffers.
+        error: what it raised instead.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+class Watch(contextlib.AbstractContextManager["Watch"]):
+    """What looks on while a model runs, and may look at what it gave."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def done(self, output: Any, inputs: Any) -> None:
+        """The model has returned."""
+
+
+def run_once(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, train: bool, seed: int = 0, watch: Watch | None = None
+) -> Run:
+    """Call a model on copies of its inputs, with a fixed random state, and put everything back as it was.
+
+    Without gradients where it runs so; some models take a derivative in their forward.
+    """
+    result = Run()
+    for gradients in (False, True):
+        given_args, given_kwargs = copied_inputs(args, kwargs)
+        with preserved(model), training(model, train), without_caches(model), torch.set_grad_enabled(gradients), quiet():
+            seeded(seed)
+            try:
+                with watch or contextlib.nullcontext():
+                    output = model(*given_args, **given_kwargs)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever the user's model raises
+                result.error = result.error or error
+                continue
+            if watch is not None:
+                watch.done(output, (given_args, given_kwargs))
+            held = {"output": output, "input": (given_args, given_kwargs)}
+            named = {f"{kind} {n}": leaf for kind, tree in held.items() for n, leaf in enumerate(tensors_of(tree))}
+            named |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()} if train else {}
+            return Run({name: copied_tensor(tensor) for name, tensor in named.items()})
+    return result
+
+
+def seeded(seed: int) -> None:
+    """One state for every generator that a model may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def check_start(original: nn.Module, rewritten: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int = 0) -> list[Check]:
+    """At the start the rewritten model equals the original bit for bit, in eval mode and, with one seed, in train mode.
+
+    The outputs of both, their strides and types, what they leave in their inputs and, in train mode, in their buffers are compared.
+    Neither model is changed. A start that is declared inexact is compared with a = b = 1 in its place.
+    """
+    with plain_start(rewritten):
+        return [
+            compare_runs(
+                *(run_once(model, args, kwargs, train=mode, seed=seed) for model in (original, rewritten)),
+                train=mode,
+                declared=_declared(rewritten),
+            )
+            for mode in (False, True)
+        ]
+
+
+def compare_runs(before: Run, after: Run, *, train: bool, declared: str = "") -> Check:
+    """One check of two runs in one mode."""
+    name = "exact start, train mode, one seed" if train else "exact start, eval mode"
+    allowed = "max |difference| = 0"
+    if before.error is not None:
+        return Check.not_run(name, f"the model itself raises {type(before.error).__name__}: {_line(before.error)}")
+    if after.error is not None:
+        return Check(name, False, float("inf"), allowed, f"{type(after.error).__name__}: {_line(after.error)}")
+    if before.tensors.keys() != after.tensors.keys():
+        return Check(name, False, float("inf"), allowed, f"{len(before.tensors)} tensors became {len(after.tensors)}")
+    worst, detail = 0.0, f"{len(before.tensors)} tensors"
+    for key, mine in before.tensors.items():
+        theirs = after.tensors[key]
+        facts = [(mine.shape, theirs.shape), (mine.dtype, theirs.dtype), (mine.layout, theirs.layout), (_strides(mine), _strides(theirs))]
+        changed = next((f"{key}: {a} became {b}" for a, b in facts if a != b), "")
+        difference = float("inf") if changed else difference_of(mine, theirs)
+        if difference > worst:
+            worst, detail = difference, changed or key
+    if any(tensor.is_meta for tensor in before.tensors.values()) and worst == 0:
+        detail += ", of which the meta device knows shapes alone"
+    return Check(name, worst == 0.0, worst, allowed, detail + declared)
+
+
+@contextlib.contextmanager
+def plain_start(model: nn.Module) -> Iterator[None]:
+    """A start that is declared inexact (`paper`: a = b = 1/2) replaced by the exact one for a while, which shows what the insertion alone does."""
+    changed = [module for module in sites_of(model).values() if module._normalize == "paper"]
+    try:
+        for module in changed:
+            module._normalize = "softmax"
+        yield
+    finally:
+        for module in changed:
+            module._normalize = "paper"
+
+
+def _declared(model: nn.Module) -> str:
+    inexact = any(module.config.normalize == "paper" and module.config.weights for module in sites_of(model).values())
+    return "; with a = b = 1 in the place of 1/2, at which normalize=paper starts" if inexact else ""
+
+
+def difference_of(a: Tensor, b: Tensor) -> float:
+    """Largest difference; a NaN is equal to a NaN, and infinitely far from a number."""
+    if a.shape != b.shape:
+        return float("inf")
+    if a.is_meta or not a.numel():
+        return 0.0
+    if a.layout != torch.strided or a.is_nested or a.is_quantized:
+        return 0.0 if torch.equal(a, b) else float("inf")
+    same = (a == b) | (a.isnan() & b.isnan() if a.is_floating_point() or a.is_complex() else False)
+    if bool(same.all()):
+        return 0.0
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    worst = torch.where(same, 0.0, (a.to(wide) - b.to(wide)).abs()).max().item()
+    return float("inf") if worst != worst else worst
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of the dimensions that have more than one element: the others' say nothing."""
+    if tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
+        return ()
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""

@@ -1,0 +1,62 @@
+"""The house: packages import those above them alone, and no module imports itself by way of others."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+
+REPOSITORY = Path(__file__).parent.parent
+ORDER = (
+    "errors", "graph", "files", "text", "sources", "detection", "operators", "plan", "verification", "passes", "lowering", "backends",
+    "exporting", "profiling", "report", "app", "__main__",
+)  # fmt: skip
+"""From the ground up. What is only imported for annotations counts for nothing."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name inside the package."""
+    paths = {path: path.relative_to(REPOSITORY / "laurel_rewrite") for path in (REPOSITORY / "laurel_rewrite").rglob("*.py")}
+    paths |= {path: path.relative_to(REPOSITORY) for path in (REPOSITORY / "passes").rglob("*.py")}
+    return {".".join(inside.with_suffix("").parts).removesuffix(".__init__"): path for path, inside in paths.items()}
+
+
+def imports() -> nx.DiGraph:
+    """Which module imports which, in functions too."""
+    found = modules()
+    graph = nx.DiGraph()
+    for name, path in found.items():
+        for node in run_time(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "laurel_rewrite":
+                inside = str(node.module).removeprefix("laurel_rewrite").lstrip(".")
+                for alias in node.names:
+                    target = f"{inside}.{alias.name}".lstrip(".")
+                    graph.add_edge(name, target if target in found else inside)
+    return graph
+
+
+def run_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`."""
+    stack = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        stack += ast.iter_child_nodes(node)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert len(modules()) > 100
+    assert not list(nx.simple_cycles(imports()))
+
+
+def test_packages_import_those_below_them_alone():
+    wrong = [
+        f"{one} imports {other}"
+        for one, other in imports().edges
+        if other and one != "__init__" and ORDER.index(one.partition(".")[0]) < ORDER.index(other.partition(".")[0])
+    ]
+    assert not wrong
