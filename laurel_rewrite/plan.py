@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from laurel_rewrite.detection.anatomy import ROLES
 from laurel_rewrite.detection.sites import Site, Sites, portable
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.files.checked import anything, checked, is_whole, list_of, one_of, optional, read_text, shown, text, toml_of, whole
@@ -45,7 +46,8 @@ class LaurelConfig:
         init_down: start of V: "orthogonal" (the paper's for LLMs) or "xavier" (its for ResNet).
         history_map: h of PA without LR: "low-rank", one map shared by the lags, or "identity".
         extra_turns: what turns of a loop beyond those that were seen do: "refuse", or "share" the last turn's LAuReL.
-        include: patterns over site ids, owners or kinds; a site must match one. Empty: every identity and projection site.
+        include: patterns over site ids, owners, kinds or blocks, or the role of a branch ("attention"); a site must match one. Empty: every
+            identity and projection site. See `laurel_rewrite.detection.anatomy.Spot`.
         exclude: patterns; a site must match none.
         seed: of the initialisation; each site draws from (seed, site id).
 
@@ -220,7 +222,7 @@ class Plan:
         calls = Counter(site.module for site in sites)
         repeats = Counter((site.module, site.stream) for site in sites)
         unique = [site for site in sites if site.id == site.module]
-        chosen = _select(unique, config)
+        chosen = _select(sites, unique, config)
         uses_rank = variants.operator(config.variant).uses_rank
         left_out = tuple(f"{site.id} ({site.where})" for site in chosen if uses_rank and not _has_maps(site))
         chosen = [site for site in chosen if not uses_rank or _has_maps(site)]
@@ -395,16 +397,17 @@ def _row(row: dict[str, Any], label: str) -> PlanSite:
     return site
 
 
-def _select(sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
+def _select(found: Sites, sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
     def matches(site: Site, pattern: str) -> bool:
-        return any(fnmatchcase(text, pattern) for text in (site.id, site.owner, site.kind))
+        spot = found.spots[site.id]
+        return pattern in spot.role.split("+") or any(fnmatchcase(text, pattern) for text in (site.id, site.owner, site.kind, spot.block))
 
     for pattern in (*config.include, *config.exclude):
         if not any(matches(site, pattern) for site in sites):
-            names: Iterable[str] = [name for site in sites for name in (site.id, site.owner, site.kind)]
+            names: Iterable[str] = [*(name for site in sites for name in (site.id, site.owner, site.kind)), *ROLES]
             raise ConfigError(f"The selector {pattern!r} matches no site. {nearest(pattern, dict.fromkeys(filter(None, names)))}")
-    include = config.include or ("identity", "projection")
-    chosen = [s for s in sites if any(matches(s, p) for p in include) and not any(matches(s, p) for p in config.exclude)]
+    chosen = [s for s in sites if (any(matches(s, p) for p in config.include) if config.include else s.kind in ("identity", "projection"))]
+    chosen = [s for s in chosen if not any(matches(s, p) for p in config.exclude)]
     if not chosen:
         raise ConfigError("The selectors leave no site to rewrite.")
     return chosen

@@ -106,7 +106,9 @@ def test_the_examples_through_every_variant(name, settings, variant, here, tmp_p
 def test_sites(net, here):
     data = json.loads(here("sites", "net.py", "--json").stdout)
     assert set(data) == {"sites", "rejected", "notes"}
-    assert set(data["sites"][0]) == {"id", "kind", "owner", "where", "shape", "axis", "dim", "stream", "index"}
+    place = {"id", "kind", "owner", "where", "shape", "axis", "dim", "stream", "index"}
+    spot = {"link", "length", "block", "ends_block", "role", "evidence", "reads", "normed", "projections", "scale_free"}
+    assert set(data["sites"][0]) == place | spot
     table = here("sites", "torchvision:resnet18")
     assert "torchvision:resnet18: 8 residual connections" in table.stdout
     assert "integer" in table.stdout

@@ -16,11 +16,11 @@ from toys import CASES, D
 from laurel_rewrite import (
     ExportError,
     detect,
-    emit_torch,
     export_onnx,
     load,
     write_onnx,
 )
+from laurel_rewrite.backends.onnx import emit_torch
 from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.operators.laurel import sites_of
 from laurel_rewrite.verification.onnx import run_onnx

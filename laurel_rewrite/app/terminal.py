@@ -65,12 +65,17 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
     if sites.sites:
         rows = [
             (
-                site.id, site.kind, "x".join(map(str, site.shape)), str(site.axis), str(site.dim or "?"), f"{site.stream}:{site.index}",
+                site.id, site.kind, sites.spots[site.id].role, "x".join(map(str, site.shape)), f"{site.dim or '?'} ({site.axis})", f"{site.stream}:{site.index}",
                 short(site.where),
             )
             for site in sites
         ]  # fmt: skip
-        _show(console, f"{model}: {len(sites)} residual connections", ("site", "kind", "shape", "axis>", "D>", "stream>", "where"), rows)
+        _show(
+            console,
+            f"{model}: {len(sites)} residual connections",
+            ("site", "kind", "branch", "shape", "D (axis)>", "stream>", "where"),
+            rows,
+        )
     counts = Counter((r.reason, short(r.where), r.detail) for r in sites.rejected)
     if counts:
         rejected = [(*words, str(times)) for words, times in sorted(counts.items())]

@@ -127,8 +127,10 @@ def _explain(sites: Sites, verdict: Residual | Refusal, site: Site | None) -> Ex
         if verdict.kind == "projection":
             facts.append(("skip path", _path(sites.flow, verdict.source, verdict.skip, start, "skip")))
         facts.extend(("path", _path(sites.flow, verdict.source, branch, start, "branch")) for branch in verdict.branches)
+        spot = sites.spots[site.id]
+        facts.append(("role", f"{spot.role}: {spot.evidence}" if spot.evidence else spot.role))
         axis = f"feature axis {site.axis}, D {site.dim if site.dim is not None else 'unknown'}"
-        facts.append(("stream", f"number {site.stream}, position {site.index}, {axis}"))
+        facts.append(("stream", f"number {site.stream}, position {site.index} of {spot.length}, {axis}"))
         kind, owner, where = verdict.kind, site.owner, site.where
     else:
         facts.extend(("operand", _describe(sites, operand)) for operand in verdict.operands)

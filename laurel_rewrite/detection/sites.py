@@ -9,6 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir
 
+    from laurel_rewrite.detection.anatomy import Spot
     from laurel_rewrite.graph.from_onnx import OnnxFlow
 
 
@@ -164,6 +166,13 @@ class Sites:
                 return site
         raise KeyError(f"There is no site {key!r}. {nearest(key, [site.id for site in self.sites])}")
 
+    @cached_property
+    def spots(self) -> dict[str, Spot]:
+        """The facts of each site's place that finding it did not need, by id."""
+        from laurel_rewrite.detection.anatomy import spots_of
+
+        return spots_of(self)
+
     def call(self, index: int) -> Call | None:
         """The recorded call that computed a value of the dataflow."""
         position = self.flow.values[index].call
@@ -209,7 +218,7 @@ class Sites:
     def to_dict(self) -> dict[str, Any]:
         """As `laurel-rewrite sites --json` prints it."""
         return {
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [{**asdict(site), **asdict(self.spots[site.id])} for site in self.sites],
             "rejected": [asdict(rejected) for rejected in self.rejected],
             "notes": list(self.notes),
         }

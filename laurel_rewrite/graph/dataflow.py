@@ -66,6 +66,9 @@ class OpKind:
         enclosed: a sum in the subgraph of a control-flow op, which is listed and left alone.
         upsample: enlarges positions; marks a lateral sum.
         softmax: turns attention scores into weights; a sum that only this reads is a bias on scores.
+        attends: is a whole attention, from queries, keys and values on.
+        routes: chooses the experts of a position.
+        pools: takes the mean or the largest of neighbouring positions.
         cut: no gradient passes from the result to the operands (detach, rounding, an index).
         product: multiplies tensors, one of which may be a parameter.
         noise: draws numbers.
@@ -82,6 +85,9 @@ class OpKind:
     enclosed: bool = False
     upsample: bool = False
     softmax: bool = False
+    attends: bool = False
+    routes: bool = False
+    pools: bool = False
     cut: bool = False
     product: bool = False
     noise: bool = False

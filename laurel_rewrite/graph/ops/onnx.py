@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from laurel_rewrite.graph.dataflow import OpKind, Role
 from laurel_rewrite.graph.ops.rules import (
+    ATTENTION,
     CHANNEL_NORM,
     CHOICE,
     CONV,
@@ -19,6 +20,7 @@ from laurel_rewrite.graph.ops.rules import (
     POOL,
     PRODUCT,
     ROUND,
+    ROUTING,
     SCATTER,
     SLICE,
     SOFTMAX,
@@ -40,6 +42,10 @@ _ROUNDS = "Ceil Floor Round Sign Bernoulli"
 _CHOICES = "ArgMax ArgMin Multinomial NonZero OneHot"
 _NOISES = "RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
 _SCATTERS = "ScatterElements ScatterND Scatter TensorScatter"
+_ATTENTIONS = """
+    Attention MultiHeadAttention GroupQueryAttention PackedAttention PackedMultiHeadAttention DecoderMaskedMultiHeadAttention
+    DecoderMaskedSelfAttention QAttention SparseAttention PagedAttention LongformerAttention
+"""
 _POOLS = "AveragePool GlobalAveragePool"
 _MAX_POOLS = "MaxPool GlobalMaxPool"
 _UPSAMPLES = "Resize Upsample ConvTranspose"
@@ -72,6 +78,8 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(_VIEWS.split(), TRANSPARENT),
     **dict.fromkeys(_SLICES.split(), SLICE),
     **dict.fromkeys(_POINTWISE.split(), POINTWISE),
+    **dict.fromkeys(_ATTENTIONS.split(), ATTENTION),
+    "TopK": ROUTING,
     **dict.fromkeys(_POOLS.split(), POOL),
     **dict.fromkeys(_MAX_POOLS.split(), MAX_POOL),
     **dict.fromkeys(_UPSAMPLES.split(), UPSAMPLE),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from laurel_rewrite.graph.dataflow import OpKind
 from laurel_rewrite.graph.ops.rules import (
+    ATTENTION,
     CHANNEL_NORM,
     CHOICE,
     CONV,
@@ -21,6 +22,7 @@ from laurel_rewrite.graph.ops.rules import (
     POOL,
     PRODUCT,
     ROUND,
+    ROUTING,
     SCATTER,
     SLICE,
     SOFTMAX,
@@ -55,14 +57,17 @@ _SLICES = """
     slice select narrow split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk diagonal
 """
 _MIXING = """
-    matmul mm bmm addmm addbmm baddbmm addmv mv dot einsum tensordot bilinear scaled_dot_product_attention multi_head_attention_forward
-    multihead_attention _native_multi_head_attention _transformer_encoder_layer_fwd log_softmax softmin _log_softmax
+    matmul mm bmm addmm addbmm baddbmm addmv mv dot einsum tensordot bilinear log_softmax softmin _log_softmax
     sum mean var std var_mean std_mean prod amax amin max min median logsumexp norm linalg_vector_norm linalg_norm cumsum cumprod
-    logcumsumexp topk sort fft_fft fft_ifft fft_fft2 fft_ifft2 fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_fftn
+    logcumsumexp sort fft_fft fft_ifft fft_fft2 fft_ifft2 fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_fftn
     fft_ifftn fft_rfftn fft_irfftn stft istft roll flip gather index index_select take take_along_dim
     grid_sampler grid_sample affine_grid lstm gru rnn_tanh rnn_relu
     rnn lstm_cell gru_cell rnn_cell im2col col2im fold unfold pixel_shuffle pixel_unshuffle channel_shuffle cdist diff normalize
-    cosine_similarity embedding embedding_bag local_response_norm lp_pool2d glu associative_scan scan flex_attention while_loop cond
+    cosine_similarity embedding embedding_bag local_response_norm lp_pool2d glu associative_scan scan while_loop cond
+"""
+_ATTENTIONS = """
+    scaled_dot_product_attention multi_head_attention_forward multihead_attention _native_multi_head_attention
+    _transformer_encoder_layer_fwd flex_attention
 """
 _MAX_POOLS = """
     max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
@@ -117,6 +122,8 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys([*MAYBE_OPERAND, *_COPIES.split()], TRANSPARENT),
     **dict.fromkeys(_SLICES.split(), SLICE),
     **dict.fromkeys(_MIXING.split(), MIXING),
+    **dict.fromkeys(_ATTENTIONS.split(), ATTENTION),
+    "topk": ROUTING,
     **dict.fromkeys(_POOLS.split(), POOL),
     **dict.fromkeys(_MAX_POOLS.split(), MAX_POOL),
     **dict.fromkeys(_UPSAMPLES.split(), UPSAMPLE),

@@ -1,0 +1,404 @@
+"""What there is at a site beside the sum: how the stream got there, what the branch is and reads, which block it belongs to.
+
+All of it is read off the dataflow and the modules' paths, and only when somebody asks (`Sites.spots`): finding the sites needs none of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from laurel_rewrite.detection.descent import Descent
+from laurel_rewrite.graph.dataflow import Dataflow, Role
+
+if TYPE_CHECKING:
+    from laurel_rewrite.detection.residuals import Residual
+    from laurel_rewrite.detection.sites import Site, Sites
+
+ROLES = ("attention", "feed-forward", "convolution", "mixer", "unknown")
+LINKS = ("begin", "plain", "norm", "activation", "other")
+_REACH = 12  # pointwise ops between a softmax and the product that its weights go into
+
+
+@dataclass(frozen=True)
+class Spot:
+    """The static facts of a site's place.
+
+    Attributes:
+        link: how the skip follows from the output of the connection before it in the stream: "begin" (there is none), "plain" (views and
+            casts alone), "norm" or "activation" (one stands between), "other".
+        length: how many connections the stream has.
+        block: path of the repeated module that the site lies in ("layers.3"), "" where there is none.
+        ends_block: the site is the last of its stream in the block.
+        role: what the branch does: one of `ROLES`; several with "+" where the sum has branches of several roles.
+        evidence: the ops that say so, and the modules that they run in.
+        reads: name of the value in the graph that the branch's first mixing op reads: behind its norm, or the skip where it has none.
+        normed: a normalisation stands between the stream and that value.
+        projections: paths of the modules that make q, k and v, where each is a linear map of its own; else empty.
+        scale_free: all that reads the sum, but the next connection's skip, is a normalisation: a factor on the stream changes nothing
+            there, epsilons aside.
+    """
+
+    link: str
+    length: int
+    block: str
+    ends_block: bool
+    role: str
+    evidence: str
+    reads: str
+    normed: bool
+    projections: tuple[str, ...]
+    scale_free: bool
+
+
+def spots_of(sites: Sites) -> dict[str, Spot]:
+    """The spot of each site, by its id."""
+    return _Anatomist(sites).spots()
+
+
+class _Anatomist:
+    def __init__(self, sites: Sites) -> None:
+        self.sites = sites
+        self.flow: Dataflow = sites.flow
+        self.values = self.flow.values
+        self.descent = Descent(self.flow)
+        self.outputs = {sites.bindings[site.id].residual.output: site for site in sites}
+        self.streams: dict[int, list[Site]] = defaultdict(list)
+        for site in sites:
+            self.streams[site.stream].append(site)
+
+    def spots(self) -> dict[str, Spot]:
+        branches_of: dict[str, list[_Branch]] = {}
+        for site in self.sites:
+            residual = self.sites.bindings[site.id].residual
+            branches_of[site.id] = [
+                _Branch(self, site, start, part)
+                for branch in residual.branches
+                for start in [self._start(residual, branch)]
+                for part in self._parts(start, branch)
+            ]
+        roles = {name: "+".join(dict.fromkeys(branch.role for branch in branches)) for name, branches in branches_of.items()}
+        blocks = self._blocks(roles)
+        last = {(site.stream, blocks[site.id]): site.id for site in self.sites}
+        found = {}
+        for site in self.sites:
+            branches = branches_of[site.id]
+            first = branches[0]
+            found[site.id] = Spot(
+                link=self._link(site),
+                length=len(self.streams[site.stream]),
+                block=blocks[site.id],
+                ends_block=bool(blocks[site.id]) and last[site.stream, blocks[site.id]] == site.id,
+                role=roles[site.id],
+                evidence="; ".join(dict.fromkeys(branch.evidence for branch in branches if branch.evidence)),
+                reads=self.values[first.reads].name,
+                normed=first.normed,
+                projections=next((branch.projections for branch in branches if branch.projections), ()),
+                scale_free=self._scale_free(self.sites.bindings[site.id].residual.output),
+            )
+        return found
+
+    def _start(self, residual: Residual, branch: int) -> int:
+        """Where a branch leaves the stream: the skip, or where the two part before it, behind a view of the skip's own."""
+        return residual.skip if residual.skip in self.descent.between(residual.source, branch) else residual.source
+
+    def _parts(self, start: int, branch: int) -> list[int]:
+        """What a branch is the sum of: an attention beside a feed-forward that are added before they are added to the skip."""
+        members = set(descending(self.flow, self.descent, start, branch))
+        parts, found = [branch], []
+        for index in parts:  # grows
+            value = self.values[index]
+            inside = [o for o in value.inputs if o in members]
+            if value.role is Role.TRANSPARENT and len(inside) == 1 and inside[0] != start:
+                parts.append(inside[0])
+            elif value.role is Role.SUM and len(inside) > 1 and start not in inside:
+                parts += inside
+            else:
+                found.append(index)
+        return found if len(found) > 1 else [branch]
+
+    def _link(self, site: Site) -> str:
+        """What stands between the skip and the output of the connection before."""
+        if site.index == 0:
+            return "begin"
+        before = self.sites.bindings[self.streams[site.stream][site.index - 1].id].residual.output
+        skip = self.sites.bindings[site.id].residual.skip
+        between = [i for i in descending(self.flow, self.descent, before, skip) if i != before]
+        kinds = [self.values[i].kind for i in between if self.values[i].role is not Role.TRANSPARENT]
+        if not kinds:
+            return "plain"
+        if any(kind.norm for kind in kinds) or statistics(self.flow, between, site.axis):
+            return "norm"
+        return "activation" if all(kind.role is Role.POINTWISE for kind in kinds) else "other"
+
+    def _blocks(self, roles: Mapping[str, str]) -> dict[str, str]:
+        """For each site the repeated module around it: the deepest numbered one all of whose sisters have the same sites in the stream, by
+        their roles; where there is none, the deepest that has such a sister."""
+        found = {}
+        for sites in self.streams.values():
+            inside: dict[str, list[tuple[str, str]]] = defaultdict(list)
+            for site in sites:
+                for path in numbered(site.owner):
+                    inside[path].append((site.id.removeprefix(path), roles[site.id]))
+            sisters: dict[str, Counter[tuple[tuple[str, str], ...]]] = defaultdict(Counter)
+            for path, content in inside.items():
+                sisters[_family(path)][tuple(content)] += 1
+            for site in sites:
+                around = [(path, sisters[_family(path)]) for path in numbered(site.owner)]
+                repeated = [path for path, counts in around if counts[tuple(inside[path])] > 1]
+                uniform = [path for path, counts in around if path in repeated and len(counts) == 1]
+                found[site.id] = (uniform or repeated or [""])[-1]
+        return found
+
+    def _scale_free(self, output: int) -> bool:
+        """Whether only normalisations read a sum, and the sums that it is the skip of."""
+        flow, axis = self.flow, self.sites[self.outputs[output].id].axis
+        skips = {self.sites.bindings[site.id].residual.skip for site in self.sites}
+        names, read = [output], False
+        for name in names:  # grows by views, and by what is the sum less its mean
+            if name in flow.outputs:
+                return False
+            for reader in flow.readers[name]:
+                value = self.values[reader]
+                if value.role is Role.TRANSPARENT or (value.kind.subtracts and is_scaled_by_position(flow, reader, axis)):
+                    names.append(reader)
+                elif value.role is Role.SUM and name in skips:
+                    continue
+                elif value.kind.norm or is_statistic(flow, reader, axis) or is_scaled_by_position(flow, reader, axis):
+                    read = True
+                elif not self._only_measures(reader, axis):
+                    return False
+        return read
+
+    def _only_measures(self, index: int, axis: int) -> bool:
+        """Whether a value is a square, or the like, of which only the mean over the features is taken."""
+        if self.values[index].role is not Role.POINTWISE or len({o for o in self.values[index].inputs if self.values[o].data}) != 1:
+            return False
+        return all(is_statistic(self.flow, reader, axis) for reader in self.flow.readers[index])
+
+
+class _Branch:
+    """One branch: the values between where it leaves the stream and the sum."""
+
+    def __init__(self, anatomist: _Anatomist, site: Site, source: int, branch: int) -> None:
+        self.site, self.source = site, source
+        self.flow, self.values, self.sites = anatomist.flow, anatomist.values, anatomist.sites
+        self.inside = descending(self.flow, anatomist.descent, source, branch)
+        self.members = set(self.inside)
+        self.shape = self.values[source].shape or ()
+        self.feature = len(self.shape) - 1 if site.axis == -1 else site.axis
+        self.axes = self._follow_axes()
+        self.statistics = statistics(self.flow, self.inside, site.axis)
+        self.attention = self._attention()
+        self.role, deciding = self._role()
+        self.evidence = self._evidence(deciding)
+        self.reads, self.normed = self._entry()
+        self.projections = self._projections()
+
+    def _evidence(self, deciding: Sequence[int]) -> str:
+        words = [f"{self.values[i].op} in {owner}" if (owner := self.sites.owner(i)) else self.values[i].op for i in deciding]
+        return ", ".join(dict.fromkeys(words))
+
+    def _follow_axes(self) -> dict[int, tuple[int | None, ...]]:
+        """Which dimension of the stream each dimension of a value is, for as long as that is known."""
+        axes: dict[int, tuple[int | None, ...]] = {self.source: tuple(range(len(self.shape)))}
+        for i in self.inside[1:]:
+            value = self.values[i]
+            before = next((o for o in value.inputs if o in axes and o in self.members), None)
+            if before is None or value.shape is None:
+                continue
+            known = axes[before]
+            if value.role is Role.TRANSPARENT:
+                if value.axes is not None:
+                    axes[i] = tuple(known[a] if a is not None and a < len(known) else None for a in value.axes)
+            elif len(value.shape) == len(known):
+                axes[i] = known
+        return axes
+
+    def _attention(self) -> tuple[int, ...]:
+        """The ops that mix positions by weights computed from data: one, or a softmax between two products."""
+        for i in self.inside:
+            value = self.values[i]
+            if value.kind.attends:
+                return (i,)
+            if value.kind.softmax:
+                read = [j for j in ahead(self.flow, i) if j in self.members and self._is_product(j)]
+                scores = next((j for j in behind(self.flow, i) if j in self.members and self._is_product(j)), None)
+                if read and scores is not None:
+                    return (scores, i, read[0])
+        return ()
+
+    def _is_product(self, index: int) -> bool:
+        """Whether a value is a product of two tensors that both depend on data."""
+        value = self.values[index]
+        return value.role is Role.MIXING and not value.kind.softmax and sum(self.values[o].data for o in value.inputs) >= 2
+
+    def _role(self) -> tuple[str, Sequence[int]]:
+        """The branch's role, and the values that say so."""
+        if self.attention:
+            return "attention", self.attention
+        mixing = [i for i in self.inside[1:] if self.values[i].role is Role.MIXING and not self.values[i].kind.norm]
+        mixing = [i for i in mixing if i not in self.statistics]
+        wide = [i for i in mixing if self.values[i].kind.wide and self.values[i].kind.axis is not None]
+        products = [i for i in mixing if self._is_product(i) and not self.values[i].kind.linear]
+        if wide and not products:
+            return "convolution", wide[:1]
+        features = [i for i in mixing if self._over_features(i)]
+        positions = products + [i for i in mixing if i not in set(features)] + [i for i in self.inside[1:] if self._takes_positions(i)]
+        if any(self.values[i].kind.routes for i in mixing):
+            return ("feed-forward", features[:2]) if features else ("unknown", ())
+        if positions:
+            return "mixer", positions[:1]
+        return ("feed-forward", features[:2]) if features else ("unknown", ())
+
+    def _takes_positions(self, index: int) -> bool:
+        """Whether a value is a part of another along the positions: a recurrence written out, a shift of tokens."""
+        value = self.values[index]
+        operand = self.values[value.inputs[0]] if value.inputs else value
+        if value.role is not Role.SLICE or value.shape is None or operand.shape is None or operand.index not in self.axes:
+            return False
+        known = self.axes[operand.index]
+        if len(value.shape) < len(operand.shape):  # one position, where the features are left whole
+            return known[-1] == self.feature and value.shape[-1] == operand.shape[-1]
+        return any(a != b and of not in (self.feature, None) for of, a, b in zip(known, value.shape, operand.shape, strict=False))
+
+    def _over_features(self, index: int) -> bool:
+        """Whether a linear op combines features alone."""
+        value = self.values[index]
+        if value.kind.axis is None or not value.kind.linear or value.kind.upsample or value.kind.pools:
+            return False
+        operand = next((o for o in value.inputs if o in self.members), None)
+        known = self.axes.get(operand) if operand is not None else None
+        if known is None or len(known) <= max(value.kind.axis, -value.kind.axis - 1):
+            return True  # behind a reshape: rows of features, as far as can be seen
+        return known[value.kind.axis] in (self.feature, None)
+
+    def _entry(self) -> tuple[int, bool]:
+        """The last single value, in the stream's own form, that all of the branch goes through before its first mixing op that is no norm."""
+        entry, normed = self.source, False
+        passed = False  # a norm since the source
+        farthest = self.source
+        readers = self.flow.readers
+        identity = tuple(range(len(self.shape)))
+        for i in self.inside:
+            value = self.values[i]
+            if i != self.source:
+                if value.role is Role.MIXING and not value.kind.norm and i not in self.statistics:
+                    break
+                if value.role is Role.SLICE or (value.role is Role.SUM and sum(o in self.members for o in value.inputs) > 1):
+                    break
+                passed = passed or value.kind.norm or i in self.statistics
+                if farthest <= i and value.shape == self.shape and self.axes.get(i) == identity:
+                    entry, normed = i, passed
+            farthest = max([farthest, *(r for r in readers[i] if r in self.members)])
+        return entry, normed
+
+    def _projections(self) -> tuple[str, ...]:
+        """The modules of q, k and v, where three linear maps read the branch's input."""
+        if not self.attention:
+            return ()
+        if len(self.attention) == 1:
+            operands = list(self.values[self.attention[0]].inputs[:3])
+        else:
+            scores, softmax, read = (self.values[i] for i in self.attention)
+            weights = {softmax.index, *ahead(self.flow, softmax.index)}
+            operands = [*scores.inputs[:2], *(o for o in read.inputs[:2] if o not in weights)][:3]
+        maps = [self._map_behind(operand) for operand in operands]
+        found = [index for index in maps if index is not None]
+        if len(found) != 3 or len(set(found)) != 3:
+            return ()
+        return tuple(self.sites.owner(index) for index in found)
+
+    def _map_behind(self, operand: int) -> int | None:
+        """The linear map of the branch's input that an operand comes from; None where there is none, or more than one."""
+        found: set[int] = set()
+        stack, seen = [operand], {operand}
+        while stack:
+            value = self.values[stack.pop()]
+            if value.index not in self.members:
+                continue
+            if value.role is Role.MIXING and value.kind.linear and value.kind.axis is not None and not value.kind.norm:
+                found.add(value.index)
+                continue
+            for o in value.inputs:
+                if o not in seen:
+                    seen.add(o)
+                    stack.append(o)
+        return found.pop() if len(found) == 1 else None
+
+
+# Walks
+
+
+def descending(flow: Dataflow, descent: Descent, source: int, target: int) -> list[int]:
+    """The values on ways from one value to another, both included, in topological order."""
+    ancestors = sorted(descent.between(source, target))
+    found = {source}
+    for index in ancestors:
+        if any(o in found for o in flow.values[index].inputs):
+            found.add(index)
+    return sorted(found)
+
+
+def statistics(flow: Dataflow, inside: Sequence[int], axis: int) -> set[int]:
+    """Those of these values that are statistics; see `is_statistic`."""
+    return {index for index in inside if is_statistic(flow, index, axis)}
+
+
+def is_statistic(flow: Dataflow, index: int, axis: int) -> bool:
+    """Whether a value is one number for each position, such as the mean square that a normalisation written out divides by."""
+    value = flow.values[index]
+    if value.role is not Role.MIXING or value.kind.norm or value.kind.softmax or value.shape is None:
+        return False
+    if sum(flow.values[o].data for o in value.inputs) != 1:
+        return False
+    operand = flow.values[value.inputs[0]].shape
+    if operand is None or len(operand) != len(value.shape) or not -len(operand) <= axis < len(operand):
+        return False
+    rest = (n for n in range(len(operand)) if n != axis % len(operand))
+    return value.shape[axis] == 1 != operand[axis] and all(operand[n] == value.shape[n] for n in rest)
+
+
+def is_scaled_by_position(flow: Dataflow, index: int, axis: int) -> bool:
+    """Whether a value combines a tensor with one number for each of its positions: the end of a normalisation written out."""
+    value = flow.values[index]
+    if value.role is not Role.POINTWISE or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return False
+    shapes = [flow.values[o].shape for o in value.inputs if flow.values[o].data]
+    smaller = [s for s in shapes if s is not None and len(s) == len(value.shape) and s[axis] == 1 != value.shape[axis]]
+    return len(shapes) == 2 and len(smaller) == 1
+
+
+def numbered(path: str) -> Iterator[str]:
+    """The prefixes of a module's path that end in a number ("layers.3", "stage2.b1"), shortest first."""
+    parts = path.split(".")
+    yield from (".".join(parts[: n + 1]) for n, part in enumerate(parts) if part[-1:].isdigit())
+
+
+def _family(path: str) -> str:
+    """A numbered path without its number: what its sisters have in common."""
+    return path.rstrip("0123456789")
+
+
+def ahead(flow: Dataflow, start: int) -> list[int]:
+    """What reads a value, through pointwise ops and views, up to the next mixing ops, these included."""
+    found: dict[int, None] = {}
+    level = [start]
+    for _ in range(_REACH):
+        level = [r for r in dict.fromkeys(r for name in level for r in flow.readers[name]) if r not in found]
+        found |= dict.fromkeys(level)
+        level = [r for r in level if flow.values[r].role in (Role.TRANSPARENT, Role.POINTWISE)]
+    return list(found)
+
+
+def behind(flow: Dataflow, start: int) -> list[int]:
+    """What a value is computed from, down to the next mixing ops, these included."""
+    found: dict[int, None] = {}
+    level = [start]
+    for _ in range(_REACH):
+        level = [o for o in dict.fromkeys(o for name in level for o in flow.values[name].inputs) if o not in found and flow.values[o].data]
+        found |= dict.fromkeys(level)
+        level = [o for o in level if flow.values[o].role is not Role.MIXING]
+    return list(found)

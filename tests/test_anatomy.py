@@ -1,0 +1,166 @@
+"""What is known of a site's place: on real architectures, of which the module and its ONNX export must say the same."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import real, slow
+from torch import nn
+from torch.nn import functional as F
+
+from laurel_rewrite import ConfigError, detect, rewrite
+from laurel_rewrite.detection.anatomy import Spot
+from laurel_rewrite.detection.sites import sites_of_onnx
+from laurel_rewrite.operators.laurel import sites_of
+
+KNOWN = {
+    # link, role, normed, scale-free, block without its number; site by site of one block
+    "gpt2": [("plain", "attention", True, True, "transformer.h"), ("plain", "feed-forward", True, True, "transformer.h")],
+    "llama": [("plain", "attention", True, True, "model.layers"), ("plain", "feed-forward", True, True, "model.layers")],
+    "vit_small": [("plain", "attention", True, True, "blocks"), ("plain", "feed-forward", True, True, "blocks")],
+    "bert": [("norm", "attention", False, True, "encoder.layer"), ("norm", "feed-forward", False, True, "encoder.layer")],
+    "cohere": [("plain", "attention+feed-forward", True, True, "model.layers")],
+    "falcon": [("plain", "attention+feed-forward", True, True, "transformer.h")],
+}
+
+
+def in_short(spot: Spot) -> tuple[str, str, bool, bool, str]:
+    role = "+".join(sorted(spot.role.split("+")))
+    return spot.link, role, spot.normed, spot.scale_free, spot.block.rstrip("0123456789").rstrip(".")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", slow("vit_small"), slow("cohere"), slow("falcon")])
+def test_what_is_known_of_real_architectures(name, exported):
+    example = real(name)
+    sites = detect(example.model, example.args, example.kwargs)
+    known = KNOWN[name]
+    for site in sites:
+        expected = known[site.index % len(known)]
+        link = "begin" if site.index == 0 else expected[0]
+        prefix = in_short(sites.spots[site.id])[4].removesuffix(expected[4])
+        assert in_short(sites.spots[site.id]) == (link, *expected[1:4], prefix + expected[4])
+        assert sites.spots[site.id].ends_block == (site.index % len(known) == len(known) - 1)
+        assert sites.spots[site.id].length == len(sites)
+    graph = sites_of_onnx(ir.load(exported(name)))
+    assert [in_short(graph.spots[site.id]) for site in graph] == [in_short(sites.spots[site.id]) for site in sites]
+
+
+def test_projections_of_one_normalised_value():
+    example = real("llama")
+    sites = detect(example.model, example.args, example.kwargs)
+    spot = sites.spots["model.layers.1.laurel_0"]
+    assert spot.projections == tuple(f"model.layers.1.self_attn.{name}_proj" for name in "qkv")
+    assert not sites.spots["model.layers.1.laurel_1"].projections
+    fused = real("gpt2")  # q, k and v are one map
+    assert not any(spot.projections for spot in detect(fused.model, fused.args, fused.kwargs).spots.values())
+
+
+def test_cross_attention_has_no_three_maps_of_one_value():
+    example = real("t5")
+    spots = detect(example.model, example.args, example.kwargs).spots
+    roles = {name: spot.role for name, spot in spots.items() if name.startswith("decoder.block.1.")}
+    assert list(roles.values()) == ["attention", "attention", "feed-forward"]
+    assert spots["decoder.block.1.layer.0.laurel_0"].projections
+    assert not spots["decoder.block.1.layer.1.laurel_0"].projections
+    assert {spot.block for name, spot in spots.items() if name.startswith("decoder.block.1.")} == {"decoder.block.1"}  # not its layers
+
+
+def test_convolutions_with_an_activation_between_them():
+    example = real("resnet18")
+    sites = detect(example.model, example.args)
+    spots = [sites.spots[site.id] for site in sites]
+    assert {spot.role for spot in spots} == {"convolution"}
+    assert [spot.link for spot in spots] == ["begin", "activation"] * 4
+    assert not any(spot.scale_free or spot.normed for spot in spots)
+    assert spots[1].block == "layer1.1"
+
+
+class Of(nn.Module):
+    """Two connections around a function, the second one read by a head."""
+
+    def __init__(self, branch, *, norm=True, head=None) -> None:
+        super().__init__()
+        self.branch = branch
+        self.norms = nn.ModuleList(nn.LayerNorm(8) if norm else nn.Identity() for _ in range(3))
+        self.maps = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.tokens = nn.Linear(6, 6)
+        self.head = head or (lambda self, x: self.norms[2](x))
+
+    def forward(self, x):
+        for n in (0, 1):
+            x = x + self.branch(self, self.norms[n](x), n)
+        return self.head(self, x)
+
+
+def spots_of(branch, **options) -> list[Spot]:
+    sites = detect(Of(branch, **options), (torch.randn(2, 6, 8),))
+    assert len(sites) == 2
+    return [sites.spots[site.id] for site in sites]
+
+
+def by_hand(self, x, n):
+    scores = torch.softmax(self.maps[n](x) @ self.maps[n](x).transpose(1, 2) / 3, -1)
+    return F.dropout(scores, 0.1, self.training) @ self.maps[n](x)
+
+
+def shifted(self, x, n):
+    return self.maps[n](torch.cat([x[:, :1] * 0, x[:, :-1]], 1))
+
+
+BRANCHES = {
+    "attention": by_hand,
+    "feed-forward": lambda self, x, n: torch.relu(self.maps[n](x)),
+    "mixer": lambda self, x, n: self.tokens(x.transpose(1, 2)).transpose(1, 2),
+    "mixer: fft": lambda self, x, n: torch.fft.fft(x, dim=1).real,
+    "mixer: shift": shifted,
+    "mixer: sums": lambda self, x, n: self.maps[n](x).cumsum(1),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_the_role_of_a_branch(name):
+    for spot in spots_of(BRANCHES[name]):
+        assert spot.role == name.partition(":")[0]
+        assert spot.normed
+        assert spot.reads.startswith("layer_norm")
+        assert spot.evidence
+
+
+def test_a_branch_without_a_norm_reads_the_skip():
+    first, second = spots_of(BRANCHES["feed-forward"], norm=False)
+    assert (first.reads, first.normed, second.normed) == ("x", False, False)
+    assert not second.scale_free
+
+
+def written_out(self, x):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("head", "free"),
+    [
+        (lambda self, x: self.norms[2](x), True),
+        (lambda self, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), True),
+        (lambda self, x: written_out(self, x), True),
+        (lambda self, x: x, False),
+        (lambda self, x: torch.relu(x), False),
+        (lambda self, x: (self.norms[2](x), x.sum()), False),
+        (lambda self, x: x.pow(2).mean(-1), False),
+    ],
+)
+def test_what_is_free_of_scale(head, free):
+    first, second = spots_of(BRANCHES["feed-forward"], head=head)
+    assert first.scale_free
+    assert second.scale_free == free
+
+
+def test_roles_and_blocks_select():
+    example = real("gpt2")
+    better = rewrite(example.model, example.args, example.kwargs, variant="rw", include="attention")
+    assert list(sites_of(better)) == [f"transformer.h.{n}.laurel_0" for n in range(3)]
+    better = rewrite(example.model, example.args, example.kwargs, variant="rw", include=["transformer.h.[01]"], exclude="feed-forward")
+    assert list(sites_of(better)) == [f"transformer.h.{n}.laurel_0" for n in range(2)]
+    with pytest.raises(ConfigError, match="Nearest: attention"):
+        rewrite(example.model, example.args, example.kwargs, variant="rw", include="atention")
