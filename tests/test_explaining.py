@@ -43,7 +43,7 @@ def test_a_site_by_its_id():
     assert facts["skip"].startswith(f"add [2x5x{D}]")
     assert facts["branch"].startswith(f"dropout [2x5x{D}] in g.dropout")
     assert facts["path"] == "skip -> layer_norm -> linear -> gelu -> branch"
-    assert facts["stream"] == f"number 0, position 1, feature axis -1, D {D}"
+    assert facts["stream"] == f"number 0, position 1 of 2, feature axis -1, D {D}"
 
 
 def test_a_line_with_or_without_its_file():
