@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import OrderedDict, deque
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from laurel_rewrite import detect, rewrite
 from laurel_rewrite.graph.snapshot import preserved, state_bytes
 
 
@@ -172,3 +174,80 @@ def test_without_values_parameters_are_not_copied_and_the_rest_comes_back():
     assert model.weight.eq(7).all()
     assert not model.plain.any()
     assert not hasattr(model, "kept")
+
+
+MASKS: dict[int, torch.Tensor] = {}
+SEEN: list[torch.Tensor] = []
+LAST: torch.Tensor | None = None
+COUNTS = torch.zeros(2)
+
+
+class Made(OrderedDict):
+    """Gives a new object each time it is asked, as transformers' table of activations does."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+TABLE = Made(a=list, b=dict)
+
+
+@functools.lru_cache
+def angles(size: int) -> torch.Tensor:
+    return torch.arange(size).float()
+
+
+@functools.cache
+def untouched() -> int:
+    return 1
+
+
+def mask(size: int) -> torch.Tensor:
+    if size not in MASKS:
+        MASKS[size] = torch.ones(size)
+    return MASKS[size]
+
+
+class Global(nn.Module):
+    """Keeps what it needs again in global variables, some of them through functions of the same file."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        global LAST, FRESH
+        LAST = FRESH = x.mean()
+        SEEN.append(x)
+        COUNTS.add_(1)
+        TABLE["a"].append(1)
+        return x + self.linear(x) * mask(4) * angles(4) * untouched()
+
+
+def in_globals() -> tuple:
+    return dict(MASKS), list(SEEN), LAST, COUNTS.tolist(), angles.cache_info().currsize, "FRESH" in globals(), list(dict.items(TABLE))
+
+
+def test_what_a_model_keeps_in_global_variables_is_put_back():
+    model = Global()
+    untouched()
+    before = in_globals()
+    with preserved(model):
+        model(torch.randn(2, 4))
+        assert in_globals() != before
+    assert in_globals() == before
+    assert untouched.cache_info().currsize == 1  # no new entry, and so none is lost
+
+
+def test_no_stand_in_is_left_in_global_variables():
+    """A cache that a capture filled with tensors without values made the user's own model return such."""
+    model = Global()
+    x = torch.randn(2, 4)
+    assert len(detect(model, (x,))) == 1
+    assert not MASKS
+    assert not SEEN
+    assert type(rewrite(model, (x,), variant="rw")(x)) is torch.Tensor
+    assert type(model(x)) is torch.Tensor
+    angles.cache_clear()
+    MASKS.clear()
+    SEEN.clear()

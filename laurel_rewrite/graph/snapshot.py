@@ -1,7 +1,8 @@
 """A model as it was: what running it changes is put back bit for bit, also where it raises.
 
-The walk follows what a model holds: modules, containers, plain objects, closures, and the classes of its modules. It does not follow
-global variables, files, threads or other machinery, whose state is nobody's to set back.
+The walk follows what a model holds: modules, containers, plain objects, closures, the classes of its modules, and the global variables that
+their code names, through functions of the same package: a cache of masks may lie in any of them. It does not follow files, threads or other
+machinery, whose state is nobody's to set back.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ Undo = Callable[[], None]
 
 _FIXED = (NoneType, bool, int, float, complex, str, bytes, torch.dtype, torch.device, ModuleType, BuiltinFunctionType)
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, bytearray)
+_CACHED = functools._lru_cache_wrapper
+_MISSING: Any = object()
 _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     torch.Generator: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
     random.Random: (lambda g: g.getstate(), lambda g, state: g.setstate(state)),
@@ -39,8 +42,8 @@ def preserved(*things: object, values: bool = True) -> Iterator[None]:
     """Put back, at the end, whatever changes meanwhile in these things and in the random states.
 
     Restored are parameters, buffers and all other tensors and arrays (values, shape, storage, requires_grad, grad), every attribute of
-    every module and of what it holds (new ones go, old ones come back; lists, dictionaries and sets have their elements again), training
-    flags, hooks, the random states of torch (CPU, and an accelerator in use), Python, numpy and of generators that the model holds, the
+    every module and of what it holds (new ones go, old ones come back; lists, dictionaries and sets have their elements again), the global
+    variables that its code names (a `functools.cache` that has new entries is emptied), training flags, hooks, the random states of torch (CPU, and an accelerator in use), Python, numpy and of generators that the model holds, the
     default dtype and whether gradients are on.
 
     Args:
@@ -122,14 +125,14 @@ def _is_machinery(thing: object) -> bool:
     """Objects of the standard library (loggers, locks, files), but for containers and what holds the user's things."""
     if isinstance(thing, (*_CONTAINERS, tuple, frozenset, type, *_GENERATORS, SimpleNamespace)):
         return False
-    if isinstance(thing, FunctionType | MethodType | functools.partial | CellType):
+    if isinstance(thing, FunctionType | MethodType | functools.partial | CellType | _CACHED):
         return False
     return type(thing).__module__.partition(".")[0] in sys.stdlib_module_names
 
 
 def _parts(thing: Any) -> Iterator[Any]:
     if isinstance(thing, dict):
-        yield from thing.values()
+        yield from (value for _, value in _elements(thing, dict))
     elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from thing
     elif isinstance(thing, type):
@@ -137,6 +140,9 @@ def _parts(thing: Any) -> Iterator[Any]:
         return
     elif isinstance(thing, FunctionType):
         yield from thing.__closure__ or ()
+        yield from _followed_globals(thing)
+    elif isinstance(thing, _CACHED):
+        yield thing.__wrapped__
     elif isinstance(thing, CellType):
         with contextlib.suppress(ValueError):  # empty
             yield thing.cell_contents
@@ -155,7 +161,41 @@ def _parts(thing: Any) -> Iterator[Any]:
 
 
 def _is_own_class(cls: type) -> bool:
-    return issubclass(cls, nn.Module) and cls.__module__.partition(".")[0] != "torch"
+    return issubclass(cls, nn.Module) and not _is_foreign(cls.__module__)
+
+
+def _is_foreign(module: object) -> bool:
+    """Whether a name is that of torch or the standard library, whose global variables are their own."""
+    root = _root(module)
+    return root == "torch" or (root != "__main__" and root in sys.stdlib_module_names)
+
+
+def _root(module: object) -> str:
+    """The package of a module's name; a function may have none."""
+    return str(module).partition(".")[0]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _names(code: CodeType) -> frozenset[str]:
+    """The names that code refers to, and the functions in it; attributes are among them."""
+    return frozenset(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _globals_of(function: FunctionType) -> dict[str, Any]:
+    """The global variables that a function's code names, those that are not there as `_MISSING`."""
+    if _is_foreign(function.__module__):
+        return {}
+    given = function.__globals__
+    return {name: given.get(name, _MISSING) for name in _names(function.__code__)}
+
+
+def _followed_globals(function: FunctionType) -> Iterator[Any]:
+    """Of these the tensors, containers, caches and generators, and what is of the function's own package; no modules or classes."""
+    for value in _globals_of(function).values():
+        if isinstance(value, (*_CONTAINERS, Tensor, *_GENERATORS)) or (
+            not isinstance(value, type) and _root(getattr(value, "__module__", None)) == _root(function.__module__)
+        ):
+            yield value
 
 
 def _attributes(thing: object) -> dict[str, Any]:
@@ -201,32 +241,63 @@ def _undo(thing: Any) -> Iterator[Undo]:
         return
     base = next((cls for cls in _CONTAINERS if isinstance(thing, cls)), None)
     if base is not None:
-        yield functools.partial(_restore_container, thing, base, base(thing))
+        yield functools.partial(_restore_container, thing, base, _elements(thing, base))
     elif isinstance(thing, CellType):
         with contextlib.suppress(ValueError):
             yield functools.partial(setattr, thing, "cell_contents", thing.cell_contents)
+    elif isinstance(thing, FunctionType):
+        if named := _globals_of(thing):
+            yield functools.partial(_restore_globals, thing.__globals__, named)
+    elif isinstance(thing, _CACHED):
+        yield functools.partial(_restore_cached, thing, thing.cache_info().misses)
     elif isinstance(thing, np.ndarray) and thing.dtype != object:
         yield functools.partial(_restore_array, thing, thing.copy())
     elif isinstance(thing, Tensor):
         yield from _undo_tensor(thing)
     attributes = _attributes(thing)
     if attributes or not isinstance(thing, (*_CONTAINERS, Tensor)):
-        yield functools.partial(_restore_container, attributes, dict, dict(attributes))
+        yield functools.partial(_restore_container, attributes, dict, _elements(attributes, dict))
     slots = {name: getattr(thing, name) for name in _slots(type(thing)) if hasattr(thing, name)}
     if slots:
         yield functools.partial(_restore_slots, thing, slots)
 
 
-def _restore_container(thing: Any, base: Any, before: Any) -> None:
-    now, was = (list(x.items()) if isinstance(x, dict) else list(x) for x in (base(thing), before))
-    if len(now) == len(was) and all(_same(a, b) for a, b in zip(now, was, strict=True)):
+def _elements(thing: Any, base: Any) -> list[Any]:
+    """What a container holds, a dictionary as pairs; whatever a subclass makes of it that is asked (transformers' ACT2FN makes new ones)."""
+    if issubclass(base, dict):
+        return [(key, dict.__getitem__(thing, key)) for key in base.__iter__(thing)]
+    return list(base.__iter__(thing))
+
+
+def _restore_container(thing: Any, base: Any, before: list[Any]) -> None:
+    now = _elements(thing, base)
+    if len(now) == len(before) and all(_same(a, b) for a, b in zip(now, before, strict=True)):
         return
     base.clear(thing)
-    (base.update if issubclass(base, dict | set) else base.extend)(thing, before)
+    if issubclass(base, dict):
+        for key, value in before:
+            base.__setitem__(thing, key, value)
+    else:
+        (base.update if issubclass(base, set) else base.extend)(thing, before)
 
 
 def _same(a: Any, b: Any) -> bool:
     return all(x is y for x, y in zip(a, b, strict=True)) if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) else a is b
+
+
+def _restore_globals(namespace: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if isinstance(namespace.get(name), ModuleType | FunctionType | type):  # what was imported meanwhile stays
+            continue
+        if value is _MISSING:
+            namespace.pop(name, None)
+        elif namespace.get(name, _MISSING) is not value:
+            namespace[name] = value
+
+
+def _restore_cached(function: Any, misses: int) -> None:
+    if function.cache_info().misses != misses:
+        function.cache_clear()  # its entries cannot be told apart from outside
 
 
 def _restore_class(cls: type, before: dict[str, Any]) -> None:
