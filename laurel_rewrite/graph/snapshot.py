@@ -28,6 +28,7 @@ _FIXED = (NoneType, bool, int, float, complex, str, bytes, torch.dtype, torch.de
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, bytearray)
 _CACHED = functools._lru_cache_wrapper
 _MISSING: Any = object()
+_MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     torch.Generator: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
     random.Random: (lambda g: g.getstate(), lambda g, state: g.setstate(state)),
@@ -161,7 +162,7 @@ def _parts(thing: Any) -> Iterator[Any]:
 
 
 def _is_own_class(cls: type) -> bool:
-    return issubclass(cls, nn.Module) and not _is_foreign(cls.__module__)
+    return not _is_foreign(cls.__module__) and bool(cls.__flags__ & _MADE_IN_PYTHON)
 
 
 def _is_foreign(module: object) -> bool:
@@ -190,11 +191,10 @@ def _globals_of(function: FunctionType) -> dict[str, Any]:
 
 
 def _followed_globals(function: FunctionType) -> Iterator[Any]:
-    """Of these the tensors, containers, caches and generators, and what is of the function's own package; no modules or classes."""
+    """Of these the tensors, containers and generators, and the functions, classes and objects of the function's own package."""
+    package = _root(function.__module__)
     for value in _globals_of(function).values():
-        if isinstance(value, (*_CONTAINERS, Tensor, *_GENERATORS)) or (
-            not isinstance(value, type) and _root(getattr(value, "__module__", None)) == _root(function.__module__)
-        ):
+        if isinstance(value, (*_CONTAINERS, Tensor, *_GENERATORS)) or _root(getattr(value, "__module__", None)) == package:
             yield value
 
 
