@@ -66,6 +66,14 @@ STEPS = {
 """Steps of the main job, and the functions in which they are done."""
 
 
+def either(name: str, older: str) -> Any:
+    """A module by its name, or by the one that it had before the modules lay in packages."""
+    try:
+        return importlib.import_module(f"laurel_rewrite.{name}")
+    except ModuleNotFoundError:
+        return importlib.import_module(f"laurel_rewrite.{older}")
+
+
 def seconds() -> float:
     """Processor time of this process and of those that it waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -110,17 +118,14 @@ def one(model: str) -> dict[str, Any]:
     import torch
 
     from laurel_rewrite import detect
-    from laurel_rewrite.app import (
-        cli,
-        job,  # noqa: F401  # the job is watched
-    )
-    from laurel_rewrite.sources.models import build, parse_settings
 
+    cli, models = either("app.cli", "cli"), either("sources.models", "models")
+    either("app.job", "job")  # which is watched
     torch.set_num_threads(1)
     warm = torch.nn.Linear(4, 4)
     with contextlib.suppress(Exception):
         detect(warm, (torch.randn(2, 4),))
-    built = build(model, parse_settings(MODELS[model]))
+    built = models.build(model, models.parse_settings(MODELS[model]))
     detection = measured(lambda: detect(built.model, built.args, built.kwargs))
     spent: Counter[str] = Counter()
     watch(spent)
