@@ -6,12 +6,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import real, slow
+from test_residuals import grown
 from torch import nn
 from torch.nn import functional as F
 
 from laurel_rewrite import ConfigError, detect, rewrite
-from laurel_rewrite.detection.anatomy import Spot
-from laurel_rewrite.detection.sites import sites_of_onnx
+from laurel_rewrite.detection.anatomy import Spot, _Anatomist
+from laurel_rewrite.detection.sites import _sites, sites_of_onnx
 from laurel_rewrite.operators.laurel import sites_of
 
 KNOWN = {
@@ -164,3 +165,16 @@ def test_roles_and_blocks_select():
     assert list(sites_of(better)) == [f"transformer.h.{n}.laurel_0" for n in range(2)]
     with pytest.raises(ConfigError, match="Nearest: attention"):
         rewrite(example.model, example.args, example.kwargs, variant="rw", include="atention")
+
+
+def test_the_work_grows_with_the_graph():
+    """Branches of long skips hold each other: what is looked at in all of them is bounded by the graph, and the rest is unknown."""
+    short, long = (_sites(grown("ladder", blocks), ()) for blocks in (10, 300))
+    assert "unknown" not in {spot.role for spot in short.spots.values()}
+    assert "unknown" in {spot.role for spot in long.spots.values()}
+    anatomist = _Anatomist(long)
+    looked = []
+    whole = anatomist._between
+    anatomist._between = lambda source, target: looked.append(whole(source, target)) or looked[-1]
+    anatomist.spots()
+    assert sum(map(len, looked)) < 25 * len(long.flow.values)

@@ -5,6 +5,7 @@ All of it is read off the dataflow and the modules' paths, and only when somebod
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from laurel_rewrite.detection.sites import Site, Sites
 
 ROLES = ("attention", "feed-forward", "convolution", "mixer", "unknown")
-LINKS = ("begin", "plain", "norm", "activation", "other")
 _REACH = 12  # pointwise ops between a softmax and the product that its weights go into
+_SHARE = 20  # values looked at in all branches together, for each value of the graph: nested branches of long skips hold each other
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class _Anatomist:
         self.flow: Dataflow = sites.flow
         self.values = self.flow.values
         self.descent = Descent(self.flow)
+        self.budget = _SHARE * len(self.values)
         self.outputs = {sites.bindings[site.id].residual.output: site for site in sites}
+        self.skips = {sites.bindings[site.id].residual.skip for site in sites}
         self.streams: dict[int, list[Site]] = defaultdict(list)
         for site in sites:
             self.streams[site.stream].append(site)
@@ -73,12 +76,7 @@ class _Anatomist:
         branches_of: dict[str, list[_Branch]] = {}
         for site in self.sites:
             residual = self.sites.bindings[site.id].residual
-            branches_of[site.id] = [
-                _Branch(self, site, start, part)
-                for branch in residual.branches
-                for start in [self._start(residual, branch)]
-                for part in self._parts(start, branch)
-            ]
+            branches_of[site.id] = [part for branch in residual.branches for part in self._parts(site, residual, branch)]
         roles = {name: "+".join(dict.fromkeys(branch.role for branch in branches)) for name, branches in branches_of.items()}
         blocks = self._blocks(roles)
         last = {(site.stream, blocks[site.id]): site.id for site in self.sites}
@@ -100,24 +98,31 @@ class _Anatomist:
             )
         return found
 
-    def _start(self, residual: Residual, branch: int) -> int:
-        """Where a branch leaves the stream: the skip, or where the two part before it, behind a view of the skip's own."""
-        return residual.skip if residual.skip in self.descent.between(residual.source, branch) else residual.source
+    def _between(self, source: int, target: int) -> list[int]:
+        """What lies on ways from one value to another, these included, in topological order; these alone where that is too much to look at."""
+        back = sorted(itertools.islice(self.descent.between(source, target), self.budget + 1))
+        self.budget -= min(len(back), self.budget)
+        return descending(self.flow, source, back) if self.budget else [source, target]
 
-    def _parts(self, start: int, branch: int) -> list[int]:
-        """What a branch is the sum of: an attention beside a feed-forward that are added before they are added to the skip."""
-        members = set(descending(self.flow, self.descent, start, branch))
+    def _parts(self, site: Site, residual: Residual, branch: int) -> list[_Branch]:
+        """A branch; or what it is the sum of: an attention beside a feed-forward that are added before they are added to the skip."""
+        inside = self._between(residual.source, branch)
+        if residual.skip in inside:  # else they part before it, behind a view of the skip's own
+            inside = descending(self.flow, residual.skip, [i for i in inside if i >= residual.skip])
+        start, members = inside[0], set(inside)
         parts, found = [branch], []
         for index in parts:  # grows
             value = self.values[index]
-            inside = [o for o in value.inputs if o in members]
-            if value.role is Role.TRANSPARENT and len(inside) == 1 and inside[0] != start:
-                parts.append(inside[0])
-            elif value.role is Role.SUM and len(inside) > 1 and start not in inside:
-                parts += inside
+            read = [o for o in value.inputs if o in members]
+            if value.role is Role.TRANSPARENT and len(read) == 1 and read[0] != start:
+                parts.append(read[0])
+            elif value.role is Role.SUM and len(read) > 1 and start not in read:
+                parts += read
             else:
                 found.append(index)
-        return found if len(found) > 1 else [branch]
+        if len(found) < 2:
+            return [_Branch(self, site, inside)]
+        return [_Branch(self, site, self._between(start, part)) for part in found]
 
     def _link(self, site: Site) -> str:
         """What stands between the skip and the output of the connection before."""
@@ -125,7 +130,7 @@ class _Anatomist:
             return "begin"
         before = self.sites.bindings[self.streams[site.stream][site.index - 1].id].residual.output
         skip = self.sites.bindings[site.id].residual.skip
-        between = [i for i in descending(self.flow, self.descent, before, skip) if i != before]
+        between = [i for i in self._between(before, skip) if i != before]
         kinds = [self.values[i].kind for i in between if self.values[i].role is not Role.TRANSPARENT]
         if not kinds:
             return "plain"
@@ -154,8 +159,7 @@ class _Anatomist:
 
     def _scale_free(self, output: int) -> bool:
         """Whether only normalisations read a sum, and the sums that it is the skip of."""
-        flow, axis = self.flow, self.sites[self.outputs[output].id].axis
-        skips = {self.sites.bindings[site.id].residual.skip for site in self.sites}
+        flow, axis = self.flow, self.outputs[output].axis
         names, read = [output], False
         for name in names:  # grows by views, and by what is the sum less its mean
             if name in flow.outputs:
@@ -164,7 +168,7 @@ class _Anatomist:
                 value = self.values[reader]
                 if value.role is Role.TRANSPARENT or (value.kind.subtracts and is_scaled_by_position(flow, reader, axis)):
                     names.append(reader)
-                elif value.role is Role.SUM and name in skips:
+                elif value.role is Role.SUM and name in self.skips:
                     continue
                 elif value.kind.norm or is_statistic(flow, reader, axis) or is_scaled_by_position(flow, reader, axis):
                     read = True
@@ -182,12 +186,11 @@ class _Anatomist:
 class _Branch:
     """One branch: the values between where it leaves the stream and the sum."""
 
-    def __init__(self, anatomist: _Anatomist, site: Site, source: int, branch: int) -> None:
-        self.site, self.source = site, source
+    def __init__(self, anatomist: _Anatomist, site: Site, inside: list[int]) -> None:
+        self.site, self.source, self.inside = site, inside[0], inside
         self.flow, self.values, self.sites = anatomist.flow, anatomist.values, anatomist.sites
-        self.inside = descending(self.flow, anatomist.descent, source, branch)
-        self.members = set(self.inside)
-        self.shape = self.values[source].shape or ()
+        self.members = set(inside)
+        self.shape = self.values[self.source].shape or ()
         self.feature = len(self.shape) - 1 if site.axis == -1 else site.axis
         self.axes = self._follow_axes()
         self.statistics = statistics(self.flow, self.inside, site.axis)
@@ -332,14 +335,13 @@ class _Branch:
 # Walks
 
 
-def descending(flow: Dataflow, descent: Descent, source: int, target: int) -> list[int]:
-    """The values on ways from one value to another, both included, in topological order."""
-    ancestors = sorted(descent.between(source, target))
-    found = {source}
-    for index in ancestors:
+def descending(flow: Dataflow, source: int, among: Sequence[int]) -> list[int]:
+    """A value and those that are computed from it among others, which are in topological order."""
+    found = {source: None}
+    for index in among:
         if any(o in found for o in flow.values[index].inputs):
-            found.add(index)
-    return sorted(found)
+            found[index] = None
+    return list(found)
 
 
 def statistics(flow: Dataflow, inside: Sequence[int], axis: int) -> set[int]:
