@@ -22,6 +22,7 @@ from laurel_rewrite.errors import NoSiteError
 from laurel_rewrite.lowering import SKIPPABLE, lower
 from laurel_rewrite.passes.onnx_pass import check_graph
 from laurel_rewrite.verification.onnx import run_onnx
+from laurel_rewrite.verification.onnx_runs import shaken
 from tools.fuzz.reference import evaluate
 
 VARIANTS = ("rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa")
@@ -29,7 +30,8 @@ TOLERANCE = {TensorProto.FLOAT: 1e-5, TensorProto.FLOAT16: 1e-2}
 """Of an output, in units of its largest element: a few roundings of the coarsest type beside the yardstick."""
 SPREAD = 20
 """How many times further from float64 a graph may be after lowering than before: the roundings fall at other places. In float64 itself only
-the weights that lowering wrote are rounded, and it may be as far as the graph was."""
+the weights that lowering wrote are rounded, and it may be as far as the graph was; or, where an output hangs on the last place of the weights
+(a chain that nearly cancels), as far as the graph is with every weight moved by one unit in it."""
 PLAIN, OPTIMISED = "onnxruntime without its optimiser", "onnxruntime"
 D = 8
 SHAPES = {"rows": (3, D), "sequence": (2, 5, D), "image": (2, D, 4, 4)}
@@ -72,11 +74,27 @@ def run(seed: int) -> str:
     found["float64"] = _distances(evaluate(lowered, case.feeds), exact)
     # One of them is near by chance where the other shows what roundings do: the kernels differ, not the sums.
     yardsticks = [max(both) for both in zip(*before.values(), strict=True)]
+    moved: list[float] = []
     for way, errors in found.items():
-        for output, error, yardstick in zip(model.graph.outputs, errors, yardsticks, strict=True):
+        for position, (output, error, yardstick) in enumerate(zip(model.graph.outputs, errors, yardsticks, strict=True)):
             allowed = case.tolerance + (1 if way == "float64" else SPREAD) * yardstick
+            if way == "float64" and error > allowed:
+                moved = moved or _distances(evaluate(_moved(plain), case.feeds), exact)
+                allowed = case.tolerance + moved[position]
             assert error <= allowed, f"seed {seed}, {case.kind}, {way}: {output.name} is off by {error:.2g}, allowed are {allowed:.2g}"
     return case.kind
+
+
+def _moved(model: ir.Model) -> ir.Model:
+    """A copy with every weight moved by one unit in its last place, up or down."""
+    copy, generator = model.clone(), np.random.default_rng(0)
+    for name, value in copy.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in TOLERANCE:
+            array = tensor.numpy()
+            away = shaken(array.astype(np.float64), float(np.finfo(array.dtype).eps), generator)
+            value.const_value = ir.tensor(away.astype(array.dtype), name=name)
+    return copy
 
 
 def _distances(found: list[np.ndarray], right: list[np.ndarray]) -> list[float]:
