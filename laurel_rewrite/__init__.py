@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     )
     from laurel_rewrite.exporting import export_onnx
     from laurel_rewrite.files.onnx import write_onnx
-    from laurel_rewrite.operators.laurel import param_groups
+    from laurel_rewrite.operators.config import Option
+    from laurel_rewrite.operators.protocol import Connection, param_groups
+    from laurel_rewrite.operators.registry import load_operators, register_operator
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
 
@@ -52,7 +54,11 @@ _HOMES = {
     "load": "backends.module.saving",
     "export_onnx": "exporting",
     "profile": "profiling",
-    "param_groups": "operators.laurel",
+    "param_groups": "operators.protocol",
+    "Connection": "operators.protocol",
+    "Option": "operators.config",
+    "register_operator": "operators.registry",
+    "load_operators": "operators.registry",
     "LaurelConfig": "plan",
     **dict.fromkeys(
         (
@@ -72,11 +78,13 @@ _HOMES = {
 __all__ = [
     "CaptureError",
     "ConfigError",
+    "Connection",
     "ExportError",
     "LaurelConfig",
     "LaurelError",
     "MissingPackageError",
     "NoSiteError",
+    "Option",
     "RewriteError",
     "VerificationError",
     "detect",
@@ -84,8 +92,10 @@ __all__ = [
     "explain",
     "export_onnx",
     "load",
+    "load_operators",
     "param_groups",
     "profile",
+    "register_operator",
     "remove",
     "rewrite",
     "rewrite_onnx",

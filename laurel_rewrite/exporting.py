@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
-from laurel_rewrite import __version__
-from laurel_rewrite.backends.onnx.surgery import check_form, inline_laurel, parameters_of
+from laurel_rewrite import __version__, targets
+from laurel_rewrite.backends.onnx.surgery import check_form, inline_laurel
 from laurel_rewrite.detection.sites import portable
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.files.drafts import replacing
@@ -30,8 +30,8 @@ from laurel_rewrite.files.onnx import place_onnx
 from laurel_rewrite.graph.capture import describe, quiet, training, without_caches
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.operators.laurel import Laurel, sites_of
 from laurel_rewrite.operators.onnx_function import BRANCH, DOMAIN
+from laurel_rewrite.operators.protocol import Connection, parted, sites_of
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.export import check_export, numbered, widened
@@ -64,7 +64,7 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None,
     path: Path | str,
     *,
-    target: str = "ort-cpu",
+    target: str = targets.DEFAULT,
     functions: str = "keep",
     skip: Collection[str] = (),
     verify: bool = True,
@@ -78,9 +78,9 @@ def export_onnx(
         args, kwargs: example inputs: a tuple, one tensor, or a dictionary of keyword arguments. Batch and sequence become dynamic
             where the model allows it; a batch of 1 is doubled, because an export takes the size 1 for a constant.
         path: of the `.onnx` file; above 1 GiB the weights go into `path` + ".data".
-        target: see `onnx_surgery.TARGETS`.
+        target: see `laurel_rewrite.targets`.
         functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
-        skip: passes of "ort-cpu" to leave out.
+        skip: passes of a target that lowers to leave out.
         verify: whether to compare the file with the model.
 
     Returns:
@@ -119,25 +119,25 @@ class Exporter:
         args: Sequence[Any],
         kwargs: Mapping[str, Any] | None,
         *,
-        target: str = "ort-cpu",
+        target: str = targets.DEFAULT,
         functions: str = "keep",
         skip: Collection[str] = (),
     ) -> None:
-        check_form(target, functions)
+        self.target = check_form(target, functions)
         if any(p.is_meta for p in model.parameters()):
             raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
-        self.target, self.functions, self.skip = target, functions, skip
+        self.functions, self.skip = functions, skip
         self._traced: ir.Model | None = None
 
     def write(self, path: Path) -> Export:
         """Write the model with LAuReL's parameters as they are now into a draft folder, and compare nothing."""
         exported = Export(path)
         graph = self._graph()
-        if self.target != "none" and sites_of(self.model):
+        if not self.target.writes_nodes and sites_of(self.model):
             exported.values = _insert(graph, self.model)
-        if self.target == "ort-cpu":
-            exported.scales = lower(graph, skip=self.skip, verify=False).scales
+        if self.target.lowers:
+            exported.scales = lower(graph, target=self.target.name, skip=self.skip, verify=False).scales
         elif self.functions == "inline":
             inline_laurel(graph)
         loadable = place_onnx(graph, path)
@@ -146,8 +146,8 @@ class Exporter:
         return exported
 
     def _graph(self) -> ir.Model:
-        """The graph with a marker in the place of each LAuReL; with target "none" it holds LAuReL's parameters, and must be made anew."""
-        if self.target == "none":
+        """The graph with a marker in the place of each LAuReL; where these become nodes, it holds their parameters, and must be made anew."""
+        if self.target.writes_nodes:
             return _export(self.model, self.args, self.kwargs, markers=False)
         if self._traced is None:
             self._traced = _export(self.model, self.args, self.kwargs, markers=True)
@@ -157,8 +157,9 @@ class Exporter:
 def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, markers: bool) -> ir.Model:
     """The graph with as many dynamic dimensions as the model, its capture and the exporter go along with."""
     args, kwargs = widened(tuple(args), kwargs)
-    # A view of a larger tensor would put a guard on its strides into the program, which the exporter cannot carry out.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
+    # A view of a larger tensor would put a guard on its strides into the program, which the exporter cannot carry out; and a tensor that is
+    # given twice would be one input.
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.contiguous().clone(), (args, kwargs))
     problems: list[str] = []
     for dynamic in (_dynamic(model, args, kwargs, sequence=True), _dynamic(model, args, kwargs, sequence=False), None):
         try:
@@ -229,29 +230,63 @@ def marked(model: nn.Module) -> Iterator[None]:
 
 
 class _Marker:
-    def __init__(self, site: str, module: Laurel) -> None:
+    def __init__(self, site: str, module: Connection) -> None:
         self.site = site
         self.module = module
+        self.keeps_branches = module.keeps_branches  # asked here, where nothing is traced
 
-    def residual(self, x: Tensor, f: Tensor, *more: Tensor, past: Sequence[Tensor | None] | None = None) -> Tensor:
-        window = self.module.states(x)[1:] if self.module.config.lags else []
-        return torch.onnx.ops.symbolic(
-            f"{_MARKER}::Residual",
-            (x, f, *more, *(state for _, state in window)),
-            {"site": self.site, "branches": 1 + len(more), "lags": [0, *(lag for lag, _ in window)]},
-            dtype=functools.reduce(torch.promote_types, (term.dtype for term in (x, f, *more))),
-            shape=x.shape,
-            version=1,
-        )
+    def residual(
+        self,
+        x: Tensor,
+        f: Tensor,
+        *more: Tensor,
+        past: Sequence[Tensor | None] | None = None,
+        state: Sequence[Tensor] | None = None,
+        n: Tensor | None = None,
+    ) -> Any:
+        module = self.module
+        if module.needs_input and n is None:
+            n = module.branch_input(x)
+        read = [] if n is None else [n]
+        before = past if state is None else state
+        given = module.states(x) if before is None else module.shaped(before, x)
+        left: tuple[Tensor, ...] = ()
+        if module.config.leaves != 0:  # what is traced of it here leads nowhere, and the exporter drops it
+            named = {"n": n} if module.needs_input else {}
+            _, left = parted(module.skip(x, *given, **named)) if module.additive else module.connect(x, f, *more, state=given, n=n)
+        operands = (x, f, *more, *given, *read)
+        # A state that is handed on as it is needs no output; the others are outputs beside the value.
+        places = [next((i for i, operand in enumerate(operands) if operand is value), -1) for value in left]
+        computed = [value for value, place in zip(left, places, strict=True) if place < 0]
+        dtype = functools.reduce(torch.promote_types, (term.dtype for term in (x, f, *more)))
+        attributes: dict[str, Any] = {"site": self.site, "branches": 1 + len(more), "states": len(given), "reads": len(read)}
+        if computed:
+            values = torch.onnx.ops.symbolic_multi_out(
+                f"{_MARKER}::Residual",
+                operands,
+                attributes,
+                dtypes=[dtype, *(value.dtype for value in computed)],
+                shapes=[x.shape, *(value.shape for value in computed)],
+                version=1,
+            )
+        else:
+            values = [torch.onnx.ops.symbolic(f"{_MARKER}::Residual", operands, attributes, dtype=dtype, shape=x.shape, version=1)]
+        rest = iter(values[1:])
+        left = tuple(next(rest) if place < 0 else operands[place] for place in places)
+        if state is not None:
+            return values[0], left
+        if module.link is not None:
+            module.link.write(x, left)
+        return values[0]
 
     def branch(self, f: Tensor) -> Tensor:
-        if not self.module.config.weights:
+        if self.keeps_branches:
             return f
         return torch.onnx.ops.symbolic(f"{_MARKER}::Branch", (f,), {"site": self.site}, dtype=f.dtype, shape=f.shape, version=1)
 
 
 def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
-    """LAuReL nodes in the places of the markers; the site of each node's result, by name."""
+    """Function nodes in the places of the markers; the site of each node's result, by name."""
     from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx, OnnxSite
 
     modules = sites_of(module)
@@ -260,16 +295,15 @@ def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
         if node.domain != _MARKER:
             continue
         name = node.attributes["site"].as_string()
-        laurel = modules[name]
-        tensors = parameters_of(laurel)
+        connection = modules[name]
         operands = [value for value in node.inputs if value is not None]
         if node.op_type == "Branch":
-            sites.append(OnnxSite(name, node, None, tuple(operands), (), laurel.config, tensors))
+            sites.append(OnnxSite(name, node, None, tuple(operands), connection))
             continue
         count = 1 + node.attributes["branches"].as_int()
-        lags = node.attributes["lags"].as_ints()[1:]
-        past = tuple(zip(lags, operands[count:], strict=True))
-        sites.append(OnnxSite(name, node, operands[0], tuple(operands[1:count]), past, laurel.config, tensors))
+        branches, rest = tuple(operands[1:count]), operands[count:]
+        reads = rest.pop() if node.attributes["reads"].as_int() else None
+        sites.append(OnnxSite(name, node, operands[0], branches, connection, tuple(rest), reads=reads))
     for key in laurel_initializers(model, modules):
         del model.graph.initializers[key]
     InsertLaurelOnnx(sites, __version__)(model)
@@ -282,9 +316,9 @@ def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
     return {str(node.outputs[0].name): numbered(node.metadata_props[f"{METADATA}site"], calls) for node in nodes}
 
 
-def laurel_initializers(model: ir.Model, modules: Mapping[str, Laurel]) -> list[str]:
-    """Parameters of LAuReL that the exporter listed although nothing reads them behind the markers."""
-    names = {f"{site}.{name}" for site, module in modules.items() for name, _ in module.named_parameters()}
+def laurel_initializers(model: ir.Model, modules: Mapping[str, Connection]) -> list[str]:
+    """Parameters of connections that the exporter listed although nothing reads them behind the markers."""
+    names = {f"{site}.{name}" for site, module in modules.items() for name in module.state_dict()}
     return [key for key in model.graph.initializers if key in names]
 
 

@@ -1,22 +1,26 @@
-"""From LAuReL nodes to the ordinary ops that run fastest in onnxruntime on a CPU.
+"""From LAuReL nodes to the ordinary ops that run fastest in onnxruntime, by the passes that a target names.
 
     EvaluateLaurel -> RescaleStream -> FoldBranch -> ExpandLaurel
 
-Each pass is a file in `passes/`, with its algebra, its conditions and its refusals. What comes out has no trainable parameter and no
-function: a graph to deploy. The model's `metadata_props` say what was done.
+Each pass is a file in `passes/`, with its algebra, its conditions and its refusals. What comes out has no
+function but those of operators that are not linear: a graph to deploy. The model's `metadata_props` say what was done.
 
 Skip and normalisation of a pre-norm net stay two ops, as onnxruntime leaves them in the baseline: its SkipLayerNormalization is slower on a CPU.
+For CUDA, where it is faster, the tools that make it find as many as in the baseline: the last op of a sum is an Add of two full tensors, with the
+branch first, whose bias they take in as well. Attention they make only where the skip is the very value that is normalised, so that a low-rank
+term hides it: fuse the baseline first, and rewrite what comes out, whose fused nodes stay.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from laurel_rewrite import targets
 from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.passes.evaluate_laurel import EvaluateLaurel, Forms
@@ -28,7 +32,7 @@ from laurel_rewrite.verification.onnx import check_lowering
 
 NOTES = f"{METADATA}lowering"
 """Where a lowered model says what was done."""
-SKIPPABLE = ("rescale-stream", "fold-branch", "pad-rank")
+SKIPPABLE = targets.target(targets.DEFAULT).skippable
 
 
 @dataclass
@@ -36,7 +40,8 @@ class Lowering:
     """What the lowering did.
 
     Attributes:
-        sites: number of LAuReL nodes.
+        sites: number of LAuReL nodes that were lowered.
+        kept: nodes that stay functions, for what they compute is not linear.
         folded: branches whose weight went into what computes them.
         refused: nodes where it did not, and why.
         rescaled: what became of the skips' weights, in words.
@@ -44,6 +49,7 @@ class Lowering:
     """
 
     sites: int = 0
+    kept: list[str] = field(default_factory=list)
     folded: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     rescaled: str = ""
@@ -53,41 +59,90 @@ class Lowering:
         """In sentences for the user."""
         lines = [f"{self.folded} branches have their weight in what computes them."] if self.folded else []
         lines += [f"{count} branches keep their weight as a Mul: {why}." for why, count in Counter(self.refused.values()).most_common(4)]
+        lines += [f"{len(self.kept)} connections are not linear, and stay functions."] if self.kept else []
         return " ".join([*lines, f"Streams: {self.rescaled}."] if self.rescaled else lines)
 
 
-def lower(model: ir.Model, *, skip: Collection[str] = (), verify: bool = True) -> Lowering:
+@dataclass
+class _Work:
+    """A model between two passes.
+
+    Attributes:
+        forms: the linear form of each `Affine` node.
+        pad: whether ranks are to be padded.
+    """
+
+    model: ir.Model
+    result: Lowering = field(default_factory=Lowering)
+    forms: Forms = field(default_factory=dict)
+    pad: bool = False
+
+
+def _evaluate(work: _Work) -> None:
+    evaluate = EvaluateLaurel(work.forms)
+    work.result.sites = len(evaluate(work.model).changed)
+    work.result.kept = evaluate.kept
+
+
+def _rescale(work: _Work) -> None:
+    rescale = RescaleStream(work.forms)
+    rescale(work.model)
+    work.result.rescaled, work.result.scales = rescale.note, rescale.scales
+
+
+def _fold(work: _Work) -> None:
+    fold, result = FoldBranch(work.forms), work.result
+    result.folded, result.refused = len(fold(work.model).changed), fold.refused
+    result.scales |= {name: c * result.scales.get(name, 1.0) for name, c in fold.scales.items()}
+
+
+def _pad(work: _Work) -> None:
+    work.pad = True
+
+
+def _expand(work: _Work) -> None:
+    ExpandLaurel(work.forms, pad=work.pad)(work.model)
+
+
+_PASSES: dict[str, Callable[[_Work], None]] = {
+    "evaluate-laurel": _evaluate,
+    "rescale-stream": _rescale,
+    "fold-branch": _fold,
+    "pad-rank": _pad,
+    "expand-laurel": _expand,
+}
+"""By the names that targets have for them."""
+
+
+def lower(model: ir.Model, *, target: str = targets.DEFAULT, skip: Collection[str] = (), verify: bool = True) -> Lowering:
     """Lower a model's LAuReL nodes, in place. What comes out computes what went in, or the model is left as it was.
 
     Args:
         model: with LAuReL as functions, as `rewrite_onnx` and the export leave them.
-        skip: names of passes to leave out, from `SKIPPABLE`.
+        target: whose passes are run.
+        skip: names of passes to leave out, from those that the target can do without.
         verify: whether to compare both in onnxruntime first, on inputs that are drawn; where that cannot be done here, a warning is logged.
 
     Raises:
-        ConfigError: there is no such pass.
+        ConfigError: there is no such target, it lowers nothing, or has no such pass.
         ExportError: a LAuReL node whose parameters are no constants.
         VerificationError: what comes out does not compute what went in; the message names the first site.
     """
+    chosen = targets.target(target)
+    if not chosen.lowers:
+        raise ConfigError(f"The target {target} keeps LAuReL as it is, and nothing is lowered for it.")
     if verify:
         trial = model.clone()
-        done = lower(trial, skip=skip, verify=False)
+        done = lower(trial, target=target, skip=skip, verify=False)
         require(check_lowering(model, trial, done.scales) if done.sites else [])
     for name in skip:
-        if name not in SKIPPABLE:
-            raise ConfigError(f"There is no pass {name!r} to skip. {nearest(name, SKIPPABLE)}")
-    forms: Forms = {}
-    result = Lowering(sites=len(EvaluateLaurel(forms)(model).changed))
-    if "rescale-stream" not in skip:
-        rescale = RescaleStream(forms)
-        rescale(model)
-        result.rescaled, result.scales = rescale.note, rescale.scales
-    if "fold-branch" not in skip:
-        fold = FoldBranch(forms)
-        result.folded, result.refused = len(fold(model).changed), fold.refused
-        result.scales |= {name: c * result.scales.get(name, 1.0) for name, c in fold.scales.items()}
-    ExpandLaurel(forms, pad="pad-rank" not in skip)(model)
+        if name not in chosen.skippable:
+            raise ConfigError(f"There is no pass {name!r} to skip. {nearest(name, chosen.skippable)}")
+    work = _Work(model)
+    for name in chosen.passes:
+        if name not in skip:
+            _PASSES[name](work)
     common.RemoveUnusedNodesPass()(model)
-    if result.sites:
-        model.metadata_props[NOTES] = str(result)
-    return result
+    if work.result.sites or work.result.kept:
+        model.metadata_props[NOTES] = str(work.result)
+    return work.result

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from laurel_rewrite.operators.affine import Weight, same
 from laurel_rewrite.passes.onnx_pass import names_of
 
 _HOMOGENEOUS = frozenset(
@@ -51,26 +52,28 @@ class _Scaled(ir.LazyTensor):
 
     __slots__ = ("base", "factor")
 
-    def __init__(self, base: ir.TensorProtocol, factor: float) -> None:
+    def __init__(self, base: ir.TensorProtocol, factor: Weight) -> None:
         self.base, self.factor = base, factor
-        super().__init__(self._compute, dtype=base.dtype, shape=ir.Shape(base.shape.numpy()))
+        shape = np.broadcast_shapes(tuple(base.shape.numpy()), np.shape(factor))
+        super().__init__(self._compute, dtype=base.dtype, shape=ir.Shape(shape))
 
     def _compute(self) -> ir.TensorProtocol:
         array = self.base.numpy()
         return ir.tensor((np.asarray(array, np.float64) * self.factor).astype(array.dtype), dtype=self.base.dtype)
 
 
-def scaled(tensor: ir.TensorProtocol, factor: float) -> ir.TensorProtocol:
-    """A multiple of a constant; a multiple of a multiple is rounded once."""
+def scaled(tensor: ir.TensorProtocol, factor: Weight) -> ir.TensorProtocol:
+    """A multiple of a constant, by a number or by an array that its shape goes with; a multiple of a multiple is rounded once."""
     return _Scaled(tensor.base, tensor.factor * factor) if isinstance(tensor, _Scaled) else _Scaled(tensor, factor)
 
 
-def bears(tensor: ir.TensorProtocol, factor: float) -> bool:
+def bears(tensor: ir.TensorProtocol, factor: Weight) -> bool:
     """Whether a multiple of a constant keeps its precision: it stays finite, and its largest element normal, whose last bit is then not
     less than what the smaller ones lose."""
     if isinstance(tensor, _Scaled):
         factor, tensor = tensor.factor * factor, tensor.base
-    return fits(tensor.numpy(), tensor.dtype, factor)
+    sizes = np.abs(np.asarray(factor, np.float64))
+    return all(fits(tensor.numpy(), tensor.dtype, float(size)) for size in {float(sizes.min()), float(sizes.max())})
 
 
 def fits(array: np.ndarray, dtype: ir.DataType, factor: float = 1.0) -> bool:
@@ -119,13 +122,13 @@ class Editor:
         self.model.graph.register_initializer(value)
         return value
 
-    def scale(self, node: ir.Node, position: int, factor: float) -> None:
+    def scale(self, node: ir.Node, position: int, factor: Weight) -> None:
         """Multiply the constant that one input of one node reads; other readers keep the old one."""
         value = node.inputs[position]
         tensor = constant_of(value)
         assert value is not None
         assert tensor is not None
-        if factor != 1.0:
+        if not same(factor, 1.0):
             node.replace_input_with(position, self.constant(f"{str(value.name).removesuffix('.scaled')}.scaled", scaled(tensor, factor)))
 
     def insert(

@@ -19,9 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from laurel_rewrite.errors import ExportError
+from laurel_rewrite.operators.affine import Affine, Weight, same
 from laurel_rewrite.passes.algebra import Editor, fits
 from laurel_rewrite.passes.base import PassResult
-from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Affine, Forms, same
+from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Forms
 from laurel_rewrite.passes.onnx_pass import OnnxPass
 
 BLOCK = 16  # channels
@@ -87,9 +88,12 @@ class _Writer:
         assert total is not None
         return total
 
-    def weighted(self, value: ir.Value, weight: float) -> ir.Value:
+    def weighted(self, value: ir.Value, weight: Weight) -> ir.Value:
         if same(weight, 1.0):
             return value
+        if isinstance(weight, np.ndarray):
+            ones = (1,) * (self.form.ndim - 2) if self.form.axis == 1 else ()
+            return self.op("Mul", value, self.constant("weight", weight.reshape(-1, *ones)))
         size = value.shape[1] if self.form.axis == 1 and value.shape is not None else None
         shape = (1, size, *(1 for _ in range(self.form.ndim - 2))) if isinstance(size, int) else ()
         return self.op("Mul", value, self.constant("weight", np.full(shape, weight)))

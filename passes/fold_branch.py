@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
+from laurel_rewrite.operators.affine import Affine, Weight, same
 from laurel_rewrite.passes.algebra import Editor, bears, constant_of, is_homogeneous
 from laurel_rewrite.passes.base import PassResult
-from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Forms, same
+from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Forms
 from laurel_rewrite.passes.onnx_pass import OnnxPass
 
 _LINEAR = {
@@ -25,6 +27,8 @@ _LINEAR = {
     "SimplifiedLayerNormalization": (1,), "InstanceNormalization": (1, 2), "GroupNormalization": (1, 2),
 }  # fmt: skip
 """Operators that are linear in these inputs together: weights and, where there is one, bias."""
+_POINTWISE = frozenset({"Identity", "Relu", "LeakyRelu", "Dropout"})
+_LAST_NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 _TERMS = frozenset({"Add", "Sub", "Sum", "Concat"})
 _FACTORS = frozenset({"MatMul", "Mul"})
 _Change = Callable[[], None]
@@ -54,7 +58,10 @@ class FoldBranch(OnnxPass):
                     continue
                 changes: list[_Change] = []
                 seen: Counter[ir.Value] = Counter()
-                reason = self._fold(editor, node, position, alpha, changes, seen)
+                if isinstance(alpha, float):
+                    reason = self._fold(editor, node, position, alpha, changes, seen)
+                else:
+                    reason = self._fold_vector(form, editor, node, position, alpha, changes, seen)
                 others = (value for value, count in seen.items() if count < len(value.uses()))
                 reason = reason or next((f"{value.name} has other readers" for value in others), "")
                 if reason:
@@ -62,11 +69,58 @@ class FoldBranch(OnnxPass):
                     continue
                 for change in changes:
                     change()
-                for value in seen:
-                    self.scales[str(value.name)] = self.scales.get(str(value.name), 1.0) / alpha
+                if isinstance(alpha, float):
+                    for value in seen:
+                        self.scales[str(value.name)] = self.scales.get(str(value.name), 1.0) / alpha
                 form.alphas[position] = 1.0
                 folded.append(str(node.name))
         return PassResult(graph, tuple(folded))
+
+    def _fold_vector(
+        self,
+        form: Affine,
+        editor: Editor,
+        reader: ir.Node,
+        position: int,
+        factor: np.ndarray,
+        changes: list[_Change],
+        seen: Counter[ir.Value],
+    ) -> str:
+        """The same for one weight a feature, on the way to what gives these features: no view may move them."""
+        value = reader.inputs[position]
+        node = value.producer() if value is not None else None
+        if value is None or node is None or node.domain not in ("", "ai.onnx"):
+            return f"{value.name if value is not None else 'nothing'} is made by nothing that is known to be linear"
+        if value.is_graph_output():
+            return f"{value.name} is an output"
+        seen[value] += 1
+        if seen[value] < len(value.uses()):
+            return ""
+        if node.op_type in _POINTWISE and all(output is value or not output.uses() for output in node.outputs):
+            if (factor <= 0).any() and node.op_type in ("Relu", "LeakyRelu"):
+                return f"a weight is negative, and {node.op_type} is on the way"
+            return self._fold_vector(form, editor, node, 0, factor, changes, seen)
+        if node.op_type in ("Add", "Sub"):
+            for place, operand in enumerate(node.inputs):
+                tensor = constant_of(operand)
+                if tensor is None:
+                    reason = self._fold_vector(form, editor, node, place, factor, changes, seen)
+                else:
+                    ones = (1,) * (form.ndim - 2) if form.axis == 1 else ()
+                    reason = _scale(editor, node, [place], factor.reshape(-1, *ones), changes)
+                if reason:
+                    return reason
+            return ""
+        positions = [1] if node.op_type == "MatMul" else [p for p in _LINEAR.get(node.op_type, ()) if p < len(node.inputs)]
+        positions = [p for p in positions if node.inputs[p] is not None]
+        shapes = [_shape_of_weights(node, p, form.axis, node.inputs[p]) for p in positions]
+        if not positions or None in shapes:
+            return f"{node.op_type} is not known to give each feature by weights of its own"
+        for place, shape in zip(positions, shapes, strict=True):
+            assert shape is not None
+            if reason := _scale(editor, node, [place], factor.reshape(shape), changes):
+                return reason
+        return ""
 
     def _fold(self, editor: Editor, reader: ir.Node, position: int, factor: float, changes: list[_Change], seen: Counter[ir.Value]) -> str:
         """Collect the changes that multiply what a node reads at an input; why there are none, or "".
@@ -114,13 +168,28 @@ class FoldBranch(OnnxPass):
         return _scale(editor, node, positions, factor, changes)
 
 
-def _scale(editor: Editor, node: ir.Node, positions: list[int], factor: float, changes: list[_Change]) -> str:
+def _shape_of_weights(node: ir.Node, position: int, axis: int, value: ir.Value | None) -> tuple[int, ...] | None:
+    """Where the features that a node gives lie in one of its constants: the shape of a vector that multiplies it; None where that is unknown."""
+    rank = len(value.shape) if value is not None and value.shape is not None else None
+    if rank is None:
+        return None
+    if axis == 1:
+        if node.op_type == "Conv":
+            return (-1, *(1,) * (rank - 1)) if position == 1 else (-1,)
+        return (-1,) if node.op_type == "BatchNormalization" else None
+    if node.op_type == "Gemm":
+        return (-1, 1) if position == 1 and (node.attributes.get_int("transB") or 0) else (-1,)
+    whole = (node.attributes.get_int("axis", -1) or -1) == -1
+    return (-1,) if node.op_type == "MatMul" or (node.op_type in _LAST_NORMS and whole) else None
+
+
+def _scale(editor: Editor, node: ir.Node, positions: list[int], factor: Weight, changes: list[_Change]) -> str:
     """Collect the changes that multiply constants that a node reads; why there are none, or ""."""
     tensors = [constant_of(node.inputs[p]) for p in positions]
     if any(tensor is None for tensor in tensors):
         return f"the weights of {node.op_type} {node.name!r} are no constants of the file"
     for tensor in tensors:
         if tensor is not None and not bears(tensor, factor):
-            return f"{factor:.2g} would take the weights of {node.op_type} {node.name!r} out of the range of {tensor.dtype.name}"
+            return f"{np.max(np.abs(factor)):.2g} would take the weights of {node.op_type} {node.name!r} out of the range of {tensor.dtype.name}"
     changes += [partial(editor.scale, node, p, factor) for p in positions]
     return ""

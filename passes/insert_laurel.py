@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 from laurel_rewrite.detection.sites import Binding, Sites, sites_of_graph
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
-from laurel_rewrite.operators.laurel import Laurel, refuse_second_time
+from laurel_rewrite.operators.protocol import Connection, refuse_second_time
 from laurel_rewrite.passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -58,18 +58,20 @@ class InsertLaurel(Pass[fx.GraphModule]):
         nodes = {node.name: node for node in graph.graph.nodes}
         like = next((p for p in graph.parameters() if p.is_floating_point()), None)
         rows = {row.id: row for row in self.plan.sites}
-        states: dict[int, list[fx.Node]] = defaultdict(list)  # the skips of each stream: PA's history, as edges of the graph
+        states: dict[int, fx.Node] = {}  # of each stream, as edges of the graph
         for row in rows.values():
             module = self.plan.build(row, like)
             module.train(graph.training)
             module.sides = tuple(side for _, side, _ in self._sites.bindings[row.id].adds)
+            module.regrouped = not module.additive and len(module.sides) > 1
             graph.add_submodule(row.id, module)
         for site in self._sites:
             if site.module in rows:
-                earlier = states[site.stream]
-                lags = self.plan.lags(rows[site.module])
-                past = tuple(earlier[::-1][: lags - 1]) if lags > 1 else None
-                earlier.append(_replace(graph, nodes, self._sites.bindings[site.id], site.module, past))
+                binding, history = self._sites.bindings[site.id], self.plan.has_history(rows[site.module].stream)
+                read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if rows[site.module].operator.needs_input else None
+                left = _replace(graph, nodes, binding, site.module, states.get(site.stream), read, history=history)
+                if left is not None:
+                    states[site.stream] = left
         graph.graph.lint()
         graph.recompile()
         return PassResult(graph, tuple(row.id for row in self.plan.sites))
@@ -77,12 +79,22 @@ class InsertLaurel(Pass[fx.GraphModule]):
     def ensures(self, result: PassResult[fx.GraphModule]) -> None:
         present = {str(n.target) for n in result.graph_module.graph.nodes if n.op == "call_module"}
         missing = [name for name in result.changed if name not in present]
-        if missing or any(not isinstance(result.graph_module.get_submodule(name), Laurel) for name in result.changed):
+        if missing or any(not isinstance(result.graph_module.get_submodule(name), Connection) for name in result.changed):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
 
 
-def _replace(module: fx.GraphModule, nodes: dict[str, fx.Node], binding: Binding, target: str, past: tuple[fx.Node, ...] | None) -> fx.Node:
-    """Put one call in the place of the sum's binary adds, in the order of operands in which they added; returns the skip."""
+def _replace(
+    module: fx.GraphModule,
+    nodes: dict[str, fx.Node],
+    binding: Binding,
+    target: str,
+    state: fx.Node | None,
+    read: fx.Node | None,
+    *,
+    history: bool,
+) -> fx.Node | None:
+    """Put one call in the place of the sum's binary adds, in the order of operands in which they added; returns the state behind it, where its
+    stream has a history."""
     adds = [(nodes[name], side) for name, side, _ in binding.adds]
     root, _ = adds[-1]
     operands: list[Any] = [adds[0][0].args[adds[0][1]], *(add.args[1 - side] for add, side in adds)]
@@ -91,9 +103,11 @@ def _replace(module: fx.GraphModule, nodes: dict[str, fx.Node], binding: Binding
     with graph.inserting_before(root):
         if seen:  # the sum goes into the memory that the source added to, and what was there is read before that
             operands = [graph.call_method("clone", (operand,)) if operand is root.args[0] else operand for operand in operands]
-        call = graph.call_module(target, tuple(operands), {} if past is None else {"past": past})
-        made = graph.call_method("copy_", (root.args[0], call)) if seen else call
-    for node in {call, made}:
+        given: dict[str, Any] = {"state": () if state is None else state} if history else {}
+        call = graph.call_module(target, tuple(operands), given if read is None else {**given, "n": read})
+        out, left = (graph.call_function(operator.getitem, (call, i)) for i in (0, 1)) if history else (call, None)
+        made = graph.call_method("copy_", (root.args[0], out)) if seen else out
+    for node in {out, made}:
         node.meta = {key: value for key, value in root.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
     root.replace_all_uses_with(made)
     for add, _ in reversed(adds):
@@ -102,8 +116,7 @@ def _replace(module: fx.GraphModule, nodes: dict[str, fx.Node], binding: Binding
             assert isinstance(written, fx.Node)
             written.replace_all_uses_with(made, delete_user_cb=lambda user: user > made)
         graph.erase_node(add)
-    skip: fx.Node = operands[0]
-    return skip
+    return left
 
 
 def _check_in_place(adds: Sequence[fx.Node], site: str, modules: Callable[[str], nn.Module]) -> None:

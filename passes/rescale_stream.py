@@ -28,9 +28,10 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from laurel_rewrite.operators.affine import Affine, same
 from laurel_rewrite.passes.algebra import Editor, bears, constant_of, is_homogeneous, is_homogeneous_activation
 from laurel_rewrite.passes.base import PassResult
-from laurel_rewrite.passes.evaluate_laurel import Affine, Forms, same
+from laurel_rewrite.passes.evaluate_laurel import Forms
 from laurel_rewrite.passes.onnx_pass import OnnxPass, subgraphs
 
 _NORMS = frozenset(
@@ -155,10 +156,10 @@ def _affine(walk: _Walk, node: ir.Node) -> None:
     alphas = [alpha * scale for alpha, scale in zip(form.alphas, branches, strict=True)]
     betas = [beta if beta is None else beta * scale for beta, scale in zip(form.betas, states, strict=True)]
     c = 1.0
-    if betas and betas[0] is not None and betas[0] > 0:
+    if betas and isinstance(betas[0], float) and betas[0] > 0:
         if walk.bears(output, betas[0]):
             c = betas[0]
-            walk.saved += form.betas[0] != 1.0
+            walk.saved += not same(form.betas[0] or 0.0, 1.0)
         else:
             walk.reset += 1
 

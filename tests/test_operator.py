@@ -67,10 +67,9 @@ def test_formula(variant, axis):
     shape = (2, 5, D) if axis == -1 else (2, D, 3, 5)
     window = [torch.randn(shape, dtype=torch.float64) for _ in range(K)]
     f = torch.randn(shape, dtype=torch.float64)
-    slots = [Slot(), Slot()]
-    for slot, state in zip(slots, window[1:], strict=True):
-        slot.value, slot.fresh = state, True
-    module.link = Link("site", Stream(slots), None, slots, needs=2, first=False)
+    slot = Slot()
+    slot.value, slot.fresh = tuple(window[1:]), True
+    module.link = Link("site", Stream([slot]), None, slot, needs=True, reader="PA")
     last = [np.moveaxis(t.numpy(), axis, -1) for t in (*window, f)]
     # Both in float64: what is left is the order of sums.
     found = np.moveaxis(module(window[0], f).detach().numpy(), axis, -1)
@@ -137,7 +136,7 @@ def test_flop_formula_counts_the_matrix_products(variant):
     with FlopCounterMode(display=False) as counter:
         module(x, f, past=past)
     products = counter.get_total_flops()  # counts matrix products only
-    assert products == 4 * R * D * config.maps
+    assert products == 4 * R * D * len(module.pairs())
     assert products <= operator(variant).flops(config) <= products + 10 * D
 
 

@@ -13,8 +13,10 @@ from toys import CASES, Branch, D, Helper, Plain, TwoBranches
 
 from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, load, remove, rewrite, save
 from laurel_rewrite.backends.module.surgery import rewriting_of
-from laurel_rewrite.operators.laurel import Laurel, sites_of
+from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.protocol import sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.testing import Stack
 
 VARIANTS = ["rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa"]
 
@@ -199,7 +201,7 @@ def test_selectors_and_plan(tmp_path):
         rewrite(model, (x,), rank=17)
     path = tmp_path / "plan.toml"
     text = Plan.from_sites(detect(model, (x,)), LaurelConfig(rank=4)).to_toml()
-    path.write_text(text.replace("rank = 4", "rank = 2", 1).replace('variant = "rw+lr"', 'variant = "lr"', 1))
+    path.write_text(text.replace('id = "laurel_0"', 'id = "laurel_0"\nvariant = "lr"\nrank = 2'))
     edited = rewrite(model, (x,), plan=str(path))
     assert [(m.config.variant, m.config.rank) for m in sites_of(edited).values()] == [("lr", 2), ("rw+lr", 4)]
     path.write_text(text.replace('id = "laurel_1"', 'id = "laurel_9"'))
@@ -210,12 +212,15 @@ def test_selectors_and_plan(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("version = 1", "version = 7", "version 7"),
+        ("version = 2", "version = 7", "version 7"),
         ("rank = 4", "rank = 400", "not between 1 and its feature size 16"),
         ("rank = 4", "rang = 4", "unknown key 'rang'. Nearest: rank"),
-        ("rank = 4\n", "", "the key 'rank' is missing"),
+        ('id = "laurel_0"', 'id = "laurel_0"\nrang = 4', "site laurel_0: unknown key 'rang'. Nearest: rank"),
         ('variant = "rw+lr"', 'variant = "rw+xx"', "Unknown variant"),
-        ("version = 1", "version = [", "not valid TOML"),
+        ("version = 2", "version = [", "not valid TOML"),
+        ("\n[defaults]", '\n[[rule]]\nmatch = "blocks.*"\nvariant = "rw"\n\n[defaults]', "no site is of the rule 'blocks.*'"),
+        ("\n[defaults]", "\n[[stream]]\nstream = 7\nrank = 2\n\n[defaults]", "no site is of the stream 7"),
+        ('id = "laurel_0"', 'id = "laurel_0"\nhistory = 0', "history must be a whole number of at least 1"),
         ('id = "laurel_1"', 'id = "laurel_0"', "twice"),
     ],
 )
@@ -223,6 +228,67 @@ def test_a_damaged_plan_says_what_is_wrong(old, new, message):
     text = Plan.from_sites(detect(Plain(), (torch.randn(2, 5, D),)), LaurelConfig(rank=4)).to_toml()
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         Plan.from_toml(text.replace(old, new))
+
+
+OLD_PLAN = """
+version = 1
+seed = 3
+
+[[site]]
+id = "laurel_0"
+kind = "identity"
+owner = ""
+where = "toys.py:10"
+shape = ["batch", 5, 16]
+axis = -1
+dim = 16
+stream = 0
+index = 0
+variant = "rw+lr"
+rank = 4
+history = 3
+normalize = "sigmoid"
+init_down = "orthogonal"
+history_map = "low-rank"
+calls = 1
+"""
+
+
+def test_plans_of_the_first_version_are_read():
+    """Their sites said everything themselves."""
+    plan = Plan.from_toml(OLD_PLAN)
+    (site,) = plan.sites
+    assert (site.variant, site.rank, site.normalize, plan.seed) == ("rw+lr", 4, "sigmoid", 3)
+    assert Plan.from_toml(plan.to_toml()) == plan
+    better = rewrite(Plain(), (torch.randn(2, 5, D),), plan=plan)
+    assert list(sites_of(better)) == ["laurel_0"]
+    with pytest.raises(ConfigError, match="the key 'rank' is missing"):
+        Plan.from_toml(OLD_PLAN.replace("rank = 4\n", ""))
+
+
+def test_a_plan_says_operator_and_options_once():
+    x = torch.randn(2, 5, D)
+    sites = detect(Stack(4), (x,))
+    plan = Plan.from_sites(sites, LaurelConfig("rw+lr", rank=4))
+    text = plan.to_toml()
+    assert text.count("rw+lr") == text.count("rank = 4") == 1
+    rules = """
+[[rule]]
+match = "blocks.[01]*"
+variant = "rw"
+
+[[rule]]
+match = "blocks.1"
+variant = "lr"
+rank = 2
+"""
+    edited = Plan.from_toml(
+        text.replace("\n[[site]]", rules + "\n[[site]]", 1).replace('id = "blocks.3.laurel_1"', 'id = "blocks.3.laurel_1"\nrank = 3')
+    )
+    found = [(row.variant, row.options["rank"]) for row in edited.sites]
+    assert found == [("rw", 4)] * 2 + [("lr", 2)] * 2 + [("rw+lr", 4)] * 3 + [("rw+lr", 3)]
+    assert Plan.from_toml(edited.to_toml()) == edited
+    assert list(sites_of(rewrite(Stack(4), (x,), plan=edited)))[-1] == "blocks.3.laurel_1"
 
 
 def test_a_plan_round_trips():

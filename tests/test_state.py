@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from toys import D, Plain
 
 from laurel_rewrite import LaurelError, RewriteError, detect, load, remove, rewrite, save
-from laurel_rewrite.operators.laurel import Laurel, sites_of
+from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.protocol import sites_of
 from laurel_rewrite.operators.state import Stream
 from laurel_rewrite.plan import LaurelConfig, Plan
 
@@ -253,7 +254,7 @@ def test_variants_may_differ_within_a_stream():
     torch.manual_seed(0)
     base = Stack()
     rows = Plan.from_sites(detect(base, (A,)), LaurelConfig(variant="pa", rank=4)).to_toml().split("[[site]]")
-    rows[3] = rows[3].replace('"pa"', '"rw"')
+    rows[3] = '\nvariant = "rw"' + rows[3]
     model = away_from_start(rewrite(base, (A,), plan=Plan.from_toml("[[site]]".join(rows)))).eval()
     states: list[Tensor] = []
     x = B

@@ -40,6 +40,27 @@ def example_inputs():
 """
 
 
+class Pair(nn.Module):
+    """Two inputs, which somebody may give one tensor for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(a + self.linear(b))
+
+
+def test_one_tensor_for_two_inputs(tmp_path):
+    """By position and by name; the file has both inputs, and computes with others what the module does."""
+    model, x = Pair().eval(), torch.randn(2, 5, D)
+    a, b = torch.randn(3, 5, D), torch.randn(3, 5, D)
+    for args, kwargs in (((x, x), None), ((), {"a": x, "b": x})):
+        path = export_onnx(model, args, kwargs, tmp_path / "pair.onnx")
+        (found,) = run_onnx(path, {"a": a.numpy(), "b": b.numpy()}, optimised=False)
+        close([found], [model(a, b).detach().numpy()])
+
+
 def test_a_fault_in_the_lowering_is_no_file(tmp_path, monkeypatch):
     better = away_from_start(rewrite(CASES["plain"].make(), X, variant="rw+lr", rank=4)).eval()
     exported = Exporter(better, X, None).write(tmp_path / "model.onnx")

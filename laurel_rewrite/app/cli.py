@@ -18,16 +18,22 @@ import click
 
 from laurel_rewrite import __version__
 from laurel_rewrite.app.command_help import EPILOG, Command
+from laurel_rewrite.app.operator_options import OPERATORS, OperatorCommand, builtin_options, given_options
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, LimitError, NoSiteError, VerificationError
+from laurel_rewrite.targets import DEFAULT, targets
+from laurel_rewrite.targets import target as find_target
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from laurel_rewrite.profiling import Profile
 
-_SITE_OPTIONS = ("variant", "rank", "history", "normalize", "init_down", "history_map", "include", "exclude")
+_SITE_OPTIONS = ("variant", "include", "exclude")
 _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
-_VARIANTS = "rw, lr, pa, rw+lr, rw+pa, lr+pa, rw+lr+pa"
+
+_LOWERED = " or ".join(target.name for target in targets() if target.lowers)
+_KEPT = " or ".join(target.name for target in targets() if target.keeps_functions)
+_SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skippable)
 
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the factory, or field of the architecture's configuration."
@@ -77,14 +83,19 @@ def _common(function: Any) -> Any:
     return function
 
 
-@click.command(cls=Command, sections=EPILOG)
+def _operator_options(function: Any) -> Any:
+    for option in reversed(builtin_options().values()):
+        function.__click_params__.append(option)
+    return function
+
+
+@click.command(cls=OperatorCommand, sections=EPILOG)
 @click.argument("model")
-@click.option("--variant", default="rw+lr", show_default=True, help=f"LAuReL terms: {_VARIANTS}.")
-@click.option("--rank", default=16, show_default=True, help="Rank r of the low-rank maps.")
-@click.option("--history", default=3, show_default=True, help="States k that PA reads, the skip included.")
-@click.option("--normalize", default="softmax", show_default=True, help="Bound on a and b: softmax, sigmoid, none, paper.")
-@click.option("--init-down", default="orthogonal", show_default=True, help="Start of V: orthogonal, xavier.")
-@click.option("--history-map", default="low-rank", show_default=True, help="h of PA without LR: low-rank, identity.")
+@click.option("--variant", default="rw+lr", show_default=True, help=f"Operator: {', '.join(OPERATORS)}, or one of a plugin or file.")
+@click.option(
+    "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
+)
+@_operator_options
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only sites whose id, owner, kind, block or role (attention) matches.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No sites whose id, owner, kind, block or role matches.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Carry out an edited plan.")
@@ -111,21 +122,21 @@ def _common(function: Any) -> Any:
     type=click.Choice(["keep", "inline"]),
     default="keep",
     show_default=True,
-    help="With --target portable: LAuReL as local functions, or as ordinary nodes.",
+    help=f"With --target {_KEPT}: LAuReL as local functions, or as ordinary nodes.",
 )
 @click.option(
     "--target",
-    type=click.Choice(["ort-cpu", "portable", "none"]),
-    default="ort-cpu",
+    type=click.Choice([target.name for target in targets()]),
+    default=DEFAULT,
     show_default=True,
-    help="LAuReL in ONNX: lowered to the ops that run fastest in onnxruntime; as functions with parameters, which run anywhere; or as ordinary nodes, nothing folded.",
+    help=f"LAuReL in ONNX: {'; '.join(f'{target.name}: {target.help}' for target in targets())}.",
 )
 @click.option(
     "--skip-pass",
     "skip",
     multiple=True,
     metavar="PASS",
-    help="With --target ort-cpu: a pass to leave out: rescale-stream, fold-branch, pad-rank.",
+    help=f"With --target {_LOWERED}: a pass to leave out: {', '.join(_SKIPPABLE)}.",
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="model.onnx: trained LAuReL parameters (safetensors) to put in.")
 @click.option(
@@ -162,6 +173,7 @@ def rewrite(
     target: str,
     skip: tuple[str, ...],
     settings: tuple[str, ...],
+    operator_files: tuple[Path, ...],
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -174,12 +186,14 @@ def rewrite(
     _start(verbose, as_json)
     if plan is not None:
         given = [name for name in _SITE_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        given += given_options(context, options)
         if given:
             raise ConfigError(f"--plan says what each site gets, so --{given[0].replace('_', '-')} cannot be given with it. Edit the plan.")
-    if skip and target != "ort-cpu":
-        raise ConfigError("--skip-pass is for --target ort-cpu.")
-    if target != "portable" and context.get_parameter_source("functions") is click.core.ParameterSource.COMMANDLINE:
-        raise ConfigError("--onnx-functions is for --target portable.")
+    made_for = find_target(target)
+    if skip and not made_for.lowers:
+        raise ConfigError(f"--skip-pass is for --target {_LOWERED}.")
+    if not made_for.keeps_functions and context.get_parameter_source("functions") is click.core.ParameterSource.COMMANDLINE:
+        raise ConfigError(f"--onnx-functions is for --target {_KEPT}.")
     for_graphs = {name: options.pop(name) for name in _GRAPH_OPTIONS}
     given = [name for name in _GRAPH_OPTIONS if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     _only_for_onnx(model, *given)
@@ -190,7 +204,8 @@ def rewrite(
         raise ConfigError(f"{'--fail-if' if measured else '--precision'} needs a profile, and --profile-seconds 0 leaves it out.")
     from laurel_rewrite.plan import LaurelConfig, check_plan_file
 
-    config = LaurelConfig(**options, seed=seed)
+    chosen = given_options(context, options)
+    config = LaurelConfig(options["variant"], include=options["include"], exclude=options["exclude"], seed=seed, **chosen)
     from laurel_rewrite.app import job, terminal
     from laurel_rewrite.profiling.latency import Effort
     from laurel_rewrite.sources.models import parse_settings
@@ -213,6 +228,8 @@ def rewrite(
             if plan_out is not None:
                 click.echo(f"Written to {plan_out}. Edit it, then: laurel-rewrite {model} --plan {plan_out}")
         return
+    if measured and (missing := job.not_timed(made_for)):
+        raise ConfigError(f"--fail-if needs a profile. {missing}")
     try:
         if model.endswith(".onnx"):
             from laurel_rewrite.app import graph_job

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from laurel_rewrite import targets
 from laurel_rewrite.app import job
 from laurel_rewrite.backends.module.saved_folder import PLAN
 from laurel_rewrite.backends.module.saving import save_graph
@@ -39,7 +40,7 @@ def run(
     plan: Path | None = None,
     weights: Path | None = None,
     functions: str = "keep",
-    target: str = "ort-cpu",
+    target: str = targets.DEFAULT,
     skip: tuple[str, ...] = (),
     external_data: str | None = None,
     inputs: Path | None = None,
@@ -57,7 +58,7 @@ def run(
         out: folder for the results.
         weights: trained LAuReL parameters (safetensors), instead of the start.
         target, functions: see `laurel_rewrite.export_onnx`.
-        skip: passes of "ort-cpu" to leave out.
+        skip: passes of a target that lowers to leave out.
         external_data: see `graph_files.write_onnx`.
         inputs: an .npz file for verification and profile; else they are drawn (`feeds`).
         verify: run the original and the result in onnxruntime and compare.
@@ -75,6 +76,7 @@ def run(
 
     if (out / NAME).exists() and (out / NAME).samefile(path):
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
+    made_for = targets.target(target)
     check_out(out, "rewrite", (NAME, PLAN, JSON, HTML), force=force)
     wanted = job.read_plan(plan)
     if weights is not None:
@@ -91,7 +93,7 @@ def run(
     with listener("rewrite") as stage:
         chosen = job.make_plan(rewrite.sites, config, wanted, str(path))
         rewrite.apply(chosen)
-        if target == "none" or (target == "portable" and functions == "inline"):
+        if made_for.writes_nodes or (made_for.keeps_functions and functions == "inline"):
             inline_laurel(rewrite.model)
         report = job.Report(
             str(path), chosen, rewrite.sites, job.parameters(weight_count(model), chosen), out=str(out), notes=list(rewrite.notes)
@@ -101,7 +103,7 @@ def run(
     with replacing(out, "rewrite", force=force, keep=read) as draft:
         try:
             with listener("write") as stage:
-                file = place_onnx(rewrite.model, draft / (UNLOWERED if target == "ort-cpu" else NAME), external_data=external_data)
+                file = place_onnx(rewrite.model, draft / (UNLOWERED if made_for.lowers else NAME), external_data=external_data)
                 stage.done(file.name)
             proof = GraphProof(path, rewrite, report.checks, inputs=given, seed=config.seed, verify=verify)
             with listener("verify") as stage:
@@ -116,15 +118,15 @@ def run(
                     stage.done(str(weights))
                 job.stop_if_failed(report)
             measured = file
-            if target == "ort-cpu":
+            if made_for.lowers:
                 with listener("lower") as stage, away_from_start(file, config.seed) as random:
                     # With random parameters too, for those of the start hide what is lost; and it is them that the profile measures.
                     lowered = [(file, NAME, "lowered against not"), (random, job.PROBE, "lowered against not, random LAuReL")]
                     for source, name, check in lowered[: 2 if (verify or effort.seconds > 0) and random != file else 1]:
                         unlowered = ir.load(source)
-                        done = lower(unlowered, skip=skip, verify=False)
+                        done = lower(unlowered, target=target, skip=skip, verify=False)
                         measured = place_onnx(unlowered, draft / name, external_data=external_data)
-                        proof.lowered(check, source, measured, done.scales, random=source == random, skip=skip)
+                        proof.lowered(check, source, measured, done.scales, random=source == random, target=target, skip=skip)
                         if name == NAME:
                             file = measured
                     report.notes.append(job.lowered(measured))
@@ -144,19 +146,22 @@ def run(
                         stage.done("none")
                 job.stop_if_failed(report)
             feeds = given or (proof.original.draws[0] if proof.original is not None else None)
+            report.notes += job.verified_elsewhere(made_for) if verify and feeds is not None else []
             if effort.seconds > 0 and verify and feeds is None:
                 report.notes.append("Not profiled, for the graph was not run.")
+            elif effort.seconds > 0 and (missing := job.not_timed(made_for)):
+                report.notes.append(missing)
             elif effort.seconds > 0:
                 with listener("profile") as stage:
                     files = [path, measured]
-                    if proof.original is not None and proof.original.in_float32:
+                    if proof.original is not None and proof.original.in_float32 and made_for.on_cpu:
                         files = [
                             write_in_float32(file, draft / f"float32-{name}") for file, name in ((path, "original.onnx"), (measured, NAME))
                         ]
                         report.notes.append(IN_FLOAT32)
                     result = profile(
                         files, names=[path.name if path.name != NAME else f"original {NAME}", NAME], inputs=feeds, **vars(effort), control=True, traces=draft, seed=config.seed,
-                        progress=stage.progress,
+                        provider=made_for.provider, progress=stage.progress,
                     )  # fmt: skip
                     report.profile = job.renamed(result, {files[0]: path, files[1]: out / NAME})
                     stage.done(f"{result.rows[1].latency.ratio:.3f}x the original's latency")

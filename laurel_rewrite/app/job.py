@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from laurel_rewrite import targets
 from laurel_rewrite.backends.module.owners import Skipped
 from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
 from laurel_rewrite.detection.detecting import detect
@@ -17,10 +18,11 @@ from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.graph.feeds import read_feeds
-from laurel_rewrite.operators import registry as variants
+from laurel_rewrite.operators import registry
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.latency import USUAL, Effort
+from laurel_rewrite.profiling.sessions import has_provider
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report.words import count as number
@@ -28,7 +30,7 @@ from laurel_rewrite.sources.models import Built, build, require_file
 from laurel_rewrite.verification.checks import Check, check_gradients, failure, randomized
 from laurel_rewrite.verification.export import array_of, check_export, widened
 from laurel_rewrite.verification.onnx import check_moves
-from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, session_of, write_in_float32
+from laurel_rewrite.verification.onnx_runs import FLOAT32, IN_FLOAT32, session_of, write_in_float32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +90,7 @@ class Report:
             "title": self.model,
             "model": self.model,
             **self.sites.to_dict(),
-            "plan": {"seed": self.plan.seed, "sites": [asdict(site) for site in self.plan.sites], "left_out": self.plan.left_out},
+            "plan": {"seed": self.plan.seed, "sites": [site.to_dict() for site in self.plan.sites], "left_out": self.plan.left_out},
             "skipped": [asdict(site) for site in self.skipped],
             "parameters": self.parameters,
             "notes": [*self.sites.notes, *self.plan.narrowed, *self.notes],
@@ -175,11 +177,12 @@ def plan_only(
 def configurations(report: Report, config: LaurelConfig) -> list[dict[str, Any]]:
     """What other variants and ranks would add to the same model: one capture serves to choose among them."""
     found = []
-    for variant in variants.operators():
+    for variant, operator in registry.operators().items():
         costs: list[dict[str, Any]] = []
-        for rank in RANKS:
+        for rank in RANKS if "rank" in operator.options else (None,):
+            options = {} if rank is None else {"rank": rank}
             try:
-                plan = Plan.from_sites(report.sites, replace(config, variant=variant, rank=rank))
+                plan = Plan.from_sites(report.sites, config.but(variant, **options))
             except ConfigError:  # a rank above the size of a feature axis
                 break
             costs.append({"variant": variant, "rank": rank, **parameters(report.parameters["model"], plan)})
@@ -196,7 +199,7 @@ def run(
     plan: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     functions: str = "keep",
-    target: str = "ort-cpu",
+    target: str = targets.DEFAULT,
     skip: tuple[str, ...] = (),
     effort: Effort = USUAL,
     train: bool = False,
@@ -219,8 +222,9 @@ def run(
     from laurel_rewrite.backends.module.rewriting import apply_plan
     from laurel_rewrite.backends.module.saving import save
     from laurel_rewrite.exporting import Exporter
-    from laurel_rewrite.operators.laurel import refuse_second_time
+    from laurel_rewrite.operators.protocol import refuse_second_time
 
+    made_for = targets.target(target)
     check_out(out, "rewrite", FILES, force=force)
     given = read_plan(plan)
     with listener("build") as stage:
@@ -262,7 +266,8 @@ def run(
             with randomized(rewritten, config.seed):
                 probe = exporter.write(draft / PROBE)
                 checks, random = check_export(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
-            if target == "ort-cpu":
+            report.notes += verified_elsewhere(made_for)
+            if made_for.lowers:
                 report.notes.append(lowered(probe.path))
             more, start = check_export(rewritten, laurel, args, kwargs, name="laurel.onnx", seed=config.seed)
             if start is not None and random is not None:
@@ -274,7 +279,9 @@ def run(
         with listener("save") as stage:
             save(rewritten, draft, built=built)
             stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
-        if effort.seconds > 0:
+        if effort.seconds > 0 and (missing := not_timed(made_for)):
+            report.notes.append(missing)
+        elif effort.seconds > 0:
             with listener("profile") as stage:
                 # With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph.
                 files = [baseline.path, probe.path]
@@ -283,7 +290,7 @@ def run(
                     report.notes.append(IN_FLOAT32)
                 report.profile = profile(
                     files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], built), **vars(effort), control=True,
-                    traces=draft, seed=config.seed, progress=stage.progress,
+                    provider=made_for.provider, traces=draft, seed=config.seed, progress=stage.progress,
                 )  # fmt: skip
                 places = {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", draft: out}
                 report.profile = renamed(report.profile, places)
@@ -306,6 +313,24 @@ def add_report(report: Report, draft: Path) -> None:
     """List the files of a draft folder, and add the report to them."""
     report.files = sorted({*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML, MANIFEST})
     write_report(report.to_dict(), draft)
+
+
+def not_timed(target: targets.Target) -> str:
+    """Why a graph for a target is not timed here, in a sentence for the user; "" where it is."""
+    if has_provider(target.provider):
+        return ""
+    return f"Not timed: {target.name} is for the {target.provider}, which this onnxruntime has not, and another's times would say nothing of it."
+
+
+def verified_elsewhere(target: targets.Target) -> list[str]:
+    """What the checks leave open of a target that is meant for another provider than they ran on."""
+    if target.on_cpu:
+        return []
+    rtol, atol = target.tolerance or FLOAT32
+    return [
+        f"Verified on the {targets.CPU}. In float32 the {target.provider} may differ from it by {rtol:g} of a number and {atol:g} of the largest "
+        "of its tensor."
+    ]
 
 
 def stop_if_failed(report: Report) -> None:
@@ -356,7 +381,7 @@ def lowered(path: Path) -> str:
 
 def parameters(model: int, plan: Plan) -> dict[str, int]:
     """What the plan adds to a model of so many parameters."""
-    flops = sum(variants.operator(s.variant).flops(plan.config(s)) * s.calls for s in plan.sites)
+    flops = sum(s.operator.flops(plan.config(s)) * s.calls for s in plan.sites)
     return {
         "model": model,
         "added": plan.parameters(),

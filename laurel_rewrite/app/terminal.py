@@ -112,9 +112,16 @@ def show_plan(console: Console, report: Report) -> None:
     """The plan in groups of equal treatment."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for site in report.plan.sites:
-        groups.setdefault((site.variant, str(site.rank), str(site.dim)), []).append(site.id)
-    rows = [(ids[0], str(len(ids)), *group) for group, ids in groups.items()]
-    _show(console, f"Plan for {report.model}", ("first site", "sites>", "variant", "rank>", "D>"), rows)
+        options = {name: value for name, value in site.options.items() if name != "rank" and value != site.operator.options[name].default}
+        words = ", ".join(f"{name} {value}" for name, value in options.items())
+        groups.setdefault((site.variant, str(site.options.get("rank", "")), words, str(site.dim)), []).append(site.id)
+    columns = ["first site", "sites>", "variant", "rank>", "options", "D>"]
+    empty = {column for place, column in enumerate(columns[2:]) if all(not group[place] for group in groups)}
+    rows = [
+        (ids[0], str(len(ids)), *(text for text, column in zip(group, columns[2:], strict=True) if column not in empty))
+        for group, ids in groups.items()
+    ]
+    _show(console, f"Plan for {report.model}", tuple(column for column in columns if column not in empty), rows)
     console.print(_parameter_line(report))
     if report.plan.left_out:
         console.print(

@@ -183,6 +183,11 @@ class Sites:
         call = self.call(index)
         return call.owner if call is not None else self.flow.values[index].owner
 
+    def read_by(self, site: Site) -> int:
+        """The value that a site's branch reads first: behind its norm, or the skip."""
+        name = self.spots[site.id].reads
+        return next(value.index for value in self.flow.values if value.name == name)
+
     def where(self, index: int) -> str:
         """ "file:line" of a value, or its name in a graph without source lines."""
         call = self.call(index)

@@ -1,56 +1,115 @@
-"""What one site gets, in numbers and words: every operator and every back end reads it, and it knows none of them."""
+"""What a connection is built from: its operator, the static facts of its place, and its options as they are declared. Torch is not needed for any of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from laurel_rewrite.files.checked import is_whole, shown
 
 CONVOLUTIONS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 """What maps axis 1 of a stream, by the stream's number of dimensions."""
-NORMALIZE = ("softmax", "sigmoid", "none", "paper")
-INIT_DOWN = ("orthogonal", "xavier")
-HISTORY_MAP = ("low-rank", "identity")
+_FACTS = {"axis": -1, "ndim": 3, "lags": 0, "leaves": None, "position": 0, "length": 0, "ends_block": False, "role": "unknown"}
 
 
 @dataclass(frozen=True)
-class SiteConfig:
-    """What one site gets: the operator, and the sizes it needs from the site.
+class Option:
+    """One option of an operator: an option of the command, a key of the plan, a row of documentation and report.
 
     Attributes:
-        variant: name in the registry, such as "rw+lr".
-        rank: r, the inner width of the low-rank maps.
-        lags: number of stream states the PA term reads, 1 (the skip alone) to k; 0 without PA.
-        history: k, the window; g starts at 1/k. `lags` is smaller at the start of a stream.
+        default: its value where none is given; says its type, too (bool, int, float or str).
+        help: one line for the user.
+        choices: the words it may be; empty for any.
+        minimum, maximum: of a number.
+        within_dim: it cannot be more than D: a narrower site gets D.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    within_dim: bool = False
+
+    def problem(self, name: str, value: Any) -> str:
+        """Why a value cannot be meant, in a sentence; "" where it can."""
+        if self.choices:
+            return "" if value in self.choices else f"{name} must be one of {', '.join(self.choices)}, not {value!r}."
+        if isinstance(self.default, bool):
+            return "" if isinstance(value, bool) else f"{name} must be true or false, not {shown(value)}."
+        if isinstance(self.default, str):
+            return "" if isinstance(value, str) else f"{name} must be a word, not {shown(value)}."
+        whole = isinstance(self.default, int)
+        fits = is_whole(value) if whole else isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        if fits and (self.minimum is None or value >= self.minimum) and (self.maximum is None or value <= self.maximum):
+            return ""
+        bounds = [f"of at least {self.minimum}"] if self.minimum is not None else []
+        bounds += [f"at most {self.maximum}"] if self.maximum is not None else []
+        return f"{name} must be a {'whole ' if whole else ''}number{' ' + ' and '.join(bounds) if bounds else ''}, not {shown(value)}."
+
+
+class SiteConfig:
+    """What the connection of one site is built from; it does not change. The options are attributes beside the facts: `config.rank`.
+
+    Attributes:
+        variant: name of the operator in the registry, such as "rw+lr".
         dim: D, the size of the feature axis.
         axis: -1 (features last) or 1 (channels first).
-        ndim: number of dimensions of the stream, which picks Conv1d, Conv2d or Conv3d where axis is 1.
-        normalize: how a and b are bounded: "softmax", "sigmoid", "none" or "paper".
-        init_down: start of the down maps V: "orthogonal" or "xavier".
-        history_map: h of PA without LR: "low-rank" (one map shared by the lags) or "identity".
+        ndim: number of dimensions of the stream.
+        lags: how many states of the stream it sees, the skip included; 0 where the operator has no history.
+        leaves: how many states those after it read of what it leaves; 0 where nobody reads any (the last of a stream), None where they read all.
+        position: how many connections of the stream come before it.
+        length: how many connections the stream has; 0 where that is unknown.
+        ends_block: it is the last of its stream in a repeated block.
+        role: what its branch does; see `laurel_rewrite.detection.anatomy.ROLES`.
+        options: of the operator, by name.
     """
 
     variant: str
     dim: int
-    rank: int = 16
-    lags: int = 0
-    history: int = 3
-    axis: int = -1
-    ndim: int = 3
-    normalize: str = "softmax"
-    init_down: str = "orthogonal"
-    history_map: str = "low-rank"
+    axis: int
+    ndim: int
+    lags: int
+    leaves: int | None
+    position: int
+    length: int
+    ends_block: bool
+    role: str
+    options: dict[str, Any]
 
-    @property
-    def terms(self) -> frozenset[str]:
-        return frozenset(self.variant.split("+"))
+    def __init__(self, variant: str, dim: int, **given: Any) -> None:
+        given |= dict(given.pop("options", {}))
+        facts = {name: given.pop(name, default) for name, default in _FACTS.items()}
+        # Plain attributes: a step may read them while torch.compile traces it.
+        self.__dict__.update(variant=variant, dim=dim, **facts, **given, options=given)
 
-    @property
-    def maps(self) -> int:
-        """How many low-rank pairs (U, V) the operator holds and applies: one that the lags share is applied to their weighted sum."""
-        if {"lr", "pa"} <= self.terms:
-            return self.lags
-        return int("lr" in self.terms or ("pa" in self.terms and self.history_map == "low-rank"))
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self.__dict__.get('variant')} has no option {name!r}.")
 
-    @property
-    def weights(self) -> int:
-        """How many scalars a and b are made of."""
-        return {"sigmoid": 1}.get(self.normalize, 2) if "rw" in self.terms else 0
+    def to_dict(self) -> dict[str, Any]:
+        """As a node's metadata hold it; `SiteConfig(**data)` reads it."""
+        return {"variant": self.variant, "dim": self.dim, **{name: getattr(self, name) for name in _FACTS}, **self.options}
+
+    def but(self, **changes: Any) -> SiteConfig:
+        """The same with other facts or options."""
+        return SiteConfig(**{**self.to_dict(), **changes})
+
+    def __repr__(self) -> str:
+        return f"SiteConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SiteConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.to_dict().items(), key=lambda item: item[0])))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _config, (self.to_dict(),)
+
+
+FACTS = frozenset({"variant", "dim", "options", "to_dict", "but", *_FACTS})
+"""What an option cannot be called."""
+
+
+def _config(data: dict[str, Any]) -> SiteConfig:
+    return SiteConfig(**data)

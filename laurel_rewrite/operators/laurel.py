@@ -1,6 +1,14 @@
-"""x' = a f(x) + b (x + sum_j g_j U_j V_j x_{i-j}): LAuReL as a PyTorch module.
+"""x' = a f(x) + b (x + sum_j g_j U_j V_j x_{i-j}): LAuReL, in its seven variants.
 
-Source: "LAuReL: Learned Augmented Residual Layer" (ICML 2025); `laurel_rewrite.operators.registry` has the formula of each variant.
+Source: "LAuReL: Learned Augmented Residual Layer" (ICML 2025), with x = x_i, the skip of site i:
+
+    RW          a f(x) + b x
+    LR          f(x) + U V x + x
+    PA          f(x) + x + sum_j g_j h(x_{i-j})                       j = 0 .. k-1
+    RW+LR       a f(x) + b (U V x + x)
+    RW+PA       a f(x) + b (x + sum_j g_j h(x_{i-j}))
+    LR+PA       f(x) + x + sum_j g_j U_j V_j x_{i-j}
+    RW+LR+PA    a f(x) + b (x + sum_j g_j U_j V_j x_{i-j})
 
 Every default start is exact: U = 0 and a = b = 1, so that the module returns what `x + f` returned, bit for bit.
 """
@@ -8,81 +16,60 @@ Every default start is exact: U = 0 and a = b = 1, so that the module returns wh
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from laurel_rewrite.errors import ConfigError, LaurelError
-from laurel_rewrite.operators.config import CONVOLUTIONS, SiteConfig
-from laurel_rewrite.operators.state import Link
+from laurel_rewrite.operators.affine import Affine
+from laurel_rewrite.operators.config import Option, SiteConfig
+from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.operators.registry import register_operator
+from laurel_rewrite.operators.sums import scaled
 
 
-class Laurel(nn.Module):
+class Laurel(Connection):
     """The learned residual connection of one site.
 
-    Called with the skip `x` and the branch `f`, tensors of one shape whose axis `config.axis` has size `config.dim`; returns
-    their learned sum, of that shape. A sum of several branches, `x + f1 + f2`, is `laurel(x, f1, f2)`, or
-    `laurel(x, f1) + laurel.branch(f2)` where the source adds them one by one. The result has the dtype and the strides of the plain sum.
-    The earlier states that PA reads come by `link` from the earlier sites, or are given as `past`, nearest first.
+    Its state is the window of PA: the last skips of the stream, nearest first.
 
     Children: `mix` (the scalars of a and b), `down` and `up` (V, [r, D], and U, [D, r], as Linear or 1x1 Conv layers; lists with
     one pair a lag for LR+PA), `g` (one weight a lag).
-
-    Args:
-        config: variant and sizes.
-        site: id of the site; with `seed` it seeds this module's own generator, so that no site changes another's start.
-        seed: the user's seed.
-        side: which operand of the source's sum is the skip, 0 or 1; only the memory layout of the result depends on it.
-        device, dtype: of the parameters. On the meta device nothing is initialised.
     """
+
+    title = "LAuReL"
+    paper = "LAuReL: Learned Augmented Residual Layer, ICML 2025"
+    reader = "PA"
+    rank = Option(16, "Rank r of the low-rank maps", minimum=1, within_dim=True)
+    history = Option(3, "States k that PA reads, the skip included", minimum=1)
+    normalize = Option("softmax", "Bound on a and b", choices=("softmax", "sigmoid", "none", "paper"))
+    init_down = Option("orthogonal", "Start of V", choices=("orthogonal", "xavier"))
+    history_map = Option("low-rank", "h of PA without LR", choices=("low-rank", "identity"))
 
     if TYPE_CHECKING:
         down: Any  # a layer, or a ModuleList of one a lag
         up: Any
 
-    def __init__(
-        self,
-        config: SiteConfig,
-        *,
-        site: str = "",
-        seed: int = 0,
-        side: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.site = site
-        self.sides: tuple[int, ...] = (side,)  # and of each further branch's sum
-        self.link: Link | None = None
-        self._low_rank = config.maps > 0
-        self._normalize = config.normalize if "rw" in config.terms else None
-        self._lags = config.lags
-        self._per_lag = {"lr", "pa"} <= config.terms
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        if config.weights:
-            self.mix = nn.Parameter(torch.empty(config.weights, **kind))
-        if config.lags:
-            self.g = nn.Parameter(torch.empty(config.lags, **kind))
-        if self._per_lag:
-            self.down = nn.ModuleList(_projection(config, config.dim, config.rank, kind) for _ in range(config.maps))
-            self.up = nn.ModuleList(_projection(config, config.rank, config.dim, kind) for _ in range(config.maps))
-        elif self._low_rank:
-            self.down = _projection(config, config.dim, config.rank, kind)
-            self.up = _projection(config, config.rank, config.dim, kind)
-        self.reset_parameters(seed)
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int = 0) -> None:
-        """Set the start: a = b = 1 (1/2 for "paper"), U = 0, V drawn or orthogonal, g = 1/k (0 where h is the identity)."""
+    def build(self) -> None:
         config = self.config
-        if any(p.is_meta for p in self.parameters()):
-            return
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{self.site}".encode()))
-        if config.weights:
+        self._normalize = config.normalize if mixes(config) else None
+        self._low_rank = maps(config) > 0
+        self._per_lag = {"lr", "pa"} <= terms(config)
+        if self._normalize is not None:
+            self.mix = nn.Parameter(torch.empty(mixes(config)))
+        if config.lags:
+            self.g = nn.Parameter(torch.empty(config.lags))
+        if self._per_lag:
+            self.down = nn.ModuleList(self.linear(config.dim, config.rank) for _ in range(maps(config)))
+            self.up = nn.ModuleList(self.linear(config.rank, config.dim) for _ in range(maps(config)))
+        elif self._low_rank:
+            self.down, self.up = self.linear(config.dim, config.rank), self.linear(config.rank, config.dim)
+
+    def initialise(self) -> None:
+        """a = b = 1 (1/2 for "paper"), U = 0, V drawn or orthogonal, g = 1/k (0 where h is the identity)."""
+        config = self.config
+        if self._normalize is not None:
             self.mix.zero_()
         if config.lags:
             self.g.fill_(1 / config.history if self._low_rank else 0.0)
@@ -93,8 +80,35 @@ class Laurel(nn.Module):
                 columns = torch.arange(config.dim, device="cpu")
                 flat[columns % config.rank, columns] = 1 / math.sqrt(config.rank * config.dim)
             else:
-                nn.init.xavier_uniform_(flat, generator=generator)
+                nn.init.xavier_uniform_(flat)
             down.weight.copy_(flat.reshape(down.weight.shape))
+
+    def skip(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """b (x + ...), and the window for the connection after this one."""
+        config = self.config
+        skip = x
+        if config.lags:
+            skip = x + self._augment([x, *past][: config.lags])
+        elif self._low_rank:
+            skip = x + _apply(self.down, self.up, x)
+        if self._normalize is not None:
+            skip = scaled(skip, weights(self.mix, self._normalize)[1])
+        return skip, *(x, *past)[: config.leaves]
+
+    def branch(self, f: Tensor) -> Tensor:
+        """a f."""
+        return f if self._normalize is None else scaled(f, weights(self.mix, self._normalize)[0])
+
+    def _augment(self, window: list[Tensor]) -> Tensor:
+        """sum_j g_j U_j V_j x_{i-j}, or h(sum_j g_j x_{i-j}) where the lags share one map h."""
+        total: Tensor | None = None
+        for lag, state in enumerate(window):
+            term = scaled(state, self.g[lag : lag + 1])
+            if self._per_lag:
+                term = _apply(self.down[lag], self.up[lag], term)
+            total = term if total is None else total + term
+        assert total is not None
+        return _apply(self.down, self.up, total) if self._low_rank and not self._per_lag else total
 
     def pairs(self) -> list[tuple[Any, Any]]:
         """The (down, up) layers, one pair a lag for LR+PA, else one or none."""
@@ -106,68 +120,62 @@ class Laurel(nn.Module):
         """a and b, tensors of shape (1,); see `weights`."""
         return weights(self.mix, self._normalize or "none")
 
-    def forward(self, x: Tensor, f: Tensor, *more: Tensor, past: Sequence[Tensor | None] | None = None) -> Tensor:
-        window = self.states(x) if past is None else _window(x, past)
-        skip = x
-        if self._lags:
-            skip = x + self._augment(window)
-        elif self._low_rank:
-            skip = x + _apply(self.down, self.up, x)
-        if self._normalize is not None:
-            skip = _scaled(skip, weights(self.mix, self._normalize)[1])
-        out = laid_out(add(skip, self.branch(f), self.sides[0]), x, f, self.sides[0])
-        for position, branch in enumerate(more, start=1):
-            side = self.sides[position] if position < len(self.sides) else 0
-            out = laid_out(add(out, self.branch(branch), side), out, branch, side)
-        return out
+    def affine(self, states: int) -> Affine | None:
+        """b and g go into U and V. Where the lags share one map, U V sum_j g_j s_j is U sum_j (g_j V) s_j: all that is added has r features.
+        Where each has its own, their inner features are concatenated, and one U serves them."""
+        if not self._low_rank:
+            return None
+        a, b = (float(weight) for weight in self.weights()) if self._normalize is not None else (1.0, 1.0)
+        lags = range(1 + min(states, max(self.config.lags - 1, 0)))
+        g = [float(weight) for weight in self.g] if self.config.lags else [1.0]
+        down, up = ([_matrix(layer) for layer in side] for side in zip(*self.pairs(), strict=True))
+        form = Affine([a], [b] + [None] * states, axis=self.config.axis, ndim=self.config.ndim)
+        if self._per_lag:
+            form.downs = [(lag, down[lag]) for lag in lags]
+            form.up = np.concatenate([b * g[lag] * up[lag] for lag in lags], axis=1)
+        else:
+            form.downs = [(lag, g[lag] * down[0]) for lag in lags]
+            form.up, form.shared = b * up[0], True
+        return form
 
-    def branch(self, f: Tensor) -> Tensor:
-        """a f: one more branch of the same sum, of the skip's shape."""
-        return f if self._normalize is None else weighted(f, self.mix, self._normalize)
+    @classmethod
+    def start_of(cls, config: SiteConfig) -> str:
+        """With normalize=paper a and b start at 1/2."""
+        return "inexact" if mixes(config) and config.normalize == "paper" else "exact"
 
-    def add_(self, x: Tensor, f: Tensor) -> Tensor:
-        """The learned sum in the memory of the operand that the source added to, for those who see that tensor under another name."""
-        if self.sides[0]:
-            return f.copy_(self(x, f.clone()))
-        return x.copy_(self(x.clone(), f))
+    @classmethod
+    def flops(cls, config: SiteConfig) -> int:
+        """4 r D for each low-rank pair, and what the weights cost."""
+        scale = 4 if mixes(config) else 1
+        return int(config.dim * (4 * config.rank * maps(config) + 2 * config.lags + scale))
 
-    def states(self, x: Tensor) -> list[tuple[int, Tensor]]:
-        """The window of PA: (lag, state of the stream) from lag 0, the skip itself, and x is left for the sites after this one.
-
-        Raises:
-            LaurelError: an earlier state is missing, or of another pass.
-        """
-        if self.link is None:
-            if self._lags > 1:
-                raise LaurelError(f"{self.site or 'This LAuReL module'}: PA reads {self._lags - 1} earlier states, and none were given.")
-            return [(0, x)]
-        past = self.link.read(x)
-        self.link.write(x)
-        return _window(x, past)
-
-    def _augment(self, window: list[tuple[int, Tensor]]) -> Tensor:
-        """sum_j g_j U_j V_j x_{i-j}, or h(sum_j g_j x_{i-j}) where the lags share one map h."""
-        total: Tensor | None = None
-        for lag, state in window:
-            term = _scaled(state, self.g[lag : lag + 1])
-            if self._per_lag:
-                term = _apply(self.down[lag], self.up[lag], term)
-            total = term if total is None else total + term
-        assert total is not None
-        return _apply(self.down, self.up, total) if self._low_rank and not self._per_lag else total
-
-    def __prepare_scriptable__(self) -> Laurel:
-        raise LaurelError(
-            f"{self.site or 'LAuReL'} cannot be compiled by torch.jit.script, whose language has no functions of any number of branches. Use "
-            "torch.jit.trace, torch.compile or torch.export, or script the model that laurel_rewrite.remove gives back."
-        )
+    @classmethod
+    def window(cls, config: SiteConfig) -> int:
+        return int(config.history) if "pa" in terms(config) else 1
 
     def extra_repr(self) -> str:
         c = self.config
         parts = [f"variant={c.variant}", f"dim={c.dim}"]
-        parts += [f"rank={c.rank}"] if c.maps else []
+        parts += [f"rank={c.rank}"] if self._low_rank else []
         parts += [f"lags={c.lags}"] if c.lags else []
         return ", ".join([*parts, f"axis={c.axis}"])
+
+
+def terms(config: SiteConfig) -> frozenset[str]:
+    """What a variant is the sum of."""
+    return frozenset(config.variant.split("+"))
+
+
+def maps(config: SiteConfig) -> int:
+    """How many low-rank pairs (U, V) there are: one that the lags share is applied to their weighted sum."""
+    if {"lr", "pa"} <= terms(config):
+        return config.lags
+    return int("lr" in terms(config) or ("pa" in terms(config) and config.history_map == "low-rank"))
+
+
+def mixes(config: SiteConfig) -> int:
+    """How many scalars a and b are made of."""
+    return {"sigmoid": 1}.get(config.normalize, 2) if "rw" in terms(config) else 0
 
 
 def weights(mix: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
@@ -188,124 +196,31 @@ def weights(mix: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
     return both[:1], both[1:]
 
 
-def weighted(f: Tensor, mix: Tensor, normalize: str) -> Tensor:
-    """a f."""
-    return _scaled(f, weights(mix, normalize)[0])
-
-
-def _scaled(x: Tensor, weight: Tensor) -> Tensor:
-    """A weight of shape (1,) times x. A nested tensor, which torch.nn.TransformerEncoder makes of a padded batch, takes only a number."""
-    if isinstance(x, Tensor) and x.is_nested:  # which a value that fx traces is not
-        weight = weight.squeeze(0)
-    return weight.to(x.dtype) * x
-
-
-def _window(x: Tensor, past: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
-    """(lag, state) from the skip backwards, in its shape and dtype, without the states that there are not."""
-    return [(0, x)] + [(lag, state_like(state, x)) for lag, state in enumerate(past, start=1) if state is not None]
-
-
-@fx.wrap
-def state_like(state: Tensor, x: Tensor) -> Tensor:
-    """A state in the shape and dtype of the skip; LaurelError where it has another size."""
-    if not torch.compiler.is_compiling() and state.numel() != x.numel():
-        shapes = f"a state of shape {list(state.shape)} beside a skip of shape {list(x.shape)}"
-        raise LaurelError(f"PA reads {shapes}: with these inputs the stream changes its size. Use a variant without pa.")
-    if state.is_nested and x.is_nested:  # which may have neither a shape nor strides
-        return state.to(x.dtype)
-    return state.reshape(x.shape).to(x.dtype)
-
-
-def add(x: Tensor, f: Tensor, side: int) -> Tensor:
-    """x + f, or f + x where side is 1: the same numbers, in the memory layout of the first."""
-    return f + x if side else x + f
-
-
-@fx.wrap
-def laid_out(out: Tensor, x: Tensor, f: Tensor, side: int) -> Tensor:
-    """`out` with the strides that `add(x, f, side)` has, whatever operator computed it from them.
-
-    Mostly it has them: this mends what torch's rules make of expanded, strided and broadcast operands. A compiled graph has its own layouts.
-    """
-    if torch.compiler.is_compiling() or out.is_nested or x.stride() == f.stride() == out.stride():
-        return out
-    strides = _strides_of_sum(x, f, side)
-    return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
-
-
-def _strides_of_sum(x: Tensor, f: Tensor, side: int) -> tuple[int, ...]:
-    """By torch's rules: a memory format that both operands have, else what its general rule says, which the meta device knows alone."""
-    formats = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.ndim, [])]
-    for layout in formats:
-        if x.shape == f.shape and x.is_contiguous(memory_format=layout) and f.is_contiguous(memory_format=layout):
-            return torch.empty(x.shape, device="meta", memory_format=layout).stride()
-    left, right = (torch.empty_strided(t.shape, t.stride(), device="meta") for t in (x, f))
-    return add(left, right, side).stride()
-
-
-class PlainResidual(nn.Module):
-    """x + f: a turn of a loop that keeps its plain residual connection."""
-
-    def __init__(self, side: int = 0) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, x: Tensor, f: Tensor) -> Tensor:
-        return add(x, f, self.side)
-
-
-def _projection(config: SiteConfig, inputs: int, outputs: int, kind: dict[str, Any]) -> nn.Module:
-    """A map over the feature axis without bias: Linear where it is last, a 1x1 convolution where it is axis 1.
-
-    Built without its usual initialisation, which would draw from the global generator.
-    """
-    options = {"bias": False, "device": kind["device"] or torch.get_default_device(), "dtype": kind["dtype"]}
-    skip_init: Callable[..., nn.Module] = nn.utils.skip_init
-    if config.axis == -1:
-        return skip_init(nn.Linear, inputs, outputs, **options)
-    return skip_init(getattr(nn, CONVOLUTIONS[config.ndim]), inputs, outputs, 1, **options)
-
-
 def _apply(down: Any, up: Any, x: Tensor) -> Tensor:
     """U V x in the maps' own dtype, returned in the skip's: a skip may be kept in float32 beside a bfloat16 branch."""
     weight = down.weight  # of a quantised layer it is packed, or a method
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
-    low: Tensor = up(down(x.to(dtype)))
+    value = x.to(dtype)
+    if dtype == torch.float64 and torch.compiler.is_exporting() and isinstance(weight, Tensor) and weight.ndim > 2:
+        # onnxruntime has no convolution of float64: the same as products with [B, C, positions].
+        low: Tensor = (up.weight.flatten(1) @ (weight.flatten(1) @ value.flatten(2))).view_as(value)
+    else:
+        low = up(down(value))
     return low.to(x.dtype)
 
 
-def sites_of(model: nn.Module) -> dict[str, Laurel]:
-    """The LAuReL modules in `model` by module path; one that is shared appears once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Laurel)}
+def _matrix(layer: nn.Module) -> np.ndarray:
+    weight: Any = layer.weight
+    return np.asarray(weight.detach().double().flatten(1).cpu().numpy())
 
 
-def refuse_second_time(model: nn.Module) -> None:
-    """Raise ConfigError where the model has LAuReL modules of ours."""
-    present = sites_of(model)
-    if present:
-        raise ConfigError(
-            f"The model was rewritten already: it has {len(present)} LAuReL modules, the first at {next(iter(present))!r}. "
-            "Call laurel_rewrite.remove(model) first."
-        )
-
-
-def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups in which the scalars of LAuReL (a, b, g) and all other vectors get no weight decay.
-
-    Args:
-        model: any module; every parameter that requires a gradient is in exactly one group.
-        lr: learning rate of all groups. The paper gives none of its own for LAuReL.
-        weight_decay: of the matrices; vectors (norms, biases, mix, g) get 0, as usual in pre-training.
-
-    Returns:
-        Two dictionaries for `torch.optim` constructors: decayed parameters, then those without decay.
-    """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    return [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": plain, "lr": lr, "weight_decay": 0.0},
-    ]
+for _name, _formula in {
+    "rw": "a*f(x) + b*x",
+    "lr": "f(x) + U*V*x + x",
+    "pa": "f(x) + x + sum_j g_j*h(x_{i-j})",
+    "rw+lr": "a*f(x) + b*(U*V*x + x)",
+    "rw+pa": "a*f(x) + b*(x + sum_j g_j*h(x_{i-j}))",
+    "lr+pa": "f(x) + x + sum_j g_j*U_j*V_j*x_{i-j}",
+    "rw+lr+pa": "a*f(x) + b*(x + sum_j g_j*U_j*V_j*x_{i-j})",
+}.items():
+    register_operator(Laurel, name=_name, formula=_formula, needs={"maps"} if _name != "rw" else (), reader="PA" if "pa" in _name else "")

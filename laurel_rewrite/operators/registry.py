@@ -1,130 +1,310 @@
-"""The registry of residual operators, and what each costs.
+"""The registry of residual operators: what is known of each by its name.
 
-The formulas are LAuReL's ("LAuReL: Learned Augmented Residual Layer", ICML 2025), with x = x_i, the skip of site i:
-
-    RW          a f(x) + b x
-    LR          f(x) + U V x + x
-    PA          f(x) + x + sum_j g_j h(x_{i-j})                       j = 0 .. k-1
-    RW+LR       a f(x) + b (U V x + x)
-    RW+PA       a f(x) + b (x + sum_j g_j h(x_{i-j}))
-    LR+PA       f(x) + x + sum_j g_j U_j V_j x_{i-j}
-    RW+LR+PA    a f(x) + b (x + sum_j g_j U_j V_j x_{i-j})
-
-An operator is one entry: `register` it, and the plan, the command and the back ends know it by its name.
+Operators come from the families of this package, from plugins (installed packages with an entry point in the group `laurel_rewrite.operators`)
+and from files (`load_operators`, `--operator-file`); all of them go through `register_operator`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import re
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from laurel_rewrite.errors import ConfigError, nearest
-from laurel_rewrite.operators.config import SiteConfig
+from laurel_rewrite.errors import FOREIGN, ConfigError, nearest
+from laurel_rewrite.operators.config import FACTS, SiteConfig
 
 if TYPE_CHECKING:
-    import onnx_ir
+    from laurel_rewrite.operators.config import Option
+    from laurel_rewrite.operators.protocol import Connection
+
+FAMILIES = ("laurel",)
+"""Modules beside this one that register the operators of this package."""
+GROUP = "laurel_rewrite.operators"
+_NAME = re.compile(r"[a-z][a-z0-9]*([-+_][a-z0-9]+)*")
+_RESERVED = frozenset(
+    """
+    variant plan plan_out dry_run unsupported seed out force profile_seconds precision max_time train fail_if onnx_functions target skip_pass
+    weights inputs external_data emit_torch verify set include exclude verbose quiet json version help operator_file extra_turns id kind owner
+    where shape axis dim stream index calls turns holder side repeats model site stream rule config options
+    """.split()
+)
+"""What an option of an operator cannot be called: options of the command and keys of a plan."""
+_log = logging.getLogger(__name__)
+C = TypeVar("C", bound="type[Connection]")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One residual operator: its name, formula, costs, PyTorch module and ONNX function."""
+    """One residual operator.
+
+    Attributes:
+        name: on the command line and in plans.
+        formula, paper, start: see `laurel_rewrite.operators.protocol.Connection`, which also says what the others are.
+        connection: its module.
+        options: its options by name.
+        file: the file that it was loaded from with `load_operators`; None for what is installed.
+    """
 
     name: str
     formula: str
-    parameters: Callable[[SiteConfig], int]
-    flops: Callable[[SiteConfig], int]
-    module: Callable[..., Any]
-    onnx_function: Callable[..., onnx_ir.Function]
-    uses_rank: bool
-    uses_history: bool
+    paper: str
+    start: str
+    needs: frozenset[str]
+    reader: str
+    connection: type[Connection]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    file: Path | None = None
+
+    @property
+    def uses_history(self) -> bool:
+        return bool(self.reader)
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether it needs a feature axis that linear maps fit."""
+        return "maps" in self.needs
+
+    @property
+    def additive(self) -> bool:
+        """Whether a further branch can be added to what there is."""
+        from laurel_rewrite.operators.protocol import Connection
+
+        return self.connection.branch is not Connection.branch
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether it reads what the branch reads."""
+        return "branch input" in self.needs
 
     def prepare(self, config: SiteConfig) -> SiteConfig:
-        """The configuration with what this operator ignores set to nothing."""
-        return config if self.uses_history else replace(config, lags=0)
+        """The configuration with every option, and with what this operator ignores set to nothing."""
+        missing = {name: option.default for name, option in self.options.items() if name not in config.options}
+        return config.but(**missing, **({} if self.uses_history else {"lags": 0}))
+
+    def start_of(self, config: SiteConfig) -> str:
+        """The start with these options."""
+        return self.connection.start_of(config)
+
+    def parameters(self, config: SiteConfig) -> int:
+        """Number of new parameters of one site."""
+        connection: Any = self.connection
+        return _parameters(connection, config)
+
+    def flops(self, config: SiteConfig) -> int:
+        """FLOPs (a multiply and an add are two) for one position (token, pixel) of one site."""
+        connection: Any = self.connection
+        declared: int | None = connection.flops(config)
+        return _counted_flops(connection, config) if declared is None else declared
 
 
-def laurel_parameters(config: SiteConfig) -> int:
-    """Number of new parameters: 2 r D for each low-rank pair, one g for each lag, and a and b."""
-    return 2 * config.rank * config.dim * config.maps + config.lags + config.weights
+@cache
+def _parameters(connection: type[Connection], config: SiteConfig) -> int:
+    return sum(parameter.numel() for parameter in connection(config, device="meta").parameters())
 
 
-def laurel_flops(config: SiteConfig) -> int:
-    """FLOPs (a multiply and an add are two) for one position (token, pixel) of one site: 4 r D for each low-rank pair."""
-    scale = 4 if "rw" in config.terms else 1
-    return config.dim * (4 * config.rank * config.maps + 2 * config.lags + scale)
+@cache
+def _counted_flops(connection: type[Connection], config: SiteConfig) -> int:
+    from laurel_rewrite.operators.counting import count_flops
+
+    return count_flops(connection(config, device="meta").eval())
 
 
 _registry: dict[str, Operator] = {}
+_failed: dict[str, str] = {}
+_loaded: list[str] = []
 
 
-def register(operator: Operator) -> None:
-    """Make an operator known by its name.
+@overload
+def register_operator(connection: C) -> C: ...
+@overload
+def register_operator(
+    connection: C, *, name: str, formula: str = "", needs: Collection[str] | None = None, reader: str | None = None
+) -> C: ...
+
+
+def register_operator(
+    connection: C, *, name: str = "", formula: str = "", needs: Collection[str] | None = None, reader: str | None = None
+) -> C:
+    """Make an operator known by its name; as a decorator, or called.
+
+    Args:
+        connection: the class; its class data say all that is known of it.
+        name, formula, needs, reader: instead of the class data, where one class serves several operators.
+
+    Returns:
+        The class.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: it is no operator, a name is taken or no name, or what it declares cannot be; the message has the place in its file.
     """
-    if operator.name in _registry:
-        raise ConfigError(f"The operator {operator.name!r} is registered already.")
+    from laurel_rewrite.operators.protocol import Connection as Base
+
+    if not isinstance(connection, type) or not issubclass(connection, Base):
+        raise ConfigError(f"{_place(connection)}: an operator is a subclass of laurel_rewrite.Connection, and {connection!r} is none.")
+    operator = Operator(
+        name=name or connection.name,
+        formula=formula or connection.formula,
+        paper=connection.paper,
+        start=connection.start,
+        needs=connection.needs if needs is None else frozenset(needs),
+        reader=connection.reader if reader is None else reader,
+        connection=connection,
+        options=connection.declared,
+        file=_FILE[-1] if _FILE else None,
+    )
+    problem = _problem(operator)
+    if problem:
+        raise ConfigError(f"{_place(connection)}: the operator {operator.name or connection.__name__!r} cannot be registered: {problem}")
     _registry[operator.name] = operator
+    return connection
+
+
+_FILE: list[Path] = []
+
+
+def _problem(operator: Operator) -> str:
+    """Why an operator cannot be registered; "" where it can."""
+    from laurel_rewrite.operators.protocol import NEEDS, STARTS, Connection
+
+    cls = operator.connection
+    if not _NAME.fullmatch(operator.name):
+        return "its name must be lower-case letters and digits, with - + _ between them"
+    known = _registry.get(operator.name)
+    if known is not None and (known.connection.__module__, known.connection.__qualname__) != (cls.__module__, cls.__qualname__):
+        return f"the name is taken by {known.connection.__module__}.{known.connection.__qualname__}"
+    shadowing = [name for name in operator.options if name in _RESERVED | FACTS]
+    if shadowing:
+        return f"its option {shadowing[0]!r} has the name of one of ours"
+    for name, option in operator.options.items():
+        if problem := option.problem(name, option.default):
+            return f"the default of its own: {problem}"
+    if operator.start not in STARTS:
+        return f"start must be one of {', '.join(STARTS)}, not {operator.start!r}"
+    if unknown := operator.needs - set(NEEDS):
+        return f"needs are {', '.join(NEEDS)}, not {sorted(unknown)[0]!r}"
+    halves = [cls.skip is not Connection.skip, cls.branch is not Connection.branch]
+    if cls.step is Connection.step and not all(halves):
+        return "it defines neither step nor skip and branch"
+    if cls.step is not Connection.step and any(halves):
+        return "it defines both step and one of skip and branch"
+    return ""
+
+
+def _place(cls: Any) -> str:
+    import inspect
+
+    try:
+        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+    except (OSError, TypeError):
+        return getattr(cls, "__module__", "an operator")
+
+
+def _all() -> dict[str, Operator]:
+    """The registry, with families and plugins loaded."""
+    if not _loaded:
+        _loaded.append(GROUP)
+        for family in FAMILIES:
+            importlib.import_module(f"laurel_rewrite.operators.{family}")
+        for entry in importlib.metadata.entry_points(group=GROUP):
+            try:
+                entry.load()
+            except FOREIGN as error:  # whatever the import of a plugin raises
+                _failed[entry.name] = f"{type(error).__name__}: {str(error)[:300]}"
+                _log.warning("the plugin %s (%s) was left out: %s", entry.name, entry.value, _failed[entry.name])
+    return _registry
+
+
+def load_operators(path: Path | str) -> list[str]:
+    """Import a file that registers operators, and give their names. The file is imported once.
+
+    Raises:
+        ConfigError: there is no such file, it raises, or it registers nothing.
+    """
+    path = Path(path).resolve()
+    _all()
+    if not path.is_file():
+        raise ConfigError(f"There is no operator file {path}.")
+    found = [name for name, operator in _registry.items() if operator.file == path]
+    if found:
+        return found
+    name = f"laurel_operators_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    _FILE.append(path)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        del sys.modules[name]
+        raise
+    except FOREIGN as error:  # whatever the file raises
+        del sys.modules[name]
+        raise ConfigError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
+    finally:
+        _FILE.pop()
+    found = [name for name, operator in _registry.items() if operator.file == path]
+    if not found:
+        raise ConfigError(f"{path} registers no operator. Put @laurel_rewrite.register_operator above its class.")
+    return found
 
 
 def operators() -> dict[str, Operator]:
     """All operators by name, in the order of registration."""
-    return dict(_registry)
+    return dict(_all())
+
+
+def forget(names: Iterable[str]) -> None:
+    """Take operators out of the registry again."""
+    for name in names:
+        _registry.pop(name, None)
 
 
 def canonical(name: str) -> str:
-    """The registered spelling of a variant's name: terms may come in any order and any case.
+    """The registered spelling of an operator's name: terms may come in any order and any case.
 
     Raises:
-        ConfigError: there is no such variant; the message lists what there is.
+        ConfigError: there is no such operator; the message lists what there is.
     """
+    known = _all()
     spelled = str(name).strip().lower()
-    if spelled in _registry:
+    if spelled in known:
         return spelled
-    terms = spelled.split("+")
-    for known in _registry:
-        if sorted(known.split("+")) == sorted(terms):
-            return known
-    raise ConfigError(f"Unknown variant {name!r}. Choose one of {', '.join(_registry)}. {nearest(spelled, _registry)}")
+    for other in known:
+        if sorted(other.split("+")) == sorted(spelled.split("+")):
+            return other
+    failed = "".join(f" The plugin {plugin} could not be loaded: {why}." for plugin, why in _failed.items())
+    raise ConfigError(f"Unknown variant {name!r}. Choose one of {', '.join(known)}. {nearest(spelled, known)}{failed}")
 
 
 def operator(name: str) -> Operator:
-    """The operator of a variant's name, in any spelling that `canonical` takes."""
-    return _registry[canonical(name)]
+    """The operator of a name, in any spelling that `canonical` takes."""
+    return _all()[canonical(name)]
 
 
-def _laurel_module(*args: Any, **kwargs: Any) -> Any:
-    from laurel_rewrite.operators.laurel import Laurel
+def checked_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an operator, what is not given at its default.
 
-    return Laurel(*args, **kwargs)
+    Raises:
+        ConfigError: every mistake at once: options that it has not, and values that they cannot have.
+    """
+    options = operator(name).options
+    problems = [f"{name} has no option {key!r}. {nearest(key, options) or 'It has none.'}" for key in given if key not in options] + [
+        problem for key, value in given.items() if key in options and (problem := options[key].problem(key, value))
+    ]
+    if problems:
+        raise ConfigError(" ".join(problems))
+    return {key: given.get(key, option.default) for key, option in options.items()}
 
 
-def _laurel_function(*args: Any, **kwargs: Any) -> onnx_ir.Function:
-    from laurel_rewrite.operators.onnx_function import laurel_function
-
-    return laurel_function(*args, **kwargs)
-
-
-for _name, _formula in {
-    "rw": "a*f(x) + b*x",
-    "lr": "f(x) + U*V*x + x",
-    "pa": "f(x) + x + sum_j g_j*h(x_{i-j})",
-    "rw+lr": "a*f(x) + b*(U*V*x + x)",
-    "rw+pa": "a*f(x) + b*(x + sum_j g_j*h(x_{i-j}))",
-    "lr+pa": "f(x) + x + sum_j g_j*U_j*V_j*x_{i-j}",
-    "rw+lr+pa": "a*f(x) + b*(x + sum_j g_j*U_j*V_j*x_{i-j})",
-}.items():
-    register(
-        Operator(
-            name=_name,
-            formula=_formula,
-            parameters=laurel_parameters,
-            flops=laurel_flops,
-            module=_laurel_module,
-            onnx_function=_laurel_function,
-            uses_rank="lr" in _name or "pa" in _name,
-            uses_history="pa" in _name,
-        )
-    )
+Registered = Callable[[C], C]

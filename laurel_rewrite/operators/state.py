@@ -1,12 +1,13 @@
-"""x_0, x_1, x_2, ...: how the states of a stream reach the connections that read them, past the model's own code.
+"""How the state of a stream reaches the next connection, past the model's own code.
 
-A site leaves the skip it read in its slot, and the sites after it read that slot. So that no answer is wrong in silence, a state counts
+A connection leaves its state in its slot, and the connection after it reads that slot. So that no answer is wrong in silence, a state counts
 only where it is known to be the right one:
 
 * slots belong to one thread: passes in several threads do not mix,
 * a pass begins with empty slots and leaves them empty: what runs outside of it (a block on its own, a pipeline stage without the blocks
   before it) finds none, and that is an error,
-* a state is fresh until the next connection has read it, once: what runs twice, or out of order, is an error,
+* a state is fresh until the next connection has read it, once: what runs twice, or out of order, is an error. It is let go of then, where
+  no checkpoint may ask for it again,
 * a pass whose blocks run again in backward (activation checkpointing) hangs its states on the graph of its outputs. Backward enters
   there, and puts them back for as long as it runs; so several passes may wait for one backward.
 
@@ -27,29 +28,44 @@ from torch.utils._python_dispatch import _disable_current_modes
 from laurel_rewrite.errors import LaurelError
 
 OUTSIDE = -1  # torch's number of the running backward pass, where none runs
+States = tuple[Tensor, ...]
+_PROBES = 64  # elements by which a skip is known again
 
 
 class Slot(threading.local):
-    """Where a site leaves the skip it read, for the sites after it in the stream; every thread has its own.
+    """Where a connection leaves its state for the one after it in the stream; every thread has its own.
 
     Attributes:
         value: the state, None where this pass has none yet.
         fresh: the next connection has not read it yet.
         graded: it was written where gradients are recorded.
         again: what wrote it may be run again by activation checkpointing.
+        skip: some elements of the skip beside which it was written, where that is so.
     """
 
     __slots__ = ()  # without a __dict__ beside the thread's own, which torch.compile would write to
-    value: Tensor | None = None
+    value: States | None = None
     fresh: bool = False
     graded: bool = False
     again: bool = False
+    skip: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot()
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()  # a copy or a pickle of a model carries no activations
+
+
+class Tap:
+    """A hook on a module that leaves what it gives for a connection: the input of a branch behind its norm."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook after the call."""
+        self.slot.value = (output,)
 
 
 class _Pass(threading.local):
@@ -68,7 +84,7 @@ class Stream:
     """The slots of one stream; as a hook of the module whose call is a pass, it begins the pass before the call and ends it after.
 
     Args:
-        slots: one a site; of a stream that comes back to a shared module, the last states, nearest first.
+        slots: one a connection; of a stream that comes back to a shared module, one for all.
         shared: the latter.
         holder: path of the module whose call is a pass, for messages.
     """
@@ -78,6 +94,7 @@ class Stream:
         self.shared = shared
         self.holder = holder
         self.local = _Pass()
+        self.traced = False  # the pass as a whole is being compiled
         self.module: weakref.ref[nn.Module] | None = None
 
     def before(self, module: nn.Module, args: Any) -> None:
@@ -85,9 +102,11 @@ class Stream:
         if self.module is None and not torch.compiler.is_compiling():
             self.module = weakref.ref(module)  # of a model that was pickled
         self.begin()
+        self.traced = torch.compiler.is_compiling()
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook after the call, which comes after an exception too."""
+        self.traced = False
         if torch.compiler.is_compiling():
             self.begin()
         elif running_backward() != OUTSIDE:
@@ -103,7 +122,7 @@ class Stream:
     def begin(self) -> None:
         """Empty slots, of the pass that runs now."""
         for slot in self.slots:  # no method of a slot: torch.compile would look for it in a __dict__
-            slot.value = None
+            slot.value = slot.skip = None
             slot.fresh = slot.again = False
         if not torch.compiler.is_compiling():
             self.local.backward = running_backward()
@@ -119,7 +138,7 @@ class Stream:
         return module is None or id(module) in memo
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "module": None}
+        return {**self.__dict__, "module": None, "traced": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
         if not self.copied_with(memo):
@@ -138,7 +157,7 @@ class _Kept:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.thread = threading.get_ident()
-        self.states: list[tuple[Tensor | None, bool]] = [(slot.value, slot.graded) for slot in stream.slots]
+        self.states = [(slot.value, slot.graded, slot.skip) for slot in stream.slots]
 
     def restore(self, gradients: Any) -> None:
         """Put the states back; called when backward reaches an output of the pass, and so before it runs a block again.
@@ -149,11 +168,11 @@ class _Kept:
         if local.backward == running_backward() and local.thread != self.thread:
             raise LaurelError(
                 f"One backward goes through passes of {self.stream.holder or 'the model'} from several threads, whose checkpointed blocks "
-                "would read each other's states for PA. Call backward for each thread's pass on its own."
+                "would read each other's states. Call backward for each thread's pass on its own."
             )
-        for slot, (value, graded) in zip(self.stream.slots, self.states, strict=False):
+        for slot, (value, graded, skip) in zip(self.stream.slots, self.states, strict=False):
             # What a shared module read in an earlier call is overwritten: it has values that are not fresh, and so are refused.
-            slot.value, slot.graded, slot.fresh = value, graded, value is not None and not self.stream.shared
+            slot.value, slot.graded, slot.skip, slot.fresh = value, graded, skip, value is not None and not self.stream.shared
         local.backward, local.thread = running_backward(), self.thread
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         _at_end_of_backward(lambda: self._finish(keeps_graph))
@@ -165,88 +184,91 @@ class _Kept:
 
 
 class Link:
-    """What one site has to do with its stream: the slot it writes, and the slots it reads.
+    """What one connection has to do with its stream: the slot that it writes, and the one that it reads.
 
     Args:
         site: its id.
         stream: its stream.
-        slot: where it leaves its skip; None where nobody reads it.
-        past: what it reads, nearest first.
-        needs: how many of these must be there; fewer than all where the site's module is shared and this may be its first call.
-        first: the stream begins here.
+        slot: where it leaves its state; None where nobody reads it.
+        before: what the connection before it leaves; None at a stream's first.
+        needs: whether that must be there; not where the site's module is shared and this may be its first call.
+        reader: what reads it, for messages.
     """
 
-    def __init__(self, site: str, stream: Stream, slot: Slot | None, past: Sequence[Slot], *, needs: int, first: bool) -> None:
+    def __init__(self, site: str, stream: Stream, slot: Slot | None, before: Slot | None, *, needs: bool, reader: str) -> None:
         self.site = site
         self.stream = stream
         self.slot = slot
-        self.past = tuple(past)
-        self.required = self.past[:needs]
-        self.first = first
-        # The last states of a shared module move up by one; the oldest first.
-        ring = stream.slots if stream.shared else ()
-        self.moves = tuple(zip(ring[::-1], ring[-2::-1], strict=False))
+        self.before = before
+        self.needs = needs
+        self.reader = reader
 
-    def read(self, x: Tensor) -> list[Tensor | None]:
-        """The states before x, nearest first; None at the start of a stream that comes back to this module.
+    def read(self, x: Tensor) -> States:
+        """The state before x; none at the start of a stream that comes back to this module.
 
         Raises:
-            LaurelError: a state is missing, or is not known to belong to this pass.
+            LaurelError: it is missing, or is not known to belong to this pass.
         """
         eager = not torch.compiler.is_compiling()
-        if eager and self.first and (running_backward() == OUTSIDE or self.stream.local.backward != running_backward()):
-            self.stream.begin()  # a stream that is run by hand
-        if not self.past:
-            return []
-        nearest = self.past[0]
-        missing = any(slot.value is None for slot in self.required)
-        stale = nearest.value is not None and not nearest.fresh
+        before = self.before
+        if before is None:
+            if eager and (running_backward() == OUTSIDE or self.stream.local.backward != running_backward()):
+                self.stream.begin()  # a stream that is run by hand
+            return ()
+        value = before.value
+        missing = self.needs and value is None
+        stale = value is not None and not before.fresh
         if eager and running_backward() != OUTSIDE:
             self._check_again(x, stale)
         elif missing or stale or (eager and self.stream.local.backward != OUTSIDE):
             raise LaurelError(
-                f"{self.site}: PA reads the states of the connections before it in its stream, and this pass has none of them. Call "
+                f"{self.site}: {self.reader} reads the states of the connections before it in its stream, and this pass has none of them. Call "
                 f"{self.stream.holder or 'the model'} as a whole: a pipeline stage without the blocks before it, a block on its own or "
-                "copied into another model, blocks out of order, and a block whose predecessor was skipped cannot know them. Use a "
-                "variant without pa there."
+                "copied into another model, blocks out of order, and a block whose predecessor was skipped cannot know them. Use an "
+                "operator without history there."
             )
-        nearest.fresh = False
-        return [slot.value for slot in self.past]
+        before.fresh = False
+        if eager and not before.again and not _records_again() and before is not self.slot:
+            before.value = None
+        return () if value is None else value
 
-    def write(self, x: Tensor) -> None:
-        """Leave x for the sites after this one."""
+    def write(self, x: Tensor, state: States) -> None:
+        """Leave a state for the connection after this one."""
         slot = self.slot
         if slot is None:
             return
-        for older, newer in self.moves:
-            older.value, older.graded = newer.value, newer.graded
-        slot.value = x
+        slot.value = state
         slot.fresh = True
         slot.graded = torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        if torch.compiler.is_compiling():
             slot.again = True
+        elif _records_again():
+            slot.again = True
+            slot.skip = _probe(x)
 
     def _check_again(self, x: Tensor, stale: bool) -> None:
         """Refuse a block that runs again in backward and would not find what it found the first time."""
-        if self.stream.local.backward != running_backward() or any(slot.value is None or not slot.graded for slot in self.required):
+        before = self.before
+        assert before is not None
+        if self.stream.local.backward != running_backward() or (self.needs and (before.value is None or not before.graded)):
             raise LaurelError(
-                f"{self.site}: activation checkpointing runs this block again, and the states that PA reads there are gone. Use "
+                f"{self.site}: activation checkpointing runs this block again, and the states that {self.reader} reads there are gone. Use "
                 f"checkpoint(..., use_reentrant=False), call {self.stream.holder or 'the model'} itself rather than its forward or its "
                 "parts, let its outputs lead to the loss, and use retain_graph=True where backward runs twice."
             )
         if stale and (self.stream.shared or not self._same(x)):
             raise LaurelError(
-                f"{self.site}: activation checkpointing runs this block again for an earlier forward pass, whose states PA no longer has. "
-                "Do not checkpoint a layer that is shared, and let the outputs of each pass lead to the loss."
+                f"{self.site}: activation checkpointing runs this block again for an earlier forward pass, whose states {self.reader} no "
+                "longer has. Do not checkpoint a layer that is shared, and let the outputs of each pass lead to the loss."
             )
 
     def _same(self, x: Tensor) -> bool:
-        """Whether x is what this site left in this pass: a block inside two checkpoints runs more than once."""
-        own = None if self.slot is None else self.slot.value
-        # Outside of the modes that record or replay what a checkpoint computes. Another pass has other values altogether; the bounds
-        # only let through what kernels that are not deterministic change.
+        """Whether x is the skip that this connection had in this pass: a block inside two checkpoints runs more than once."""
+        own = None if self.slot is None else self.slot.skip
+        found = _probe(x)
+        # Another pass has other values altogether; the bounds only let through what kernels that are not deterministic change.
         with _disable_current_modes(), torch.no_grad():
-            return own is not None and own.shape == x.shape and torch.allclose(own, x, rtol=1e-2, atol=1e-3, equal_nan=True)
+            return own is not None and own.shape == found.shape and torch.allclose(own, found, rtol=1e-2, atol=1e-3, equal_nan=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         """A copy of a block takes part in the original's stream, a copy of the model has streams of its own."""
@@ -256,9 +278,21 @@ class Link:
 
         stream = copy.deepcopy(self.stream, memo)
         slots = {id(old): new for old, new in zip(self.stream.slots, stream.slots, strict=True)}
-        slot = None if self.slot is None else slots[id(self.slot)]
-        past = [slots[id(old)] for old in self.past]
-        return Link(self.site, stream, slot, past, needs=len(self.required), first=self.first)
+        slot, before = (None if old is None else slots[id(old)] for old in (self.slot, self.before))
+        return Link(self.site, stream, slot, before, needs=self.needs, reader=self.reader)
+
+
+def _records_again() -> bool:
+    """Whether what runs here may be run again by activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _probe(x: Tensor) -> Tensor:
+    """Some elements of a tensor, outside of the modes that record or replay what a checkpoint computes."""
+    with _disable_current_modes(), torch.no_grad():
+        if x.is_nested:
+            return x.values()[:_PROBES].clone()
+        return x.detach().reshape(-1)[:: max(x.numel() // _PROBES, 1)].clone()
 
 
 def running_backward() -> int:

@@ -34,6 +34,13 @@ class Settings:
     provider: str = CPU
 
 
+def has_provider(name: str) -> bool:
+    """Whether this onnxruntime has an execution provider."""
+    import onnxruntime
+
+    return name in onnxruntime.get_available_providers()
+
+
 def settings(threads: int | None = None, provider: str = CPU) -> Settings:
     """Checked settings.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.sites import short
-from laurel_rewrite.report.words import breakable, count, part, shortened, size, skipped_of
+from laurel_rewrite.report.words import breakable, count, part, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
@@ -60,6 +60,7 @@ def page(report: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "short": shortened,
+        "settings": settings,
         "size": size,
         "count": count,
         "place": lambda where: breakable(short(where)),

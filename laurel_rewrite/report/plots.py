@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from laurel_rewrite.report.words import shortened
+from laurel_rewrite.report.words import settings, shortened
 
 _SHOWN_OPS = 12
 _SHOWN_RUNS = 400
@@ -189,7 +189,7 @@ def _streams(data: Mapping[str, Any]) -> go.Figure:
                 "symbol": ["circle" if plan else "circle-open" for plan in treated],
             },
             customdata=[
-                [_label(site["id"], 80), site["kind"], "x".join(map(str, site["shape"])), f"{plan['variant']}, rank {plan['rank']}" if plan else "left as it is"]
+                [_label(site["id"], 80), site["kind"], "x".join(map(str, site["shape"])), ", ".join(filter(None, (plan["variant"], settings(plan)))) if plan else "left as it is"]
                 for site, plan in zip(sites, treated, strict=True)
             ],
             hovertemplate="%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]}<br>%{customdata[3]}<extra></extra>",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -48,3 +49,15 @@ def skipped_of(skipped: int, rewritten: int) -> str:
 def part(number: float, whole: float) -> str:
     """A ratio to the baseline."""
     return f"{number / whole:.3f}" if whole else "-"
+
+
+def settings(site: Mapping[str, Any]) -> str:
+    """The options of a plan's site in words; of LAuReL, whose others are seldom changed, the rank and what is changed."""
+    from laurel_rewrite.operators.registry import operators
+
+    known = operators().get(site["variant"])
+    options = known.options if known is not None else {}
+    given = {name: site[name] for name in options if name in site}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in given.items() if name == "rank" or value != options[name].default
+    )

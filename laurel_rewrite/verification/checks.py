@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import VerificationError
 from laurel_rewrite.graph.capture import without_caches
-from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.operators.protocol import sites_of
 from laurel_rewrite.sources.inputs import copied_inputs
 
 _log = logging.getLogger(__name__)
@@ -112,9 +112,10 @@ def randomized(model: nn.Module, seed: int = 0) -> Iterator[None]:
     before: list[tuple[Tensor, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
     for module in sites_of(model).values():
-        for name, parameter in module.named_parameters():
+        for parameter in module.parameters():
             before.append((parameter, parameter.detach().clone()))
-            spread = 0.25 if parameter.ndim == 1 else 0.5 if name.startswith("up") else float(parameter.detach().abs().max())
+            size = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
+            spread = 0.25 if parameter.ndim == 1 else size or 0.5
             noise = torch.randn(parameter.shape, generator=generator) * spread
             parameter.data.add_(noise.to(parameter.device, parameter.dtype))
     try:

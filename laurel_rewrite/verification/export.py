@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.graph.capture import quiet, training, without_caches
-from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.operators.protocol import sites_of
 from laurel_rewrite.sources.inputs import copied_inputs
 from laurel_rewrite.verification.checks import Check, tensors_of
 from laurel_rewrite.verification.onnx import proved
@@ -185,7 +185,8 @@ def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _drawn(interface: Interface, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int, number: int | None) -> Inputs:
     """Inputs like the given ones, with new numbers; of the number-th other sizes, or of theirs."""
-    args, kwargs = widened(tuple(args), dict(kwargs))
+    # A tensor that is given twice is two inputs.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, widened(tuple(args), dict(kwargs)))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     named = {key: i for i, leaf in enumerate(leaves) for key, value in kwargs.items() if value is leaf}

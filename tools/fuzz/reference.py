@@ -117,9 +117,10 @@ def _reshape(a: _Attributes, x: Tensor, shape: Tensor) -> Tensor:
     return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(_ints(shape))])
 
 
-def _slice(a: _Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor) -> Tensor:
-    for start, end, axis in zip(*map(_ints, (starts, ends, axes)), strict=True):
-        x = x[(slice(None),) * (axis % x.ndim) + (slice(start, end),)]
+def _slice(a: _Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor, steps: Tensor | None = None) -> Tensor:
+    by = [1] * starts.numel() if steps is None else _ints(steps)
+    for start, end, axis, step in zip(*map(_ints, (starts, ends, axes)), by, strict=True):
+        x = x[(slice(None),) * (axis % x.ndim) + (slice(start, end, step),)]
     return x
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.turns import Turns
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def own(container: Any) -> dict[str, Any]:
     """The elements of a container by name, without LAuReL."""
-    return {name: module for name, module in container._modules.items() if not isinstance(module, Laurel | Turns)}
+    return {name: module for name, module in container._modules.items() if not isinstance(module, Connection | Turns)}
 
 
 class OwnElements:

@@ -16,7 +16,6 @@ from laurel_rewrite.graph.capture import Span
 from laurel_rewrite.text.source_file import SourceFile, place
 from laurel_rewrite.text.text_edits import CallForm, TextEdits, is_docstring, is_exact, last_name
 
-_BRANCH = "branch"
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
@@ -27,14 +26,21 @@ class Term:
     Attributes:
         laurel: the expression that gives the LAuReL module there.
         side: the operand, 0 or 1, that holds the skip.
-        inner: whether the skip itself is added; else a further branch is.
+        inner: whether the module takes the place of the add; else a further branch is only handed to `method` of it.
+        method: what takes the add's place, or the branch.
         keep: whether an add in place must stay one, for somebody sees the tensor under another name.
     """
 
     laurel: str
     side: int
     inner: bool
+    method: str = ""
     keep: bool = False
+
+    @property
+    def call(self) -> str:
+        """What is called."""
+        return f"{self.laurel}.{self.method}" if self.method else self.laurel
 
 
 class FunctionEditor(TextEdits):
@@ -85,6 +91,10 @@ class FunctionEditor(TextEdits):
                 raise RewriteError(f"{place(span)}: the helper {self.original.__name__} holds more than one site")
             self._holds = site
         node = self.source.find(self.node, span)
+        if term.keep and term.inner and term.method:
+            raise RewriteError(
+                f"{place(span)}: one of several adds that become one call is an add in place that is seen under another name"
+            )
         self._visible(term.laurel.split(".")[0].split("(")[-1].rstrip(")"), node, span)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             self._binary(node, term)
@@ -305,9 +315,9 @@ class FunctionEditor(TextEdits):
     # The forms an add can have
 
     def _binary(self, node: ast.BinOp, term: Term) -> None:
-        source, laurel, side = self.source, term.laurel, term.side
+        source, laurel, side = self.source, term.call, term.side
         if not term.inner:
-            self.wrap(node.left if side == 1 else node.right, f"{laurel}.{_BRANCH}(", ")")
+            self.wrap(node.left if side == 1 else node.right, f"{term.call}(", ")")
             return
         start, end = source.extent(node)
         plus = source.find_operator(source.extent(node.left)[1], source.extent(node.right)[0], b"+")
@@ -316,17 +326,17 @@ class FunctionEditor(TextEdits):
         self.close(start, end, ")")
 
     def _augmented(self, node: ast.AugAssign, term: Term, site: str, span: Span) -> None:
-        source, laurel, side = self.source, term.laurel, term.side
+        source, laurel, side = self.source, term.call, term.side
         target = source.segment(node.target)
         plus = source.find_operator(source.extent(node.target)[1], source.extent(node.value)[0], b"+=")
         named = isinstance(node.target, ast.Name)
         if not term.inner and side == 0:
-            self.wrap(node.value, f"{laurel}.{_BRANCH}(", ")")
+            self.wrap(node.value, f"{term.call}(", ")")
         elif not term.inner:
             if term.keep or not named:
                 raise RewriteError(f"{place(span)}: a branch that is seen under another name is added to in place")
             self.loose.add(site)
-            self.put(plus, plus + 2, f"= {laurel}.{_BRANCH}({target}) +")
+            self.put(plus, plus + 2, f"= {term.call}({target}) +")
             self.wrap(node.value, "(", ")")
         elif named:
             method = ".add_" if term.keep else ""
@@ -346,7 +356,7 @@ class FunctionEditor(TextEdits):
 
     def _call(self, node: ast.Call, term: Term, site: str, span: Span) -> None:
         """torch.add(x, f), x.add_(f), or any callable that turned out to add."""
-        source, laurel, side = self.source, term.laurel, term.side
+        source, laurel, side = self.source, term.call, term.side
         form = CallForm.of(node)
         if form is None or (form.alpha is not None and (side == 1 or not is_exact(form.alpha.value))):
             raise RewriteError(
@@ -355,7 +365,7 @@ class FunctionEditor(TextEdits):
         if not term.inner:
             if form.alpha is not None:
                 raise RewriteError(f"{place(span)}: a further branch is added with alpha, which is not rewritten; write it with +")
-            self.wrap(form.left if side == 1 else form.right, f"{laurel}.{_BRANCH}(", ")")
+            self.wrap(form.left if side == 1 else form.right, f"{term.call}(", ")")
             return
         start, end = source.extent(node)
         prefix = suffix = into = ""

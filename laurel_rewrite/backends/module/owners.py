@@ -20,7 +20,7 @@ UNSUPPORTED = ("refuse", "skip")
 """What becomes of a site that cannot be rewritten: an error before anything is changed, or its plain sum stays."""
 
 
-_TORN = "its module is called in several streams in turns, so that PA would read the states of another one; use a variant without pa"
+_TORN = "its module is called in several streams in turns, so that PA would read the states of another one; use an operator without history"
 
 
 @dataclass(frozen=True)
@@ -109,27 +109,26 @@ def rewritten_owners(model: nn.Module, sites: Sites, plan: Plan, *, keep: Collec
 
 
 def torn_histories(sites: Sites, plan: Plan) -> set[str]:
-    """Modules that would not read the states of their own stream in some call: PA's slots know modules, and not which of several streams
-    a shared module is called in."""
+    """Modules that would not read the state of their own stream in some call: slots know modules, and not which of several streams a shared
+    module is called in."""
     rows = {row.id: row for row in plan.sites}
     shared = {row.stream for row in plan.sites if row.repeats > 1}
     first = {stream[0].id: stream[0].stream for stream in plan.streams() if stream[0].repeats == 1}
-    most = max(row.history for row in plan.sites)
-    own: dict[int, list[str]] = defaultdict(list)  # the last calls of each stream of the model, nearest first
-    ring: dict[int, list[str]] = defaultdict(list)  # the last calls of any module of each stream of the plan, nearest first
+    own: dict[int, str] = {}  # the last call of each stream of the model
+    last: dict[int, str] = {}  # the last call of any module of each stream of the plan
     slots: dict[int, dict[str, str]] = defaultdict(dict)  # the last call of each module of each stream of the plan
     torn: set[str] = set()
     for site in (site for site in sites if site.module in rows):
         row = rows[site.module]
         if site.module in first:
-            ring[row.stream], slots[row.stream] = [], {}
-        lags = plan.lags(row) - 1
-        found = ring[row.stream][:lags] if row.stream in shared else [slots[row.stream].get(name, "") for name in plan.past(row)]
-        if found != own[site.stream][:lags]:
-            torn.add(site.module)
-        own[site.stream] = [site.id, *own[site.stream]][:most]
-        ring[row.stream] = [site.id, *ring[row.stream]][:most]
-        slots[row.stream][site.module] = site.id
+            last.pop(row.stream, None)
+            slots[row.stream] = {}
+        before = plan.before(row)
+        if plan.has_history(row.stream):
+            found = last.get(row.stream) if row.stream in shared else slots[row.stream].get(before.id) if before is not None else None
+            if found != own.get(site.stream):
+                torn.add(site.module)
+        own[site.stream] = last[row.stream] = slots[row.stream][site.module] = site.id
     return torn
 
 
@@ -141,7 +140,7 @@ def _change(row: PlanSite, sites: Sites, *, keep: bool, by_turn: bool) -> Change
     if any(call is None or call.owner != row.owner for adds in binding.places for _, _, call in adds):
         return "its sum is spread over several modules, was not made by Python code, or stands in a torch.autograd.Function with its own backward"
     places = tuple(tuple((call.steps, side) for _, side, call in adds if call is not None) for adds in binding.places)
-    return Change(row.attribute, places, binding.turn is not None, by_turn, keep)
+    return Change(row.attribute, places, binding.turn is not None, by_turn, keep, row.operator.additive)
 
 
 def _unfit(model: nn.Module, owner: str, wanted: list[tuple[Change, list[str]]]) -> str | None:

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laurel_rewrite.errors import TooManyTurnsError
 from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
-from laurel_rewrite.operators.laurel import sites_of
+from laurel_rewrite.operators.protocol import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.verification.checks import Check
-from laurel_rewrite.verification.runs import Run, Watch, compare_runs, plain_start, run_once
+from laurel_rewrite.verification.runs import Run, Watch, compare_runs, plain_start, regroups, run_once
 
 _MODES = (False, True)
 
@@ -82,7 +82,7 @@ class Proof:
                 for mode in _MODES:
                     watch = _Watch(model, loose)
                     after = self._run(model, mode, watch)
-                    found.checks.append(compare_runs(self.before[mode], after, train=mode))
+                    found.checks.append(compare_runs(self.before[mode], after, train=mode, regrouped=regroups(model)))
                     found.turns |= isinstance(after.error, TooManyTurnsError)
                     found.stale |= watch.found
                     if self.before[mode].error is None and after.error is None:
@@ -110,7 +110,9 @@ class Proof:
         """Whether a rewritten model fails the comparison, in any mode in which the original is steady."""
         with plain_start(model):
             return any(
-                compare_runs(self.before[mode], self._run(model, mode), train=mode).failed for mode in _MODES if mode not in self.unsteady
+                compare_runs(self.before[mode], self._run(model, mode), train=mode, regrouped=regroups(model)).failed
+                for mode in _MODES
+                if mode not in self.unsteady
             )
 
     def unsteady_or(self, check: Check, mode: bool | None) -> Check:

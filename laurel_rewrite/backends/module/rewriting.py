@@ -19,7 +19,7 @@ from laurel_rewrite.backends.module.surgery import Rewriting, change_classes, co
 from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, LaurelError, NoSiteError, RewriteError, VerificationError
-from laurel_rewrite.operators.laurel import refuse_second_time, sites_of
+from laurel_rewrite.operators.protocol import refuse_second_time, sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import Check
@@ -53,11 +53,6 @@ def rewrite(
     kwargs: Mapping[str, Any] | None = None,
     *,
     variant: str = "rw+lr",
-    rank: int = 16,
-    history: int = 3,
-    normalize: str = "softmax",
-    init_down: str = "orthogonal",
-    history_map: str = "low-rank",
     extra_turns: str = "refuse",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -66,8 +61,10 @@ def rewrite(
     seed: int = 0,
     unsupported: str = "refuse",
     verify: bool = True,
+    **options: Any,
 ) -> nn.Module:
-    """Replace the residual connections of a model by LAuReL. At the start it computes what it computed, bit for bit.
+    """Replace the residual connections of a model by LAuReL, or by another operator. At the start it computes what it computed, bit for bit,
+    where the operator does not declare another start.
 
     That is verified before anything is returned, by two runs of the original and two of the result, in eval and in train mode with one random
     state; both models are left as they were. What cannot be verified (the model differs from itself, or does not fit into memory twice) is
@@ -76,7 +73,8 @@ def rewrite(
     Args:
         model: a module on any device (meta included) whose classes have their source at hand, or an `fx.GraphModule`.
         args, kwargs: inputs of its forward, for the capture and the verification; a batch of 2 or more.
-        variant, rank, history, normalize, init_down, history_map, extra_turns, include, exclude, seed: see `LaurelConfig`.
+        variant, extra_turns, include, exclude, seed: see `LaurelConfig`.
+        options: of the operator: rank, history, normalize, ...; see there, too.
         plan: an edited plan, or the path of one, instead of the above.
         inplace: change `model` itself; else a copy. Where the verification fails, the change is undone.
         unsupported: "refuse" the whole rewrite where a site cannot be rewritten, or "skip" such sites, which then keep their plain sum
@@ -104,11 +102,7 @@ def rewrite(
         ['laurel_0', 'laurel_1']
     """
     if plan is None:
-        config = LaurelConfig(
-            variant=variant, rank=rank, history=history, normalize=normalize, init_down=init_down, history_map=history_map,
-            extra_turns=extra_turns, include=(include,) if isinstance(include, str) else tuple(include),
-            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude), seed=seed,
-        )  # fmt: skip
+        config = LaurelConfig(variant, extra_turns=extra_turns, include=include, exclude=exclude, seed=seed, **options)
     elif not isinstance(plan, Plan):
         plan = Plan.read(plan)
     if not isinstance(model, nn.Module):
@@ -211,6 +205,9 @@ class _Application:
     def _installed(self, target: nn.Module, plan: Plan, owners: Owners) -> Evidence:
         """Install, and write the classes in another way where the runs show that one is needed."""
         install(target, plan, _classes(owners))
+        for row in plan.sites:
+            connection: Any = target.get_submodule(row.id)
+            connection.regrouped = not row.operator.additive and len(self.sites.bindings[row.id].adds) > 1
         keep: set[str] = set()
         by_run: set[str] = set()
         if self.proof is None:  # without runs nobody knows who else sees what is added to in place

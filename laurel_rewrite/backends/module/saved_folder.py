@@ -30,6 +30,7 @@ _CONFIG = {
     "class": optional(_CLASS, ""),
     "model": anything(dict),
     "classes": mapping(text(), text(r"\w+", "the name of a class")),
+    "operators": optional(mapping(text(), text()), {}),
 }
 _RECIPES = {
     "spec": {"spec": text(), "settings": mapping(text(r"\w+", "a name"), anything(object))},
@@ -53,6 +54,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"{label} names the file {shown(name)}, which lies outside the folder.")
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is incomplete: {name} cannot be read (no such file).")
+    for file in config["operators"].values():
+        if file not in config["model"]["files"]:
+            raise ConfigError(f"{label} names the operator file {shown(file)}, which is none of its files.")
     return config
 
 

@@ -40,6 +40,7 @@ from laurel_rewrite.files.checked import inner_name, read_bytes, read_json, read
 from laurel_rewrite.files.drafts import reading, replacing
 from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.files.pickling import MODULE
+from laurel_rewrite.operators import registry
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.sources import models
 from laurel_rewrite.sources.models import Built
@@ -47,6 +48,8 @@ from laurel_rewrite.sources.models import Built
 SKELETON = "skeleton.pt"
 GRAPH = "model.pt"
 BASE_CONFIG, GENERATION = "base_config.json", "generation_config.json"
+OPERATORS = "operators"
+"""Folder of the files that operators were loaded from."""
 _ORIGIN = "_laurel_origin"
 
 _HEADER = '''"""{name} with LAuReL, written by laurel-rewrite {version}.
@@ -92,6 +95,9 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, fa
         origin = Origin({"kind": "spec", "spec": factory, "settings": {}})
     if origin is None:
         origin = _own_origin(model)
+    own = {row.variant: row.operator.file for row in record.plan.sites if row.operator.file is not None}
+    operators = {name: f"{OPERATORS}/{file.name}" for name, file in own.items()}
+    origin = Origin(origin.recipe, {**origin.files, **{operators[name]: file.read_bytes() for name, file in own.items()}})
     _check_names(origin.files)
     config = {
         **_versions(),
@@ -99,6 +105,7 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, fa
         "class": _name(type(model)),
         "model": {**origin.recipe, "files": sorted(origin.files)},
         "classes": names,
+        **({"operators": operators} if operators else {}),
     }
     for package in ("transformers", "timm", "torchvision"):
         if package in sys.modules:
@@ -190,6 +197,9 @@ def _load(folder: Path, device: torch.device | str | None) -> nn.Module:
     check_whole(folder, [CONFIG, *recipe["files"], *([] if meta or graph else [WEIGHTS])])
     if graph:
         return _load_graph(folder, device)
+    for name, file in config["operators"].items():
+        if name not in registry.operators():
+            registry.load_operators(folder / file)
     plan = Plan.read(folder / PLAN)
     origin = Origin({k: v for k, v in recipe.items() if k != "files"}, {name: _own_file(folder, name) for name in recipe["files"]})
     if not meta:

@@ -30,6 +30,7 @@ class Change:
         loop: the line runs several times in one call, and the attribute holds one module a turn.
         by_turn: where a turn of the loop may pass the sum by, count turns; else count how often the sum runs.
         keep: an add in place stays one, for somebody sees the tensor under another name.
+        additive: further branches are added to what the module gives; else it takes the place of the outermost add.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Change:
     loop: bool = False
     by_turn: bool = True
     keep: bool = False
+    additive: bool = True
 
     @property
     def several(self) -> bool:
@@ -67,6 +69,15 @@ def rewrite_class(base: type, changes: Iterable[Change], calls: Iterable[Call]) 
     return _ClassEditor(base, tuple(changes), tuple(calls)).edited()
 
 
+def _role(change: Change, position: int, count: int) -> tuple[bool, str]:
+    """Whether the module takes the place of one of a site's adds, the innermost first, and by which method."""
+    if change.additive or count == 1:
+        return (True, "") if position == 0 else (False, "branch")
+    if position in (0, count - 1):
+        return True, "part" if position == 0 else "whole"
+    return False, "more"
+
+
 class _ClassEditor:
     def __init__(self, base: type, changes: tuple[Change, ...], calls: tuple[Call, ...]) -> None:
         self.base = base
@@ -82,7 +93,7 @@ class _ClassEditor:
         for change in self.changes:
             for adds in change.places:
                 for position, (steps, side) in enumerate(adds):
-                    self._apply(change, steps, side, inner=position == 0)
+                    self._apply(change, steps, side, *_role(change, position, len(adds)))
         functions = {editor: editor.finish() for editor in self.editors.values()}
         methods = tuple(function for function in functions.values() if function.method)
         helpers = [function for function in functions.values() if not function.method]
@@ -96,7 +107,7 @@ class _ClassEditor:
         loose = frozenset().union(*(editor.loose for editor in functions))
         return Edited(rewritten, loose, frozenset(self.by_turn))
 
-    def _apply(self, change: Change, steps: tuple[Span, ...], side: int, *, inner: bool) -> None:
+    def _apply(self, change: Change, steps: tuple[Span, ...], side: int, inner: bool, method: str) -> None:
         last = steps[-1]
         steps = self._shortened(steps, loop=change.loop)
         editors = [self._editor(steps[0].code), *(self._editor(span.code, helper=True) for span in steps[1:])]
@@ -107,7 +118,7 @@ class _ClassEditor:
             for editor, step, helper in zip(editors, steps, editors[1:], strict=False):
                 editor.pass_down(step, laurel, helper)
                 laurel = "laurel"
-        editors[-1].replace(last, Term(laurel, side, inner, change.keep), change.name)
+        editors[-1].replace(last, Term(laurel, side, inner, method, change.keep), change.name)
 
     def _in_turn(self, change: Change, steps: tuple[Span, ...], editors: list[FunctionEditor]) -> str:
         """Hand the iterator over the turns' modules down to the loop, and one turn's module from there on; the expression for it at the add."""

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite.backends.module.functions import BASE, Rewritten
 from laurel_rewrite.errors import ConfigError, RewriteError
-from laurel_rewrite.operators.laurel import Laurel, PlainResidual, sites_of
-from laurel_rewrite.operators.state import Link, Slot, Stream
+from laurel_rewrite.operators.protocol import Connection, PlainResidual, sites_of
+from laurel_rewrite.operators.state import Link, Slot, Stream, Tap
 from laurel_rewrite.operators.turns import Turns
 from laurel_rewrite.plan import Plan
 
@@ -87,6 +87,9 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
             turns[int(row.id.rsplit(".", 1)[1])] = laurel
         else:
             nn.Module.__setattr__(owner, row.attribute, laurel)
+        if row.reads:
+            laurel.tap = Slot()
+            model.get_submodule(row.reads).register_forward_hook(Tap(laurel.tap).after)
     change_classes(model, classes)
     _connect(model, plan)
 
@@ -145,7 +148,7 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copied(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Laurel | Turns):
+            if isinstance(child, Connection | Turns):
                 nn.Module.__delattr__(module, name)
         _disconnect(module)
         base = vars(type(module)).get(BASE)
@@ -182,26 +185,21 @@ def _like(owner: nn.Module, first: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _connect(model: nn.Module, plan: Plan) -> None:
-    """Give the sites of each stream that PA reads their links, and the module whose call is a pass the hooks that begin and end it."""
+    """Give the connections of each stream with a history their links, and the module whose call is a pass the hooks that begin and end it."""
     for rows in plan.streams():
-        if all(plan.lags(row) == 1 for row in rows):
+        if not plan.has_history(rows[0].stream):
             continue
-        past = {row.id: plan.past(row) for row in rows}
         shared = any(row.repeats > 1 for row in rows)
         holder = model.get_submodule(rows[0].holder)
-        if shared:
-            ring = [Slot() for _ in range(max(plan.lags(row) for row in rows) - 1)]
-            slots = {row.id: ring[0] for row in rows}
-        else:
-            slots = {name: Slot() for name in dict.fromkeys(name for names in past.values() for name in names)}
-            ring = []
-        stream = Stream(ring or list(slots.values()), shared=shared, holder=rows[0].holder)
+        ring = Slot()  # of all connections, where some are called again and again
+        slots: dict[str, Slot | None] = {row.id: ring if shared else None if plan.leaves(row) == 0 else Slot() for row in rows}
+        stream = Stream([ring] if shared else [slot for slot in slots.values() if slot is not None], shared=shared, holder=rows[0].holder)
         stream.module = weakref.ref(holder)
         for index, row in enumerate(rows):
             module: Any = model.get_submodule(row.id)
-            read = ring[: plan.lags(row) - 1] if shared else [slots[name] for name in past[row.id]]
-            needs = min(index, len(read)) if shared else len(read)
-            module.link = Link(row.id, stream, slots.get(row.id), read, needs=needs, first=index == 0 and row.repeats == 1)
+            before = plan.before(row)
+            read = ring if shared and (before is not None or row.repeats > 1) else slots[before.id] if before is not None else None
+            module.link = Link(row.id, stream, slots[row.id], read, needs=index > 0, reader=rows[0].operator.connection.reader)
         holder.register_forward_pre_hook(stream.before)
         holder.register_forward_hook(stream.after, always_call=True)
 
@@ -209,6 +207,6 @@ def _connect(model: nn.Module, plan: Plan) -> None:
 def _disconnect(module: nn.Module) -> None:
     """Take the hooks of `_connect` off a module."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stream)]:
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stream | Tap)]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)

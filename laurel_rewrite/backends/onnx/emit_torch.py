@@ -1,7 +1,7 @@
 """A trainable PyTorch model from a rewritten ONNX graph.
 
 onnx2torch converts the operators; what it lacks is either a newer version of an operator that it knows, or made of others by the ONNX
-standard itself. The LAuReL nodes become `Laurel` modules under their sites' ids.
+standard itself. The LAuReL nodes become connections under their sites' ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import onnx
@@ -24,8 +24,8 @@ from torch import fx, nn
 from laurel_rewrite.errors import ExportError, MissingPackageError
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.graph.from_onnx import METADATA
-from laurel_rewrite.operators.laurel import Laurel, weighted
-from laurel_rewrite.operators.onnx_function import DOMAIN
+from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.plan import Plan
 
 _FOLDED = 1 << 30  # bytes; a graph may make its weights by ConstantOfShape
@@ -51,10 +51,10 @@ def to_torch(model: ir.Model, plan: Plan) -> fx.GraphModule:
     proto = _prepared(model)
     laurels = {row.id: plan.build(row, None) for row in plan.sites}
     for name, laurel in laurels.items():
-        for key, parameter in laurel.named_parameters():
-            tensor = model.graph.initializers[f"{name}.{key}"].const_value
-            assert tensor is not None
-            parameter.data = torch.from_numpy(tensor.numpy().copy())
+        for key, parameter in laurel.state_dict(keep_vars=True).items():
+            value = model.graph.initializers.get(f"{name}.{key}")
+            if value is not None and value.const_value is not None:  # else nothing reads it there
+                parameter.data = torch.from_numpy(value.const_value.numpy().copy())
     with registry.extended(proto):
         missing = registry.missing(proto)
         if missing:  # the standard makes many operators of others
@@ -74,7 +74,9 @@ def to_torch(model: ir.Model, plan: Plan) -> fx.GraphModule:
     for node in proto.graph.node:
         if node.domain == DOMAIN:
             properties = {entry.key: entry.value for entry in node.metadata_props}
-            _place(module, nodes[f"{DOMAIN}/{node.name}"], properties[f"{METADATA}site"], laurels)
+            site = properties[f"{METADATA}site"]
+            module.add_submodule(site, laurels[site])
+            _place(module, nodes[f"{DOMAIN}/{node.name}"], Call.from_json(properties[CALL]), site, len(node.output))
     _weights(module, set(model.graph.initializers))
     module.delete_all_unused_submodules()
     module.graph.lint()
@@ -226,22 +228,33 @@ def _as_older(node: ir.Node) -> None:
         attributes.pop("allowzero", None)
 
 
-def _place(module: fx.GraphModule, node: fx.Node, site: str, laurels: Mapping[str, Laurel]) -> None:
-    """A LAuReL module, or the weight of one more branch, in the place of a placeholder."""
-    laurel = laurels[site]
-    skip, *rest = node.args
-    count = len(rest)
+def _place(module: fx.GraphModule, node: fx.Node, call: Call, site: str, outputs: int) -> None:
+    """A connection, or what one more branch brings, in the place of a placeholder."""
+    operands = list(node.args)
     with module.graph.inserting_before(node):
-        if not rest:
-            mix = module.graph.get_attr(f"{site}.mix")
-            new = module.graph.call_function(weighted, (skip, mix, laurel.config.normalize))
+        if call.part == "branch":
+            new = module.graph.call_function(_branch, (module.graph.get_attr(site), operands[0]))
+        elif outputs == 1:
+            count = len(operands) - call.states - call.reads
+            past: dict[str, Any] = {"past": tuple(operands[count : count + call.states])} if call.states else {}
+            past |= {"n": operands[-1]} if call.reads else {}
+            new = module.graph.call_module(site, tuple(operands[:count]), past)
         else:
-            module.add_submodule(site, laurel)
-            window = count - laurel.config.lags + 1 if laurel.config.lags else count
-            past: dict[str, Any] = {"past": tuple(rest[window:])} if rest[window:] else {}
-            new = module.graph.call_module(site, (skip, *rest[:window]), past)
+            new = module.graph.call_function(_with_state, (module.graph.get_attr(site), call.states, call.reads, *operands))
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
+
+
+def _branch(connection: Connection, f: torch.Tensor) -> torch.Tensor:
+    return connection.branch(f)
+
+
+def _with_state(connection: Connection, states: int, reads: bool, *operands: torch.Tensor) -> Any:
+    """The value, and what of the state is no operand: the outputs of a function node."""
+    count = len(operands) - states - reads
+    value, left = connection.connect(*operands[:count], state=operands[count : count + states], n=operands[-1] if reads else None)
+    computed = [state for state in left if not any(state is operand for operand in operands)]
+    return (value, *computed) if computed else value
 
 
 def _weights(module: fx.GraphModule, initializers: Container[str]) -> None:

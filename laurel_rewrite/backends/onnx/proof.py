@@ -91,7 +91,7 @@ class GraphProof:
         self.checks.append(check_optimiser("trained LAuReL, optimised against not", found, self.original, self._shaken(file)))
 
     def lowered(
-        self, name: str, source: Path, file: Path, scales: Mapping[str, float], *, random: bool, skip: Collection[str] = ()
+        self, name: str, source: Path, file: Path, scales: Mapping[str, float], *, random: bool, target: str, skip: Collection[str] = ()
     ) -> None:
         """A lowered file computes what the file that it was made from does.
 
@@ -107,7 +107,7 @@ class GraphProof:
         if before.half:
             given = ir.from_proto(in_float32(onnx.load(source, load_external_data=False), source.parent))
             wide = given.clone()
-            done = lower(wide, skip=skip, verify=False)
+            done = lower(wide, target=target, skip=skip, verify=False)
             rtol, atol = FLOAT32
             outputs = [{key: run[key] for key in before.optimised[0]} for run in before.plain]
             exact = replace(before, optimised=outputs, rtol=rtol, atol=atol, noise={})

@@ -11,7 +11,7 @@ from laurel_rewrite.detection.residuals import Residual
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_onnx import OnnxSum
 from laurel_rewrite.graph.ops.onnx import PRODUCT_SUMS
-from laurel_rewrite.operators.config import SiteConfig
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.insert_laurel_onnx import OnnxSite
 
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -22,48 +22,70 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 
 class SumRewriter:
-    """Prepares a graph so that each site's LAuReL node only has to take the place of one node."""
+    """Prepares a graph so that each site's function node only has to take the place of one node."""
 
     def __init__(self, sums: Mapping[int, OnnxSum], *, split: bool) -> None:
         self.sums = sums
         self.split = split
         self.sites: list[OnnxSite] = []
-        self.skips: dict[str, ir.Value] = {}
         self.values: dict[str, str] = {}
         self.exact = True
 
-    def site(
-        self, name: str, residual: Residual, config: SiteConfig, past: Sequence[str], parameters: Mapping[str, ir.TensorProtocol]
-    ) -> None:
-        """LAuReL where the skip is added; the branches that are added further out are weighted there, so that the order of rounding stays."""
-        (inner, side), *outer = residual.adds
+    def site(self, name: str, residual: Residual, connection: Connection, before: str, reads: ir.Value | None = None) -> None:
+        """A connection where the skip is added; the branches that are added further out are weighted there, so that the order of rounding stays.
+        One that is not additive takes the place of the outermost add instead."""
         sums = [output for index, _ in residual.adds for output in self.sums[index].node.outputs]
         self.values |= {output.name: name for output in sums if output.name and (output.uses() or output.is_graph_output())}
+        if not connection.additive:
+            self._outermost(name, residual, connection, before, reads)
+            return
+        (inner, side), *outer = residual.adds
         place = self.sums[inner]
         if place.inside is not None and (self.split or place.inside == side):
             place = _split(place, name)
             self.exact = False
         skip = _operand(place.node, place.terms[side][0])
-        window = tuple((lag, _shaped(self.skips[earlier], skip, place.node)) for lag, earlier in enumerate(past, start=1))
-        self.skips[name] = skip
         if place.plain:
-            branches = _branches(place.node, side)
-            self.sites.append(OnnxSite(name, place.node, skip, branches, window, config, parameters))
+            self.sites.append(OnnxSite(name, place.node, skip, _branches(place.node, side), connection, before=before, reads=reads))
         else:
             holder = _placeholder(place.node, place.terms[side][0])
-            self.sites.append(OnnxSite(name, holder, skip, (), window, config, parameters))
+            self.sites.append(OnnxSite(name, holder, skip, (), connection, before=before, reads=reads))
             outer.insert(0, (inner, side))
-        if config.weights:
-            for index, carried in outer:
-                self._weight(self.sums[index], carried, name, config, parameters)
+        for index, carried in outer:
+            self._weight(self.sums[index], carried, name, connection)
 
-    def _weight(self, place: OnnxSum, carried: int, name: str, config: SiteConfig, parameters: Mapping[str, ir.TensorProtocol]) -> None:
-        """a f for every operand but the one that carries the skip."""
+    def _outermost(self, name: str, residual: Residual, connection: Connection, before: str, reads: ir.Value | None) -> None:
+        (inner, side), (last, carried) = residual.adds[0], residual.adds[-1]
+        skip = _operand(self.sums[inner].node, self.sums[inner].terms[side][0])
+        branches: list[ir.Value] = []
+        for index, held in residual.adds[:-1]:
+            place = self.sums[index]
+            branches += [_operand(place.node, p) for operand, term in enumerate(place.terms) if operand != held for p in term]
+            branches += [_operand(place.node, p) for p in place.rest]
+        place = self.sums[last]
+        if place.inside is not None:
+            inside = place.inside == carried
+            place = _split(place, name)
+            skip = _operand(place.node, carried) if inside and last == inner else skip
+            self.exact = False
+        if not place.plain:
+            raise RewriteError(
+                f"{name}: its sum is computed inside the {place.node.op_type} {place.node.name!r}, and {connection.config.variant} takes its "
+                "place as a whole. Give the graph from before it was optimised."
+            )
+        branches += _branches(place.node, carried)
+        self.exact = self.exact and len(branches) == 1
+        self.sites.append(OnnxSite(name, place.node, skip, tuple(branches), connection, before=before, reads=reads))
+
+    def _weight(self, place: OnnxSum, carried: int, name: str, connection: Connection) -> None:
+        """What a branch brings, for every operand but the one that carries the skip."""
+        if connection.keeps_branches:
+            return
         positions = [position for operand, term in enumerate(place.terms) if operand != carried for position in term]
         for position in (*positions, *place.rest):
             value = _operand(place.node, position)
             holder = _placeholder(place.node, position)
-            self.sites.append(OnnxSite(name, holder, None, (value,), (), config, parameters))
+            self.sites.append(OnnxSite(name, holder, None, (value,), connection))
 
 
 def _operand(node: ir.Node, position: int) -> ir.Value:
@@ -89,16 +111,6 @@ def _placeholder(node: ir.Node, position: int) -> ir.Node:
     producer = output.producer()
     assert producer is not None
     return producer
-
-
-def _shaped(state: ir.Value, skip: ir.Value, node: ir.Node) -> ir.Value:
-    """An earlier state in the shape of the skip: a stream keeps the order of its elements, not its shape."""
-    if state.shape is not None and skip.shape is not None and state.shape == skip.shape:
-        return state
-    size = _before(node, "Shape", [skip])
-    shaped = _before(node, "Reshape", [state, size], like=skip)
-    shaped.type = state.type
-    return shaped
 
 
 def _before(node: ir.Node, op: str, inputs: Sequence[ir.Value], *, like: ir.Value | None = None, **attributes: Any) -> ir.Value:

@@ -7,7 +7,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import onnx_ir.passes.common as common
 import torch
 from onnx_ir import tensor_adapters
 
-from laurel_rewrite import __version__
+from laurel_rewrite import __version__, targets
 from laurel_rewrite.backends.onnx.sums import SumRewriter
 from laurel_rewrite.detection.sites import Sites, read_onnx_sites
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, nearest
@@ -28,20 +27,16 @@ from laurel_rewrite.graph.from_onnx import METADATA, OnnxFlow
 from laurel_rewrite.graph.ops.onnx import SPLIT_LAYOUT
 from laurel_rewrite.graph.shapes import twice_named
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.operators.laurel import Laurel
-from laurel_rewrite.operators.onnx_function import DOMAIN, IR_VERSION, FunctionForm
+from laurel_rewrite.operators.onnx_function import DOMAIN, IR_VERSION, MADE_IN, Call, step_function
+from laurel_rewrite.operators.protocol import Connection, Plain
 from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx
-from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.plan import LaurelConfig, Plan, PlanSite
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.onnx import check_rewrite
 
 FUNCTIONS = ("keep", "inline")
-TARGETS = ("ort-cpu", "portable", "none")
-"""ort-cpu: LAuReL lowered to the ops that run fastest in onnxruntime (`laurel_rewrite.lowering`), the graph to deploy.
-portable: LAuReL as local functions of standard ops, with its parameters, which every ONNX runtime inlines. none: the ordinary nodes that
-PyTorch executes, with LAuReL's parameters; nothing is folded."""
 _NODE = f"{METADATA}node"
-_LAUREL_KEY = re.compile(r"(^|\.)laurel_\d+(\.\d+)?\.(?P<parameter>mix|g|(down|up)(\.\d+)?\.weight)$")
+_LAUREL_KEY = re.compile(r"(^|\.)laurel_\d+(\.\d+)?\.")
 
 
 def rewrite_onnx(
@@ -49,7 +44,7 @@ def rewrite_onnx(
     *,
     plan: Plan | str | None = None,
     weights: Path | str | None = None,
-    target: str = "portable",
+    target: str = targets.PORTABLE,
     functions: str = "keep",
     verify: bool = True,
     **options: Any,
@@ -60,7 +55,7 @@ def rewrite_onnx(
         model: a model, or the path of a file; it stays as it is, and its external weights are not read.
         plan: an edited plan, or the path of one, instead of the options.
         weights: a safetensors file with trained LAuReL parameters, instead of the start.
-        target: see `TARGETS`.
+        target: see `laurel_rewrite.targets`.
         functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
         verify: whether to compare both at the start, on inputs that are drawn; where that cannot be done here, a warning is logged.
         options: variant, rank, ...: see `LaurelConfig`.
@@ -72,7 +67,7 @@ def rewrite_onnx(
         ConfigError, NoSiteError, CaptureError, RewriteError, ExportError: see `GraphRewrite`.
         VerificationError: the start is another function; the message names the first site.
     """
-    check_form(target, functions)
+    chosen = check_form(target, functions)
     rewrite = GraphRewrite(model if isinstance(model, ir.Model) else read_onnx(Path(model)))
     if plan is None:
         plan = Plan.from_sites(rewrite.sites, LaurelConfig(**options))
@@ -82,19 +77,19 @@ def rewrite_onnx(
         require(check_rewrite(given, rewrite.exact_start(), rewrite.values, exact=rewrite.exact))
     if weights is not None:
         rewrite.load(Path(weights))
-    if target == "ort-cpu":
-        lower(rewrite.model, verify=verify)
-    elif target == "none" or functions == "inline":
+    if chosen.lowers:
+        lower(rewrite.model, target=target, verify=verify)
+    elif chosen.writes_nodes or functions == "inline":
         inline_laurel(rewrite.model)
     return rewrite.model
 
 
-def check_form(target: str, functions: str) -> None:
-    """Raise ConfigError unless these are a target and a word for functions."""
-    if target not in TARGETS:
-        raise ConfigError(f"Unknown target {target!r}. Choose one of {', '.join(TARGETS)}.")
+def check_form(target: str, functions: str) -> targets.Target:
+    """The target of a name; ConfigError unless this is one, and the other a word for functions."""
+    chosen = targets.target(target)
     if functions not in FUNCTIONS:
         raise ConfigError(f"functions must be one of {', '.join(FUNCTIONS)}, not {functions!r}.")
+    return chosen
 
 
 class GraphRewrite:
@@ -103,6 +98,7 @@ class GraphRewrite:
     Args:
         model: the graph.
         feeds: inputs that it runs with, by name, for sizes that cannot be inferred; else they are drawn where they are needed.
+        plain: put plain sums in the places of operators whose start is declared to be another function.
 
     Attributes:
         model: a copy with local functions inlined and shapes inferred, into which the plan is carried out.
@@ -110,13 +106,15 @@ class GraphRewrite:
         notes: what was done beside the insertion, in sentences for the user.
         exact: whether at the start every sum adds the same operands in the same order as before.
         values: the site of each value that is a sum of one, by the value's name, in order.
+        connections: what was put at each site.
 
     Raises:
         ConfigError: the model was rewritten already.
         CaptureError: the graph cannot be read, or its tensors are laid out for one machine.
     """
 
-    def __init__(self, model: ir.Model, feeds: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(self, model: ir.Model, feeds: Mapping[str, np.ndarray] | None = None, *, plain: bool = False) -> None:
+        self.plain = plain
         if any(node.domain == DOMAIN or f"{METADATA}site" in node.metadata_props for node in model.graph):
             raise ConfigError("The graph was rewritten already: it has LAuReL nodes. Give the file that it was made from.")
         if SPLIT_LAYOUT in {node.domain for node in model.graph}:
@@ -127,6 +125,7 @@ class GraphRewrite:
         self.exact = True
         self.given = model
         self.values: dict[str, str] = {}
+        self.connections: dict[str, Connection] = {}
         try:
             copy = model.clone()
         except Exception as error:  # onnx-ir's
@@ -144,7 +143,7 @@ class GraphRewrite:
 
     def again(self) -> GraphRewrite:
         """The same model before its rewrite."""
-        return GraphRewrite(self.given, self._feeds)
+        return GraphRewrite(self.given, self._feeds, plain=self.plain)
 
     def apply(self, plan: Plan, *, split: bool = False) -> None:
         """Insert the LAuReL nodes of a plan, at their start.
@@ -159,24 +158,46 @@ class GraphRewrite:
             ExportError: the graph's opset must be raised, and cannot be.
         """
         plan.check(self.sites)
-        self._raise_versions(max(FunctionForm(plan.config(row)).opset for row in plan.sites))
-        values = {index: value for value, index in self._read.index.items()}
+        connections = self.connections = {row.id: self._connection(plan, row) for row in plan.sites}
+        if self.model.opset_imports.get("", 0) < MADE_IN or self.model.ir_version < IR_VERSION:
+            self._raise_versions(self._opset(plan, connections))
         rewriter = SumRewriter(self._read.sums, split=split)
+        values = {index: value for value, index in self._read.index.items()}
+        by_id = {site.id: site for site in self.sites}
         for row in plan.sites:
-            residual = self.sites.bindings[row.id].residual
-            stream = values.get(residual.skip) or values[residual.branches[0]]  # one of them may lie inside a fused node
-            dtype = tensor_adapters.to_torch_dtype(stream.dtype or ir.DataType.FLOAT)
-            laurel = plan.build(row, torch.empty(0, dtype=dtype))
-            rewriter.site(row.id, residual, plan.config(row), plan.past(row), parameters_of(laurel))
+            before = plan.before(row)
+            residual, connection = self.sites.bindings[row.id].residual, connections[row.id]
+            reads = values[self.sites.read_by(by_id[row.id])] if connection.needs_input else None
+            rewriter.site(row.id, residual, connection, before.id if before is not None else "", reads)
         self.plan, self.exact, self.values = plan, rewriter.exact, rewriter.values
         InsertLaurelOnnx(rewriter.sites, __version__)(self.model)
 
+    def _connection(self, plan: Plan, row: PlanSite) -> Connection:
+        """The connection of a site, of the type of its stream; one that stands in for another start adds plainly."""
+        values = {index: value for value, index in self._read.index.items()}
+        residual = self.sites.bindings[row.id].residual
+        stream = values.get(residual.skip) or values[residual.branches[0]]  # one of them may lie inside a fused node
+        dtype = tensor_adapters.to_torch_dtype(stream.dtype or ir.DataType.FLOAT)
+        connection = plan.build(row, torch.empty(0, dtype=dtype))
+        return Plain.like(connection) if self.plain and connection.start_of(connection.config) != "exact" else connection
+
+    def _opset(self, plan: Plan, connections: Mapping[str, Connection]) -> int:
+        """The first opset that has the operators of a plan's functions."""
+        needed, left = 1, dict.fromkeys(("", *connections), 0)
+        for row in plan.sites:
+            before, connection = plan.before(row), connections[row.id]
+            states = left[before.id if before is not None else ""]
+            step = step_function(connection, Call(connection.config, states=states, reads=connection.needs_input), torch.float32)
+            left[row.id] = len(step.handed_on)
+            needed = max(needed, step.opset)
+        return needed
+
     def exact_start(self) -> ir.Model:
-        """The model; where its start is declared inexact (paper: a = b = 1/2), the same with a = b = 1, which shows what the insertion does."""
-        if not any(row.normalize == "paper" for row in self.plan.sites):
+        """The model; where a start is declared to be another function, the same with plain sums there, which shows what the insertion does."""
+        if all(row.operator.start_of(self.plan.config(row)) == "exact" for row in self.plan.sites):
             return self.model
-        twin = GraphRewrite(self.given)
-        twin.apply(replace(self.plan, sites=tuple(replace(row, normalize="softmax") for row in self.plan.sites)))
+        twin = GraphRewrite(self.given, self._feeds, plain=True)
+        twin.apply(self.plan)
         return twin.model
 
     def _raise_versions(self, opset: int) -> None:
@@ -216,22 +237,21 @@ class GraphRewrite:
         from safetensors import safe_open
 
         initializers = self.model.graph.initializers
-        wanted = set(_laurel_names(self.model))
+        wanted = {f"{site}.{name}": value for site, module in self.connections.items() for name, value in module.state_dict().items()}
         try:
             with safe_open(str(weights), "pt") as file:
                 given = {key for key in file.keys() if _LAUREL_KEY.search(key)}  # noqa: SIM118  # not a dict
-                _check_keys(weights, wanted, given)
-                for name in sorted(wanted):
-                    old = initializers[name].const_value
-                    assert old is not None
+                _check_keys(weights, set(wanted), given)
+                for name, old in sorted(wanted.items(), key=lambda item: item[0]):
                     tensor = file.get_tensor(name)
                     if tuple(tensor.shape) != tuple(old.shape):
                         raise ConfigError(
                             f"{weights}: {name} is of shape {list(tensor.shape)}, and the plan gives it {list(old.shape)}. "
                             "Was it trained with another rank?"
                         )
-                    value = tensor.to(tensor_adapters.to_torch_dtype(old.dtype)).contiguous()
-                    initializers[name].const_value = tensor_adapters.TorchTensor(value, name=name)
+                    value = tensor.to(old.dtype).contiguous()
+                    if name in initializers:  # a parameter that nothing reads there is in no graph
+                        initializers[name].const_value = tensor_adapters.TorchTensor(value, name=name)
         except ConfigError:
             raise
         except Exception as error:  # safetensors' and the file system's
@@ -266,12 +286,12 @@ def away_from_start(path: Path, seed: int = 0, *, inline: bool = False) -> Itera
     model = ir.load(path)
     generator = np.random.default_rng(seed)
     drawn: dict[str, ir.TensorProtocol] = {}
-    for name, parameter in _laurel_names(model).items():
+    for name in _laurel_names(model):
         tensor = model.graph.initializers[name].const_value
         array = tensor.numpy() if tensor is not None else np.ones(1)
-        if parameter.startswith(("mix", "up")) and not array.any():
+        if np.issubdtype(array.dtype, np.floating) and (not array.any() or (array.size > 1 and (array == 1).all())):
             noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
-            drawn[name] = ir.tensor(noise.astype(array.dtype), name=name)
+            drawn[name] = ir.tensor((array + noise).astype(array.dtype), name=name)
     inline = inline and any(node.domain == DOMAIN for node in model.graph)
     if not drawn and not inline:
         yield path
@@ -292,16 +312,15 @@ def away_from_start(path: Path, seed: int = 0, *, inline: bool = False) -> Itera
             Path(file).unlink(missing_ok=True)
 
 
-def parameters_of(laurel: Laurel) -> dict[str, ir.TensorProtocol]:
-    """The tensors of a LAuReL module by their names in it."""
-    return {name: tensor_adapters.TorchTensor(value.detach().contiguous()) for name, value in laurel.named_parameters()}
-
-
-def _laurel_names(model: ir.Model) -> dict[str, str]:
-    """The initializers that are LAuReL parameters, each with its name below the site's."""
-    sites = {node.metadata_props.get(f"{METADATA}site") for node in model.graph}
-    matches = {name: match for name in model.graph.initializers if (match := _LAUREL_KEY.search(name)) is not None}
-    return {name: match["parameter"] for name, match in matches.items() if name[: match.start("parameter") - 1] in sites}
+def _laurel_names(model: ir.Model) -> list[str]:
+    """The initializers that are parameters of connections."""
+    found: dict[str, None] = {}
+    for node in model.graph:
+        site = node.metadata_props.get(f"{METADATA}site")
+        for value in node.inputs if site else ():
+            if value is not None and value.is_initializer() and str(value.name).startswith(f"{site}."):
+                found[str(value.name)] = None
+    return [*found]
 
 
 def _check_keys(weights: Path, wanted: set[str], given: set[str]) -> None:

@@ -1,0 +1,432 @@
+"""What a residual operator is: a `Connection`, the module that stands at a site in the place of x + f.
+
+A new operator is one class and one registration, in a file of its own:
+
+    @register_operator
+    class Gate(Connection):
+        name = "gate"
+        formula = "x + a*f"
+        start = "inexact"
+        init = Option(0.1, "start of a")
+
+        def build(self):
+            self.a = nn.Parameter(torch.full((1,), self.config.init))
+
+        def step(self, x, f):
+            return x + self.a * f
+
+The command, the plan, the module, fx and ONNX back ends, lowering, saving, verification, profile and report know it by its name then.
+`laurel_rewrite.testing.check_operator` holds it to what this page says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from laurel_rewrite.errors import ConfigError, LaurelError
+from laurel_rewrite.operators.config import CONVOLUTIONS, Option, SiteConfig
+from laurel_rewrite.operators.state import Link, Slot
+from laurel_rewrite.operators.sums import add, laid_out, state_like
+
+if TYPE_CHECKING:
+    from laurel_rewrite.operators.affine import Affine
+
+STARTS = ("exact", "scale-free", "inexact")
+NEEDS = ("features", "maps", "plain links", "whole stream", "features last", "branch input")
+
+
+class Connection(nn.Module):
+    """A residual operator; at a site, the module that computes what x + f was.
+
+    Called with the skip `x` and the branch `f`, tensors of one shape whose axis `config.axis` has size `config.dim`; returns the new value of
+    the stream, of that shape, with the dtype and the strides of the plain sum. A sum of several branches, `x + f1 + f2`, is
+    `connection(x, f1, f2)`. What an operator needs beyond the stream goes past the model's own code as its *state*: tensors of the stream's
+    shape behind any number of leading dimensions, which the next connection of the stream gets.
+
+    A subclass defines `step`; or, where it is a sum of something of x and something of f, `skip` and `branch` instead, and then a sum of
+    several branches keeps the source's order of adds. These depend on their tensors, the module's parameters and buffers, `self.training` and
+    torch's generator alone, and change none of their arguments.
+
+    Class data:
+        name: on the command line and in plans.
+        title: what its ONNX functions are called by; the class's name where it is empty.
+        formula: in one line, of x, f and parameters.
+        paper: where it comes from.
+        start: "exact" (at its start the model computes what it computed), "scale-free" (where every reader of the stream is a normalisation,
+            up to its epsilon) or "inexact".
+        needs: of `NEEDS`: "features" (D is known), "maps" (and the axis fits linear maps: `self.linear`), "plain links" (no norm or
+            activation between two connections), "whole stream" (every connection of it), "features last", "branch input" (`step` and `skip` get it as the keyword `n`:
+            what the branch's first mixing op reads, behind its norm where it has one).
+        reader: name of what reads earlier states, for messages; "" where nothing does.
+        grows: its state has more tensors from connection to connection; such a block, compiled alone, is several graphs.
+        lead: how many leading dimensions a state has in front of the stream's.
+        rate: factor on the learning rate of its parameters.
+
+    Args:
+        config: operator, place and options.
+        site: id of the site; with `seed` it seeds this module's own start, so that no site changes another's.
+        seed: the user's seed.
+        side: which operand of the source's sum is the skip, 0 or 1; only the memory layout of the result depends on it.
+        device, dtype: of the parameters. On the meta device nothing is initialised.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    start: ClassVar[str] = "exact"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reader: ClassVar[str] = ""
+    grows: ClassVar[bool] = False
+    lead: ClassVar[int] = 0
+    rate: ClassVar[float] = 1.0
+    declared: ClassVar[dict[str, Option]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, Option)}
+        for name in own:  # it is `self.config.NAME`; the class keeps the declaration
+            delattr(cls, name)
+        cls.declared = {**cls.declared, **own}
+        cls.needs = frozenset(cls.needs)
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        *,
+        site: str = "",
+        seed: int = 0,
+        side: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        cls = type(self)
+        if cls.grows and "_between_graphs" not in vars(cls):  # here, for it imports the compiler
+            cls._between_graphs = torch.compiler.disable(Connection._between_graphs)  # type: ignore[method-assign,no-untyped-call]
+        missing = {name: option.default for name, option in self.declared.items() if name not in config.options}
+        self.config = config.but(**missing) if missing else config
+        self.site = site
+        self.sides: tuple[int, ...] = (side,)  # and of each further branch's sum
+        self.link: Link | None = None
+        self.tap: Slot | None = None  # where the branch's input is left; None where that is the skip
+        self.held = Slot()  # skip and branches of a sum whose outermost add comes later
+        self.regrouped = False  # it takes the place of several adds, and sums the branches first
+        self.plain = False  # x + f alone, for a while: what the insertion does without the operator
+        meta = device is not None and torch.device(device).type == "meta"
+        with torch.device("meta" if meta else "cpu"), self._own_draws(seed):
+            self.build()
+        if not meta:
+            self.reset_parameters(seed)
+        self.to(device=device or torch.get_default_device(), dtype=dtype or torch.get_default_dtype())
+        for initialised in (*self.modules(), *self.parameters()):  # transformers' init_weights walks over modules, and would undo the start
+            setattr(initialised, "_is_hf_initialized", True)  # noqa: B010  # no module or tensor
+
+    # What an operator defines
+
+    def build(self) -> None:
+        """Make parameters and submodules, in float32."""
+
+    def initialise(self) -> None:
+        """Set the start, where `build` did not; what is random draws from torch's generator, which is the site's own here."""
+
+    def step(self, x: Tensor, f: Tensor, *state: Tensor) -> Any:
+        """The new value of the stream, or it and the state for the next connection; `state` is empty at a stream's first."""
+        term, left = parted(self.skip(x, *state))
+        return add(term, self.branch(f), self.sides[0]), *left
+
+    def skip(self, x: Tensor, *state: Tensor) -> Any:
+        """What the skip brings to the sum, and the state; of an operator that is a sum of this and of `branch`."""
+        raise NotImplementedError
+
+    def branch(self, f: Tensor) -> Tensor:
+        """What a branch brings to the sum."""
+        raise NotImplementedError
+
+    def affine(self, states: int) -> Affine | None:
+        """The linear form of one branch, the skip and so many states, for the lowering, where there are maps over the features; None to have
+        it found by probing `step`, which weights alone are."""
+        return None
+
+    @classmethod
+    def start_of(cls, config: SiteConfig) -> str:
+        """The start, where it depends on the options."""
+        return cls.start
+
+    @classmethod
+    def flops(cls, config: SiteConfig) -> int | None:
+        """FLOPs (a multiply and an add are two) for one position (token, pixel) of one site; None to have them counted."""
+        return None
+
+    @classmethod
+    def window(cls, config: SiteConfig) -> int | None:
+        """How many states of the stream it sees at most, the skip included; None for all. 1 where it has no history."""
+        return None if cls.reader else 1
+
+    # What it has then
+
+    @property
+    def additive(self) -> bool:
+        """Whether a further branch can be added to what there is."""
+        return type(self).branch is not Connection.branch
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether it reads what the branch reads."""
+        return "branch input" in self.needs
+
+    @property
+    def keeps_branches(self) -> bool:
+        """Whether a further branch is added as it is."""
+        shape = [1] * self.config.ndim
+        shape[self.config.axis] = max(self.config.dim, 1)
+        probe = torch.empty(shape, device=next((p.device for p in self.parameters()), None))
+        return self.additive and type(self).branch(self, probe) is probe
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether it has the low-rank maps that its options give it."""
+        return "rank" in self.declared and any(parameter.ndim > 1 for parameter in self.parameters())
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Set the start, from (seed, site) alone."""
+        if any(p.is_meta for p in self.parameters()):
+            return
+        with self._own_draws(seed):
+            self.initialise()
+
+    @contextlib.contextmanager
+    def _own_draws(self, seed: int) -> Iterator[None]:
+        """The CPU's generator in a state of the site's own; afterwards it is as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(zlib.crc32(f"{seed}:{self.site}".encode()))
+            yield
+
+    def linear(self, inputs: int, outputs: int) -> nn.Module:
+        """A map over the feature axis without bias, not initialised: Linear where it is last, a 1x1 convolution where it is axis 1."""
+        skip_init: Callable[..., nn.Module] = nn.utils.skip_init
+        if self.config.axis == -1:
+            return skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
+        made = getattr(nn, CONVOLUTIONS[self.config.ndim])
+        return skip_init(made, inputs, outputs, 1, bias=False, device=torch.get_default_device())
+
+    def per_feature(self, vector: Tensor) -> Tensor:
+        """A vector of D numbers in a shape that multiplies the stream."""
+        return vector if self.config.axis == -1 else vector.view(-1, *(1,) * (self.config.ndim - 2))
+
+    def forward(
+        self,
+        x: Tensor,
+        f: Tensor,
+        *more: Tensor,
+        past: Sequence[Tensor | None] | None = None,
+        state: Sequence[Tensor] | None = None,
+        n: Tensor | None = None,
+    ) -> Any:
+        """The new value of the stream; where `state` is given (a graph has it as an edge), the value and the state behind it. `past` is a
+        state, too, behind which none is asked for. `n` is the branch's input, where the operator needs it and nothing else brings it."""
+        if n is None and self.needs_input:
+            n = self.branch_input(x)
+        if state is not None:
+            return self.connect(x, f, *more, state=self.shaped(state, x), n=n)
+        if self.grows and past is None and torch.compiler.is_compiling() and self.link is not None and not self.link.stream.traced:
+            # A block that is compiled alone would be compiled anew for each number of states, up to a limit, and then run eager in silence.
+            return self._between_graphs(x, f, *more, n=n)
+        given = self.states(x) if past is None else self.shaped(past, x)
+        out, left = self.connect(x, f, *more, state=given, n=n)
+        if self.link is not None:
+            self.link.write(x, left)
+        return out
+
+    def _between_graphs(self, x: Tensor, f: Tensor, *more: Tensor, n: Tensor | None) -> Any:
+        return Connection.forward(self, x, f, *more, n=n)
+
+    def branch_input(self, x: Tensor) -> Tensor:
+        """What the branch reads, which its norm left, once for each call; x where it has no norm.
+
+        Raises:
+            LaurelError: the norm has not run.
+        """
+        tap = self.tap
+        if tap is None:
+            return x
+        if tap.value is None:
+            raise LaurelError(
+                f"{self.site}: {self.config.variant} reads what the branch reads, and its norm has not run since the last call. Call the block as a "
+                "whole, and keep the norm inside one checkpoint with the sum."
+            )
+        (n,) = tap.value
+        tap.value = None
+        return n
+
+    def connect(
+        self, x: Tensor, f: Tensor, *more: Tensor, state: Sequence[Tensor], n: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The new value and the state behind it, from the state before it, wherever that comes from: the graph back ends call this."""
+        if self.plain:
+            return functools.reduce(
+                lambda out, pair: add(out, *pair), zip((f, *more), (*self.sides, *[0] * len(more)), strict=False), x
+            ), ()
+        given = {"n": n} if self.needs_input else {}
+        if not self.additive:
+            side = self.sides[-1]
+            for position, branch in enumerate(more, start=1):
+                f = add(f, branch, self.sides[position] if position < len(self.sides) else 0)
+            out, left = parted(self.step(x, f, *state, **given))
+            return laid_out(out.to(torch.promote_types(x.dtype, f.dtype)), x, f, side), left
+        term, left = parted(self.skip(x, *state, **given))
+        out = laid_out(add(term, self.branch(f), self.sides[0]), x, f, self.sides[0])
+        for position, branch in enumerate(more, start=1):
+            side = self.sides[position] if position < len(self.sides) else 0
+            out = laid_out(add(out, self.branch(branch), side), out, branch, side)
+        return out, left
+
+    def part(self, x: Tensor, f: Tensor) -> Tensor:
+        """The innermost add of a sum of several branches, of an operator that is not additive: it stays, and is held for `whole`."""
+        self.held.value = (x, f)
+        return add(x, f, self.sides[0])
+
+    def more(self, f: Tensor) -> Tensor:
+        """A further branch on the way."""
+        assert self.held.value is not None
+        x, held = self.held.value
+        self.held.value = (x, held + f)
+        return f
+
+    def whole(self, x: Tensor, f: Tensor) -> Tensor:
+        """The new value in the place of the outermost add, of the skip and the sum of the branches, in another order of adds than the source's."""
+        if self.held.value is None:
+            raise LaurelError(f"{self.site}: the outermost add of this sum ran without the inner ones.")
+        skip, held = self.held.value
+        self.held.value = None
+        out: Tensor = self(skip, held + f)
+        return add(x, f, 0) if self.plain else out
+
+    def add_(self, x: Tensor, f: Tensor) -> Tensor:
+        """The learned sum in the memory of the operand that the source added to, for those who see that tensor under another name."""
+        if self.sides[0]:
+            return f.copy_(self(x, f.clone()))
+        return x.copy_(self(x.clone(), f))
+
+    def states(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The state that the connection before this one left, in the shape of the skip.
+
+        Raises:
+            LaurelError: it is missing, or of another pass.
+        """
+        if self.link is None:
+            if self.config.lags > 1:
+                what = self.reader or self.config.variant
+                raise LaurelError(
+                    f"{self.site or 'This LAuReL module'}: {what} reads {self.config.lags - 1} earlier states, and none were given."
+                )
+            return ()
+        return self.shaped(self.link.read(x), x)
+
+    def shaped(self, state: Iterable[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
+        """States in the shape and dtype of the skip, without those that there are not."""
+        return tuple(state_like(value, x, self.lead, self.reader) for value in state if value is not None)
+
+    def __prepare_scriptable__(self) -> Connection:
+        raise LaurelError(
+            f"{self.site or 'LAuReL'} cannot be compiled by torch.jit.script, whose language has no functions of any number of branches. Use "
+            "torch.jit.trace, torch.compile or torch.export, or script the model that laurel_rewrite.remove gives back."
+        )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return ", ".join(
+            [f"variant={c.variant}", f"dim={c.dim}", *(f"{name}={value}" for name, value in c.options.items()), f"axis={c.axis}"]
+        )
+
+
+def parted(result: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A value and a state, of what a step returned."""
+    if isinstance(result, tuple):
+        return result[0], tuple(result[1:])
+    return result, ()
+
+
+class Plain(Connection):
+    """x + f in the place of another connection, to see what an insertion does without the operator."""
+
+    name = "plain"
+    formula = "x + f"
+
+    @staticmethod
+    def like(other: Connection) -> Plain:
+        """For the place of another connection."""
+        facts = other.config.but(variant=Plain.name, lags=0, leaves=0).to_dict()
+        return Plain(SiteConfig(**{name: value for name, value in facts.items() if name not in other.config.options}), site=other.site)
+
+    def skip(self, x: Tensor, *state: Tensor) -> Tensor:
+        return x
+
+    def branch(self, f: Tensor) -> Tensor:
+        return f
+
+
+class PlainResidual(nn.Module):
+    """x + f: a turn of a loop that keeps its plain residual connection."""
+
+    def __init__(self, side: int = 0) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor, f: Tensor) -> Tensor:
+        return add(x, f, self.side)
+
+
+# Connections in a model
+
+
+def sites_of(model: nn.Module) -> dict[str, Connection]:
+    """The connections in `model` by module path; one that is shared appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Connection)}
+
+
+def refuse_second_time(model: nn.Module) -> None:
+    """Raise ConfigError where the model has connections of ours."""
+    present = sites_of(model)
+    if present:
+        raise ConfigError(
+            f"The model was rewritten already: it has {len(present)} LAuReL modules, the first at {next(iter(present))!r}. "
+            "Call laurel_rewrite.remove(model) first."
+        )
+
+
+def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups in which the scalars of LAuReL (a, b, g) and all other vectors get no weight decay.
+
+    Args:
+        model: any module; every parameter that requires a gradient is in exactly one group.
+        lr: learning rate of all groups, times the `rate` that an operator declares for its own. The paper gives none for LAuReL.
+        weight_decay: of the matrices; vectors (norms, biases, mix, g) get 0, as usual in pre-training.
+
+    Returns:
+        Dictionaries for `torch.optim` constructors: decayed parameters, those without decay, and one more for each other rate.
+    """
+    rates = {id(p): module.rate for module in sites_of(model).values() for p in module.parameters() if module.rate != 1.0}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    others: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in rates:
+            others.setdefault(rates[id(parameter)], []).append(parameter)
+        else:
+            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+    return [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": plain, "lr": lr, "weight_decay": 0.0},
+        *({"params": group, "lr": lr * rate, "weight_decay": 0.0} for rate, group in others.items()),
+    ]

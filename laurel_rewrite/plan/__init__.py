@@ -1,0 +1,271 @@
+"""The plan: which sites get which operator, as data that a person reads and edits (TOML)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from laurel_rewrite.detection.sites import Sites, portable
+from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
+from laurel_rewrite.files.checked import checked, read_text, shown, toml_of
+from laurel_rewrite.files.drafts import replacing
+from laurel_rewrite.operators import registry
+from laurel_rewrite.operators.config import SiteConfig
+from laurel_rewrite.plan.fitting import check_stream, is_unfit, read_by_branch, selected
+from laurel_rewrite.plan.rows import HEAD, VERSION, Settings, common, label_of, site_of
+from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanSite
+
+if TYPE_CHECKING:
+    import torch
+
+    from laurel_rewrite.operators.protocol import Connection
+
+__all__ = ["MOST_SEED", "MOST_TURNS", "LaurelConfig", "Plan", "PlanSite", "check_plan_file"]
+_HEADER = """\
+# A plan of laurel-rewrite. Every [[site]] gets the operator of [defaults], unless a [[stream]] (stream = 0, variant = ...), a [[rule]]
+# (match = "attention", a pattern of ids, owners, kinds or blocks, or the role of a branch) or the site itself says another variant or option.
+# Delete a site to leave that connection as it is. Its other keys say what was found, and must stay.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sites to rewrite, in order of execution, and the seed of their start.
+
+    Attributes:
+        extra_turns: see `LaurelConfig`.
+        left_out: sites that could not be chosen: the size of their feature axis is unknown, or it is axis 1 of no 3 to 5 dimensions, which
+            no convolution maps.
+        narrowed: sites whose D is below the rank that was asked for, and what they got, in words.
+    """
+
+    sites: tuple[PlanSite, ...]
+    seed: int = 0
+    model: str = ""
+    extra_turns: str = "refuse"
+    left_out: tuple[str, ...] = ()
+    narrowed: tuple[str, ...] = ()
+
+    def streams(self) -> list[list[PlanSite]]:
+        """The sites of each stream, in its order."""
+        return list(self._streams.values())
+
+    def before(self, site: PlanSite) -> PlanSite | None:
+        """The connection whose state a site reads in its first call; None where its stream begins, or where nothing in it has a history."""
+        stream = self._streams[site.stream]
+        at = stream.index(site)
+        return stream[at - 1] if at and self.has_history(site.stream) else None
+
+    def has_history(self, stream: int) -> bool:
+        """Whether anything in a stream reads earlier states."""
+        return any(row.operator.uses_history for row in self._streams[stream])
+
+    def lags(self, site: PlanSite) -> int:
+        """How many states a site reads at most, the skip included; 1 without history."""
+        if not site.operator.uses_history:
+            return 1
+        stream = self._streams[site.stream]
+        before = stream.index(site) + (site.repeats - 1) * sum(row.repeats > 1 for row in stream)
+        window = site.operator.connection.window(SiteConfig(site.variant, site.dim, options=site.options))
+        return 1 + before if window is None else min(window, 1 + before)
+
+    def leaves(self, site: PlanSite) -> int | None:
+        """How many states those after a site read of what there is behind it; None where they read all, however many."""
+        if not self.has_history(site.stream):
+            return 0
+        stream = self._streams[site.stream]
+        at = stream.index(site)
+        if site.operator.connection.window(SiteConfig(site.variant, site.dim, options=site.options)) is None:
+            return None if stream[at + 1 :] or site.repeats > 1 else 0
+        if any(row.repeats > 1 for row in stream):
+            return max(self.lags(row) for row in stream) - 1
+        return max((self.lags(row) - later for later, row in enumerate(stream[at + 1 :], start=1)), default=0)
+
+    @cached_property
+    def _streams(self) -> dict[int, list[PlanSite]]:
+        streams: dict[int, list[PlanSite]] = {}
+        for site in self.sites:
+            streams.setdefault(site.stream, []).append(site)
+        return streams
+
+    def config(self, site: PlanSite) -> SiteConfig:
+        """What the connection of a site is built from."""
+        stream = self._streams[site.stream]
+        return site.operator.prepare(
+            SiteConfig(
+                site.variant,
+                site.dim,
+                axis=site.axis,
+                ndim=len(site.shape),
+                lags=self.lags(site),
+                leaves=self.leaves(site),
+                position=stream.index(site),
+                length=len(stream),
+                role=site.role,
+                ends_block=bool(site.block) and all(row.block != site.block for row in stream[stream.index(site) + 1 :]),
+                options=site.options,
+            )
+        )
+
+    def build(self, site: PlanSite, like: torch.Tensor | None) -> Connection:
+        """The connection of a site, on the device and of the dtype of a parameter beside it."""
+        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype} if like is not None else {}
+        return site.operator.connection(self.config(site), site=site.id, seed=self.seed, side=site.side, **kind)
+
+    def parameters(self) -> int:
+        """Number of parameters that the plan adds."""
+        return sum(s.operator.parameters(self.config(s)) for s in self.sites)
+
+    # Making, reading and writing
+
+    @staticmethod
+    def from_sites(sites: Sites, config: LaurelConfig) -> Plan:
+        """Give every selected site what the configuration says.
+
+        Raises:
+            NoSiteError: the model has no residual connection.
+            ConfigError: a selector matches nothing, D is unknown everywhere, or the rank is above every D.
+        """
+        if not sites.sites:
+            raise NoSiteError(sites.why_none())
+        calls = Counter(site.module for site in sites)
+        repeats = Counter((site.module, site.stream) for site in sites)
+        unique = [site for site in sites if site.id == site.module]
+        operator = registry.operator(config.variant)
+        chosen, left_out = [], []
+        for site in selected(sites, unique, config):
+            (left_out.append(f"{site.id} ({site.where})") if is_unfit(operator, site) else chosen.append(site))
+        if not chosen:
+            raise ConfigError(f"No site has a feature axis that maps fit, of known size, the first {left_out[0]}; --variant rw needs none.")
+        widest = max(chosen, key=lambda site: site.dim or 0)
+        bounded = [name for name, option in operator.options.items() if option.within_dim and operator.uses_maps]
+        for name in bounded:
+            if config.options[name] > (widest.dim or 0):
+                others = " No other site has a larger one." if len(chosen) > 1 else ""
+                raise ConfigError(f"{widest.id}: {name} {config.options[name]} is above its feature size {widest.dim}.{others}")
+        places = {where: portable(where) for where in {site.where for site in chosen}}
+        rows, narrowed = [], []
+        for site in chosen:
+            binding = sites.bindings[site.id]
+            options = config.options | {name: min(config.options[name], site.dim or 0) for name in bounded}
+            narrowed += [
+                f"{site.id}: {name} {options[name]} instead of {config.options[name]}, for D is {site.dim}"
+                for name in bounded
+                if options[name] < config.options[name]
+            ]
+            found = {
+                "dim": site.dim or 0, "where": places[site.where], "calls": calls[site.module],
+                "turns": binding.turns if binding.turn is not None else 0, "holder": binding.holder, "side": binding.adds[0][1],
+                "repeats": repeats[site.module, site.stream], "variant": config.variant, "options": options,
+                "reads": read_by_branch(sites, site, calls[site.module]) if "branch input" in operator.needs else "",
+                "role": sites.spots[site.id].role, "block": sites.spots[site.id].block,
+            }  # fmt: skip
+            rows.append(PlanSite(**{**asdict(site), **found}))
+        plan = Plan(tuple(rows), config.seed, extra_turns=config.extra_turns, left_out=tuple(left_out), narrowed=tuple(narrowed))
+        plan.check(sites)
+        return plan
+
+    def check(self, sites: Sites) -> None:
+        """Raise ConfigError unless every site of the plan is one of these, with the same feature axis."""
+        known = {site.id: site for site in sites}
+        for row in self.sites:
+            site = known.get(row.id)
+            if site is None:
+                raise ConfigError(f"The plan names the site {row.id!r}, which the model does not have. {nearest(row.id, known)}")
+            if (site.dim or 0, site.axis, site.owner) != (row.dim, row.axis, row.owner):
+                raise ConfigError(
+                    f"{row.id}: the plan says axis {row.axis} of size {row.dim}, the model has axis {site.axis} of size {site.dim}. "
+                    "Was the plan made for another configuration of the model?"
+                )
+        for rows in self.streams():
+            check_stream(rows, sites)
+
+    def to_toml(self) -> str:
+        """The plan as text."""
+        import tomlkit
+
+        notes = "".join(f"# {note}.\n" for note in self.narrowed)
+        head: dict[str, Any] = {"version": VERSION, "seed": self.seed}
+        if self.model:
+            head["model"] = self.model
+        if self.extra_turns != "refuse":
+            head["extra_turns"] = self.extra_turns
+        defaults = common(self.sites)
+        streams, rows = [], []
+        for sites in self.streams():
+            usual = common(sites)
+            if own := {name: value for name, value in usual.items() if defaults.get(name) != value}:
+                streams.append({"stream": sites[0].stream, **own})
+            known = {**(defaults if "variant" not in own else {}), **own}
+            for site in sites:
+                row = site.to_dict()
+                mine = {"variant": site.variant, **site.options}
+                same = {name for name, value in mine.items() if known.get("variant") == site.variant and known.get(name) == value}
+                rows.append({name: value for name, value in row.items() if name not in same})
+        order = {site.id: place for place, site in enumerate(self.sites)}
+        rows.sort(key=lambda row: order[row["id"]])
+        tables = {"defaults": defaults, **({"stream": streams} if streams else {}), "site": rows}
+        return _HEADER + notes + "\n" + tomlkit.dumps({**head, **tables})
+
+    @staticmethod
+    def from_toml(text: str, origin: str = "the plan") -> Plan:
+        """Read a plan, of this version or of the first, whose sites said everything themselves.
+
+        Raises:
+            ConfigError: not TOML, an unknown or missing key, a value out of range; the message names the site.
+        """
+        data = toml_of(text, origin)
+        if "version" in data and data["version"] not in (1, VERSION):
+            raise ConfigError(f"{origin} has version {shown(data['version'])}; this program reads versions 1 and {VERSION}.")
+        head = checked(data, HEAD, origin)
+        known = Settings(head, origin)
+        rows = tuple(
+            site_of({**known.of(row, label), **row}, label)
+            for row, label in ((row, f"{origin}, site {label_of(row, number)}") for number, row in enumerate(head["site"], start=1))
+        )
+        known.check_used()
+        if not rows:
+            raise ConfigError(f"{origin} has no site.")
+        twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
+        if twice:
+            raise ConfigError(f"{origin} has the site {twice[0]!r} twice.")
+        return Plan(rows, seed=head["seed"], model=head["model"], extra_turns=head["extra_turns"])
+
+    @staticmethod
+    def read(path: Path | str) -> Plan:
+        """Read a plan file; ConfigError where there is none."""
+        return Plan.from_toml(read_text(Path(path), "The plan"), str(path))
+
+    def write(self, path: Path, *, force: bool = False) -> None:
+        """Write the plan to a file; ConfigError where it cannot be, or where the file is there and says something else."""
+        text = self.to_toml()
+        if not force and path.exists() and read_text(path, "The plan") != text:
+            raise ConfigError(f"{path} is there already, and says something else. Choose another file, or replace it with --force.")
+        with replacing(path.parent) as draft:
+            (draft / path.name).write_text(text)
+
+    def without(self, ids: Collection[str]) -> Plan:
+        """The plan less these sites, and less what shares a stream with one of them where the operator reads the stream's history."""
+        streams = {row.stream for row in self.sites if row.id in ids and row.operator.uses_history}
+        dropped = {row.id for row in self.sites if row.id in ids or (row.stream in streams and row.operator.uses_history)}
+        return replace(self, sites=tuple(row for row in self.sites if row.id not in dropped))
+
+    def with_model(self, model: str) -> Plan:
+        """The plan with what the command built, without the folder of a file."""
+        prefix, colon, _ = model.partition(":")
+        named = colon and prefix.isalpha() and "/" not in prefix
+        return replace(self, model=model if named else model.rpartition("/")[2])
+
+
+def check_plan_file(path: Path) -> None:
+    """Raise ConfigError where a plan cannot be written, before the work of a capture is done."""
+    try:
+        folder, inside = path.is_dir(), path.parent.is_dir()
+    except OSError as error:  # a name that the file system does not take
+        raise ConfigError(f"The plan {str(path)[:80]} cannot be written: {error.strerror}.") from error
+    if folder or not inside:
+        raise ConfigError(f"The plan {path} cannot be written: {'it is' if folder else f'{path.parent} is not'} a folder.")

@@ -1,0 +1,96 @@
+"""Which sites an operator fits, and which of them somebody chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from laurel_rewrite.detection.anatomy import ROLES
+from laurel_rewrite.detection.sites import Site, Sites, portable
+from laurel_rewrite.errors import ConfigError, nearest
+from laurel_rewrite.operators.config import CONVOLUTIONS
+from laurel_rewrite.operators.registry import Operator
+from laurel_rewrite.plan.rows import matches
+from laurel_rewrite.plan.sites import LaurelConfig, PlanSite
+
+
+def is_unfit(operator: Operator, site: Site) -> bool:
+    """Whether an operator needs what a site's feature axis has not."""
+    needs = operator.needs
+    if "features last" in needs and site.axis != -1:
+        return True
+    if not needs & {"features", "maps"}:
+        return False
+    return site.dim is None or ("maps" in needs and site.axis == 1 and len(site.shape) not in CONVOLUTIONS)
+
+
+def check_stream(rows: Sequence[PlanSite], sites: Sites) -> None:
+    """Raise ConfigError where the operators of a stream cannot be beside each other, or need what it has not."""
+    stateful = next((row for row in rows if row.operator.uses_history), None)
+    if stateful is not None:
+        other = next((row for row in rows if row.operator.connection is not stateful.operator.connection), None)
+        if other is not None:
+            raise ConfigError(
+                f"{other.id}: {other.variant} cannot stand in one stream with {stateful.variant} ({stateful.id}), whose state it does not hand "
+                "on. Give the whole stream one operator."
+            )
+    for row in rows:
+        needs = row.operator.needs
+        if "whole stream" in needs:
+            planned = {other.id for other in rows}
+            missing = next((site for site in sites if site.stream == row.stream and site.module not in planned), None)
+            if missing is not None:
+                raise ConfigError(
+                    f"{row.id}: {row.variant} needs every connection of its stream, and {missing.id} ({missing.where}) has none. Include it, or "
+                    "leave the whole stream out."
+                )
+        if "plain links" in needs and (link := sites.spots[row.id].link) not in ("begin", "plain"):
+            raise ConfigError(
+                f"{row.id} ({row.where}): {row.variant} cannot carry its state there: {_LINKS.get(link, 'something')} stands between this "
+                "connection and the one before it. Leave the stream out with exclude, or use an operator without history."
+            )
+
+
+def read_by_branch(sites: Sites, site: Site, calls: int) -> str:
+    """Path of the module that gives what a site's branch reads; "" where that is the skip, or where the sites are of a graph.
+
+    Raises:
+        ConfigError: no module of its own gives it.
+    """
+    values, index = sites.flow.values, sites.read_by(site)
+    skip = sites.bindings[site.id].residual.skip
+    if index == skip or not sites.calls:
+        return ""
+    owner, why = sites.owner(index), ""
+    inside = [value for value in values if (path := sites.owner(value.index)) == owner or path.startswith(f"{owner}.")]
+    if values[index].shape != values[skip].shape:
+        why = "it is of another shape than the stream"
+    elif not owner or owner == site.owner or any(value.index > index and value.run == values[index].run for value in inside):
+        why = f"it is computed in the midst of {owner or 'the model'}"
+    elif len({value.run for value in inside if sites.owner(value.index) == owner}) != calls:
+        why = f"{owner} is called more often than the connection"
+    if why:
+        raise ConfigError(
+            f"{site.id} ({portable(site.where)}): what the branch reads ({values[index].name}) cannot be taken from a module of its own: {why}. Leave the site "
+            "out with exclude."
+        )
+    return owner
+
+
+_LINKS = {"norm": "a normalisation", "activation": "an activation"}
+
+
+def selected(found: Sites, sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
+    def fits(site: Site, pattern: str) -> bool:
+        spot = found.spots[site.id]
+        return matches({**asdict(site), "role": spot.role, "block": spot.block}, pattern)
+
+    for pattern in (*config.include, *config.exclude):
+        if not any(fits(site, pattern) for site in sites):
+            names: Iterable[str] = [*(name for site in sites for name in (site.id, site.owner, site.kind)), *ROLES]
+            raise ConfigError(f"The selector {pattern!r} matches no site. {nearest(pattern, dict.fromkeys(filter(None, names)))}")
+    chosen = [s for s in sites if (any(fits(s, p) for p in config.include) if config.include else s.kind in ("identity", "projection"))]
+    chosen = [s for s in chosen if not any(fits(s, p) for p in config.exclude)]
+    if not chosen:
+        raise ConfigError("The selectors leave no site to rewrite.")
+    return chosen

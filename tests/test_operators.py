@@ -1,0 +1,446 @@
+"""Any operator through every back end: `check_operator` on one of each class, and their formulas written out once more."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import slow
+from torch import Tensor, nn
+
+import laurel_rewrite.operators.registry as registry
+from laurel_rewrite import (
+    ConfigError,
+    Connection,
+    LaurelConfig,
+    Option,
+    VerificationError,
+    detect,
+    load,
+    load_operators,
+    register_operator,
+    rewrite,
+    save,
+)
+from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.plan import Plan
+from laurel_rewrite.testing import Stack, check_operator, equal, gradients_of, moved, near
+
+TOYS = ["toy-gate", "toy-vector", "toy-echo", "toy-dense", "toy-lanes", "toy-ladder", "toy-depth", "toy-scheduled", "toy-reader"]
+D = 16
+TOY_FILE = Path(__file__).with_name("operators.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def toys():
+    """Registered for these tests alone: others count the operators that there are."""
+    names = load_operators(TOY_FILE)
+    yield
+    registry.forget(names)
+
+
+@pytest.mark.parametrize("name", ["rw+lr", "rw+lr+pa", *(slow(name) for name in ("rw", "lr", "pa", "rw+pa", "lr+pa")), *TOYS])
+def test_every_law(name):
+    laws = check_operator(name)
+    assert len(laws) == 15
+
+
+# The formulas, by hand: a model that knows no connections. Its parameters are those of the rewritten one, by site.
+
+
+def gate(p, xs, fs, last):
+    return xs[-1] + p["a"] * fs[-1]
+
+
+def vector(p, xs, fs, last):
+    return (1 + p["a"]) * fs[-1] + (1 + p["b"]) * xs[-1]
+
+
+def echo(p, xs, fs, last):
+    return xs[-1] + fs[-1] + (p["c"] * xs[-2] if len(xs) > 1 else 0)
+
+
+def dense(p, xs, fs, last):
+    values = [xs[0], *(x + f for x, f in zip(xs, fs, strict=True))]
+    return sum(a * value for a, value in zip(p["a"], values, strict=True))
+
+
+def scheduled(p, xs, fs, last):
+    return (1 - p["t"]) * (xs[-1] + fs[-1]) + p["t"] * torch.tanh(xs[-1] + fs[-1])
+
+
+def ladder(p, xs, fs, last):
+    """xs are what the branches read: each the stream one sum earlier."""
+    return xs[0] + sum(fs if last else fs[:-1])
+
+
+FORMULAS = {"toy-gate": gate, "toy-vector": vector, "toy-echo": echo, "toy-dense": dense, "toy-scheduled": scheduled, "toy-ladder": ladder}
+
+
+def by_hand(model: nn.Module, x: Tensor, formula: Callable) -> Tensor:
+    xs, fs = [x], []
+    sites = [(block, name, branch) for block in model.blocks for name, branch in (("laurel_0", block.f), ("laurel_1", block.g))]
+    for number, (block, name, branch) in enumerate(sites):
+        values = dict(getattr(block, name).state_dict(keep_vars=True))
+        fs.append(branch(xs[-1]))
+        xs.append(formula(values, xs[: number + 1], fs, number == len(sites) - 1))
+    return model.head(model.norm(xs[-1]))
+
+
+def lanes_by_hand(model: nn.Module, x: Tensor) -> Tensor:
+    wide = [x, x]
+    for block in model.blocks:
+        for connection, branch in ((block.laurel_0, block.f), (block.laurel_1, block.g)):
+            f = branch(wide[0])
+            wide = [sum(connection.mix[i, j] * wide[j] for j in range(2)) + connection.b[i] * f for i in range(2)]
+    return model.head(model.norm(wide[0]))
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, "toy-lanes"])
+def test_outputs_and_gradients_are_the_formulas(name):
+    """In float64, at another shape than the traced one."""
+    torch.manual_seed(0)
+    model = moved(rewrite(Stack(), (torch.randn(2, 5, D),), variant=name)).double().eval()
+    for module in sites_of(model).values():
+        for buffer in module.buffers():
+            buffer.fill_(0.3)
+    x = torch.randn(3, 7, D, dtype=torch.float64)
+    found = model(x)
+    right = lanes_by_hand(model, x) if name == "toy-lanes" else by_hand(model, x, FORMULAS[name])
+    near(found, right, 1e-10)
+    equal(gradients_of(model, found), gradients_of(model, right), 1e-10)
+
+
+def test_a_random_operator_is_the_source_with_its_own_draws():
+    torch.manual_seed(0)
+    model = rewrite(Stack(), (torch.randn(2, 5, D),), variant="toy-depth", keep=0.5).double().train()
+    x = torch.randn(3, 7, D, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = model(x)
+    torch.manual_seed(1)
+    value = x
+    for block in model.blocks:
+        for branch in (block.f, block.g):
+            f = branch(value)
+            value = value + f * (torch.rand(3, 1, 1, dtype=torch.float64) < 0.5) / 0.5
+    near(found, model.head(model.norm(value)), 1e-12)
+
+
+class Sums(nn.Module):
+    """Sums of several branches, in one expression and in statements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.h = (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(x) + self.g(x)
+        y = x + self.f(x)
+        y += self.g(x)
+        y = y + self.h(x)
+        return torch.tanh(y)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_sums_of_several_branches_become_one_call(graph):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, D)
+    base = Sums().eval()
+    source = torch.export.export(base, (x,)).module(check_guards=False) if graph else base
+    model = rewrite(source, (x,), variant="toy-gate", init=0.5).double().eval()
+    x = x.double()
+    base = base.double()
+    value = x + 0.5 * (base.f(x) + base.g(x))
+    right = torch.tanh(value + 0.5 * (base.f(value) + base.g(value) + base.h(value)))
+    near(model(x), right, 1e-12)
+
+
+def test_an_exact_operator_that_regroups_a_sum_says_so():
+    class Whole(Connection):
+        name = "toy-whole"
+        formula = "x + f"
+
+        def step(self, x: Tensor, f: Tensor) -> Tensor:
+            return x + f
+
+    register_operator(Whole)
+    try:
+        x = torch.randn(2, 5, D)
+        from laurel_rewrite.backends.module.rewriting import apply_plan
+
+        base = Sums()
+        sites = detect(base, (x,))
+        applied = apply_plan(base, sites, Plan.from_sites(sites, LaurelConfig("toy-whole")), (x,))
+        assert all(check.passed for check in applied.checks)
+        assert "in another order of adds" in applied.checks[0].tolerance
+    finally:
+        registry.forget(["toy-whole"])
+
+
+@pytest.mark.parametrize("name", ["toy-vector", "toy-echo", "toy-dense", "toy-lanes", "toy-ladder"])
+def test_generate_with_a_cache_is_generate_without(name):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    base = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, 64, (2, 6))
+    model = moved(rewrite(base, kwargs={"input_ids": ids}, variant=name), 0.1).eval()
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
+    for cache in ("dynamic", "static"):
+        found = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=cache, pad_token_id=0)
+        assert torch.equal(found, plain), cache
+
+
+@pytest.mark.parametrize("variant", ["rw+lr", "rw+lr+pa"])
+def test_initialisers_that_walk_over_modules_leave_the_start(variant):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2)
+    ids = torch.randint(1, 64, (2, 6))
+    model = rewrite(transformers.GPT2LMHeadModel(config), kwargs={"input_ids": ids}, variant=variant, rank=4)
+    before = {name: p.clone() for name, p in model.named_parameters() if ".laurel_" in name}
+    model.init_weights()
+    model.apply(model._init_weights)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+# What is refused, with the place
+
+
+def refused(text: str, match: str, **data: object) -> None:
+    body = {"name": "toy-refused", "formula": "x", "step": lambda self, x, f: x + f, **data}
+    cls = type("Refused", (Connection,), body)
+    with pytest.raises(ConfigError, match=match):
+        register_operator(cls)
+    assert "toy-refused" not in registry.operators(), text
+
+
+def test_what_cannot_be_registered_is_refused():
+    refused("a name that is taken", "the name is taken by laurel_rewrite.operators.laurel.Laurel", name="rw+lr")
+    refused("no name", "its name must be", name="Not A Name")
+    refused("an option of the command", "its option 'seed' has the name of one of ours", seed=Option(1, "x"))
+    refused("a fact of the place", "its option 'dim' has the name of one of ours", dim=Option(1, "x"))
+    refused("a start", "start must be one of exact, scale-free, inexact, not 'roughly'", start="roughly")
+    refused("a need", "needs are .*, not 'luck'", needs={"luck"})
+    refused("a default", "the default of its own: k must be a whole number of at least 3", k=Option(1, "x", minimum=3))
+    refused("neither", "neither step nor skip and branch", step=Connection.step)
+    refused("both", "both step and one of skip and branch", branch=lambda self, f: f)
+    with pytest.raises(ConfigError, match=r"an operator is a subclass of laurel_rewrite.Connection"):
+        register_operator(nn.Linear)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (lambda self, x, f: x + 2 * f, "does not compute what the original does"),
+        (lambda self, x, f: x.add_(f), "input 0|changed in place"),
+        (lambda self, x, f: (x + f).sum(-1, keepdim=True).expand_as(x)[..., :1], "shape|does not compute"),
+        (lambda self, x, f: (x + f).half(), "float16|does not compute"),
+        (lambda self, x, f, *state: (x + f, x), "leaves states, and declares no reader"),
+        (lambda self, x, f: x + f + 0 * torch.rand(()) + torch.rand(()) * 0, None),
+    ],
+)
+def test_check_operator_names_what_is_wrong(step, words):
+    cls = type("Wrong", (Connection,), {"name": "toy-wrong", "formula": "?", "step": step, "__module__": __name__})
+    sys.modules[__name__].Wrong = cls
+    try:
+        if words is None:
+            register_operator(cls)
+            return
+        with pytest.raises((AssertionError, VerificationError), match=words):
+            check_operator(cls)
+    finally:
+        registry.forget(["toy-wrong"])
+
+
+def test_a_stateful_operator_takes_its_whole_stream():
+    x = torch.randn(2, 5, D)
+    sites = detect(Stack(), (x,))
+    text = Plan.from_sites(sites, LaurelConfig("toy-echo")).to_toml()
+    assert Plan.from_toml(text).sites == Plan.from_sites(sites, LaurelConfig("toy-echo")).sites
+    with pytest.raises(ConfigError, match=r"toy-vector cannot stand in one stream with toy-echo \(blocks.0.laurel_1\)"):
+        Plan.from_toml(text.replace('id = "blocks.0.laurel_0"', 'id = "blocks.0.laurel_0"\nvariant = "toy-vector"')).check(sites)
+    with pytest.raises(ConfigError, match=r"toy-dense needs every connection of its stream, and blocks.0.laurel_0"):
+        Plan.from_sites(sites, LaurelConfig("toy-dense", exclude="blocks.0.laurel_0"))
+
+
+class PostNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.norm(x + torch.tanh(layer(x)))
+        return x
+
+
+def test_a_norm_between_connections_is_refused_where_the_state_would_be_wrong():
+    x = torch.randn(2, 5, D)
+    with pytest.raises(ConfigError, match="toy-dense cannot carry its state there: a normalisation stands between"):
+        rewrite(PostNorm(), (x,), variant="toy-dense")
+    rewrite(PostNorm(), (x,), variant="toy-vector")  # local ones have no state
+
+
+# Files, plugins and the command
+
+
+GATE = (
+    TOY_FILE.read_text().partition("@register_operator")[0]
+    + '''
+
+@register_operator
+class FromAFile(Connection):
+    """Local: x + (1 + a) f."""
+
+    name = "from-a-file"
+    formula = "x + (1 + a)*f"
+    spread = Option(0.0, "Start of a")
+
+    def build(self) -> None:
+        self.a = nn.Parameter(torch.full((1,), self.config.spread))
+
+    def step(self, x: Tensor, f: Tensor) -> Tensor:
+        return x + (1 + self.a.to(f.dtype)) * f
+'''
+)
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + torch.relu(self.a(x))
+        return torch.tanh(x + torch.relu(self.b(x)))
+
+def build_model():
+    return Net()
+
+def example_inputs():
+    return (torch.randn(2, 5, 8),)
+"""
+
+
+def test_the_main_job_with_an_operator_file(tmp_path, here):
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "mine.py").write_text(GATE)
+    command = ("net.py", "--operator-file", "mine.py", "--variant", "from-a-file", "--profile-seconds", "0.1")
+    done = here(*command)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "laurel_out" / "report.json").read_text())
+    assert all(check["passed"] for check in report["verification"])
+    assert {site["variant"] for site in report["plan"]["sites"]} == {"from-a-file"}
+    assert report["parameters"]["added"] == 2
+    wrong = here("net.py", "--operator-file", "mine.py", "--variant", "from-a-file", "--spread", "much")
+    assert wrong.returncode == 2
+    assert "--spread" in wrong.stderr
+    wrong = here(*command[:5], "--rank", "3", "--out", "other")
+    assert (wrong.returncode, "from-a-file has no option 'rank'" in wrong.stderr) == (2, True), wrong.stderr
+    registry.forget(["from-a-file"])  # the command runs in this process
+    assert here("net.py", "--variant", "from-a-file").returncode == 2
+    assert "There is no operator file" in here("net.py", "--operator-file", "nothing.py").stderr
+
+
+def test_a_saved_folder_brings_its_operator_file(tmp_path):
+    """A process that never heard of the operator finds it there."""
+    (tmp_path / "mine.py").write_text(GATE)
+    load_operators(tmp_path / "mine.py")
+    x = torch.randn(2, 5, D)
+    model = moved(rewrite(Stack(), (x,), variant="from-a-file"))
+    save(model, tmp_path / "saved")
+    registry.forget(["from-a-file"])
+    loaded = load(tmp_path / "saved")
+    assert torch.equal(loaded(x), model(x))
+    save(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / "operators" / "mine.py").read_text() == GATE
+    registry.forget(["from-a-file"])
+    (tmp_path / "again" / "operators" / "mine.py").unlink()
+    with pytest.raises(ConfigError, match=r"mine\.py cannot be read"):
+        load(tmp_path / "again")
+
+
+def test_operator_files_that_cannot_be_loaded(tmp_path):
+    for text, words in (
+        ("1 / 0", "ZeroDivisionError"),
+        ("x = 1", "registers no operator"),
+        (GATE.replace('"from-a-file"', '"rw"'), "the name is taken"),
+    ):
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_operators(tmp_path / "mine.py")
+
+
+def test_a_plugin_that_fails_is_named_and_the_others_go_on(monkeypatch, caplog):
+    class Entry:
+        name, value = "broken", "nowhere.at.all"
+
+        def load(self):
+            raise ImportError("no such module")
+
+    monkeypatch.setattr(registry, "_loaded", [])
+    monkeypatch.setattr(registry, "_failed", {})
+    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [Entry()])
+    assert "rw+lr" in registry.operators()
+    assert "the plugin broken (nowhere.at.all) was left out: ImportError: no such module" in caplog.text
+    with pytest.raises(ConfigError, match="The plugin broken could not be loaded"):
+        registry.canonical("something-of-broken")
+
+
+def test_bodies_of_functions_are_kept_whole_or_made_anew(tmp_path, monkeypatch):
+    from laurel_rewrite.operators import onnx_function
+    from laurel_rewrite.operators.config import SiteConfig
+
+    operator = registry.operator("rw+lr")
+    connection = operator.connection(operator.prepare(SiteConfig("rw+lr", 12, rank=4)))
+    made = []
+    export = onnx_function._exported
+    monkeypatch.setattr(onnx_function, "_exported", lambda *given: made.append(1) or export(*given))
+
+    def body() -> bytes:
+        onnx_function._step_function.cache_clear()
+        call = onnx_function.Call(connection.config)
+        return onnx_function.step_function(connection, call, torch.float32).body.SerializeToString(deterministic=True)
+
+    monkeypatch.setenv("LAUREL_REWRITE_CACHE", str(tmp_path / "cache"))
+    first = body()
+    assert (body(), len(made)) == (first, 1)
+    (kept,) = (tmp_path / "cache" / "functions").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-7])
+    assert (body(), len(made)) == (first, 2)
+    assert (body(), len(made)) == (first, 2)
+    monkeypatch.setenv("LAUREL_REWRITE_CACHE", "0")
+    assert (body(), len(made)) == (first, 3)
+
+
+def test_the_compiler_is_not_imported_for_operators():
+    code = "import sys, laurel_rewrite.exporting; from laurel_rewrite.operators import registry; registry.operators(); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_list_for_the_help_is_that_of_the_registry():
+    path = Path(__file__).parent.parent / "tools"
+    sys.path.insert(0, str(path))
+    try:
+        import list_operators
+    finally:
+        sys.path.remove(str(path))
+    assert list_operators.FILE.read_text() == list_operators.listed()
+
+
+def test_a_copy_of_a_connection_is_one(tmp_path):
+    model = moved(rewrite(Stack(), (torch.randn(2, 5, D),), variant="toy-lanes"))
+    x = torch.randn(2, 3, D)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
