@@ -107,6 +107,24 @@ class SiteConfig:
         return _config, (self.to_dict(),)
 
 
+class Watched(SiteConfig):
+    """The same, and which facts somebody read of it: what a connection did not look at makes no difference to it."""
+
+    def __init__(self, config: SiteConfig) -> None:
+        super().__init__(**config.to_dict())
+        self.__dict__["_read"] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _FACTS:
+            object.__getattribute__(self, "__dict__")["_read"].add(name)
+        return object.__getattribute__(self, name)
+
+    def read_alone(self) -> SiteConfig:
+        """The configuration with the facts that were read, and the others as they are where nothing is known."""
+        facts = self.__dict__
+        return SiteConfig(facts["variant"], facts["dim"], **{name: facts[name] for name in facts["_read"]}, options=facts["options"])
+
+
 FACTS = frozenset({"variant", "dim", "options", "to_dict", "but", *_FACTS})
 """What an option cannot be called."""
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.graph.capture import quiet
-from laurel_rewrite.operators.config import SiteConfig
+from laurel_rewrite.operators.config import SiteConfig, Watched
 from laurel_rewrite.operators.protocol import Connection, parted
 
 DOMAIN = "laurel_rewrite"
@@ -179,7 +179,23 @@ def step_function(connection: Connection, call: Call, dtype: torch.dtype) -> Ste
     """
     types = tuple((name, str(value.dtype)) for name, value in connection.state_dict().items())
     cls: Any = type(connection)
-    return _step_function(cls, call, str(dtype), types)
+    return _step_function(cls, replace(call, config=_looked_at(cls, call)), str(dtype), types)
+
+
+@cache
+def _looked_at(cls: type[Connection], call: Call) -> SiteConfig:
+    """The configuration as far as it makes a difference to what is computed: sites that differ in their position alone share a function, unless
+    their operator looks at it. Found by a run without values, which is quick; a trace is not."""
+    watched = Watched(call.config)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            connection = cls(watched, device="meta").eval()
+            call.run(connection, call.operands(connection, torch.float32))
+    except Exception:  # an operator that needs values is traced at every site
+        return call.config
+    config = watched.read_alone()
+    # The operands are made by these, whoever looks at them.
+    return config.but(axis=call.config.axis, ndim=call.config.ndim)
 
 
 @cache
