@@ -399,6 +399,20 @@ def test_a_plugin_that_fails_is_named_and_the_others_go_on(monkeypatch, caplog):
         registry.canonical("something-of-broken")
 
 
+def test_sites_share_a_function_unless_their_operator_looks_at_the_place():
+    """A trace takes a while: of ninety sites with one formula there is one."""
+    from laurel_rewrite.operators.config import SiteConfig
+    from laurel_rewrite.operators.onnx_function import Call, step_function
+
+    def at(name: str, position: int) -> object:
+        operator = registry.operator(name)
+        connection = operator.connection(operator.prepare(SiteConfig(name, 12, position=position, length=9, role="attention")))
+        return step_function(connection, Call(connection.config), torch.float32)
+
+    assert at("rw", 1) is at("rw", 5)
+    assert at("toy-dense", 1) is not at("toy-dense", 5)
+
+
 def test_bodies_of_functions_are_kept_whole_or_made_anew(tmp_path, monkeypatch):
     from laurel_rewrite.operators import onnx_function
     from laurel_rewrite.operators.config import SiteConfig
