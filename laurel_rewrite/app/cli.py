@@ -127,6 +127,7 @@ def _operator_options(function: Any) -> Any:
 @click.option(
     "--target",
     type=click.Choice([target.name for target in targets()]),
+    metavar="NAME",
     default=DEFAULT,
     show_default=True,
     help=f"LAuReL in ONNX: {'; '.join(f'{target.name}: {target.help}' for target in targets())}.",

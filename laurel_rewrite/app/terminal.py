@@ -112,8 +112,7 @@ def show_plan(console: Console, report: Report) -> None:
     """The plan in groups of equal treatment."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for site in report.plan.sites:
-        options = {name: value for name, value in site.options.items() if name != "rank" and value != site.operator.options[name].default}
-        words = ", ".join(f"{name} {value}" for name, value in options.items())
+        words = ", ".join(f"{name} {value}" for name, value in site.changed_options().items() if name != "rank")
         groups.setdefault((site.variant, str(site.options.get("rank", "")), words, str(site.dim)), []).append(site.id)
     columns = ["first site", "sites>", "variant", "rank>", "options", "D>"]
     empty = {column for place, column in enumerate(columns[2:]) if all(not group[place] for group in groups)}

@@ -147,6 +147,10 @@ class PlanSite:
     def operator(self) -> Operator:
         return registry.operator(self.variant)
 
+    def changed_options(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        return {name: value for name, value in self.options.items() if value != self.operator.options[name].default}
+
     def to_dict(self) -> dict[str, Any]:
         """As plans and reports hold it: the options stand beside the facts."""
         row: dict[str, Any] = {}
