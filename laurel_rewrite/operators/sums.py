@@ -11,12 +11,13 @@ from laurel_rewrite.errors import LaurelError
 @fx.wrap
 def state_like(state: Tensor, x: Tensor, lead: int, reader: str) -> Tensor:
     """A state in the shape and dtype of the skip, behind leading dimensions of its own; LaurelError where it has another size."""
-    if not torch.compiler.is_compiling() and state.shape[:lead].numel() * x.numel() != state.numel():
+    front = state.shape[:lead] if lead else torch.Size()  # a nested tensor may have neither a shape nor strides
+    if not torch.compiler.is_compiling() and front.numel() * x.numel() != state.numel():
         shapes = f"a state of shape {list(state.shape)} beside a skip of shape {list(x.shape)}"
         raise LaurelError(f"{reader} reads {shapes}: with these inputs the stream changes its size. Use an operator without history there.")
-    if state.is_nested and x.is_nested:  # which may have neither a shape nor strides
+    if state.is_nested and x.is_nested:
         return state.to(x.dtype)
-    return state.reshape(*state.shape[:lead], *x.shape).to(x.dtype)
+    return state.reshape(*front, *x.shape).to(x.dtype)
 
 
 def scaled(x: Tensor, weight: Tensor) -> Tensor:
