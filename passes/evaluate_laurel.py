@@ -1,7 +1,7 @@
 """A function node(x, f, states; w)  ->  sum_k alpha_k f_k + sum_m beta_m s_m + U [V_j s_j]_j, with numbers for alpha, beta, U and V.
 
-The numbers are what the operator's own module gives with these parameters (`laurel_rewrite.operators.affine`). What is not linear, or leaves
-a state behind that it computes, stays the function that it is.
+That it is linear the ops of the function say; the numbers are what the operator's own module gives with these parameters
+(`laurel_rewrite.operators.probing`). What is not linear, or leaves a state behind that it computes, stays the function that it is.
 
 Condition: the parameters are initializers. The result is one `Affine` node a function node, which the passes after this one simplify and
 `ExpandLaurel` writes in standard ops. Only where a weighted branch is a constant itself, the weights of a fused convolution for
@@ -18,8 +18,9 @@ import torch
 
 from laurel_rewrite.errors import ConfigError, ExportError
 from laurel_rewrite.graph.from_onnx import METADATA
-from laurel_rewrite.operators.affine import Affine, linear_form
+from laurel_rewrite.operators.affine import Affine
 from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
+from laurel_rewrite.operators.probing import linear_form
 from laurel_rewrite.operators.registry import operator
 from laurel_rewrite.passes.algebra import Editor, bears, constant_of, scaled
 from laurel_rewrite.passes.base import PassResult
@@ -28,6 +29,9 @@ from laurel_rewrite.passes.onnx_pass import OnnxPass
 AFFINE_DOMAIN = "laurel_rewrite.lowering"
 AFFINE = "Affine"
 Forms = dict[ir.Node, Affine]
+_SUMS = frozenset("Add Sub Sum Concat".split())
+_FIRST = frozenset("Identity Neg Reshape Flatten Transpose Squeeze Unsqueeze Expand Slice Gather ReduceSum ReduceMean Div".split())
+_ONE_FACTOR = frozenset("Mul MatMul Gemm Conv".split())
 
 
 class EvaluateLaurel(OnnxPass):
@@ -63,7 +67,8 @@ class EvaluateLaurel(OnnxPass):
         changed, editor = [], Editor(graph)
         for node in _calls(graph):
             call = Call.from_json(node.metadata_props[CALL])
-            form = linear_form(_connection(node, call), call) if len(node.outputs) == 1 else None
+            linear = len(node.outputs) == 1 and is_linear(graph.functions[node.op_identifier()], call.operand_count)
+            form = linear_form(_connection(node, call), call) if linear else None
             if form is None:
                 self.kept.append(str(node.name))
                 continue
@@ -91,6 +96,25 @@ class EvaluateLaurel(OnnxPass):
         if not used:
             graph.opset_imports.pop(DOMAIN, None)
         return PassResult(graph, tuple(changed))
+
+
+def is_linear(function: ir.Function, operands: int) -> bool:
+    """Whether all that a function does with its first inputs are sums and products with what does not depend on them."""
+    data = set(function.inputs[:operands])
+    for node in function:
+        places = [place for place, value in enumerate(node.inputs) if value in data]
+        if not places or node.op_type == "Shape":
+            continue
+        if node.op_type == "Cast":
+            fits = ir.DataType(node.attributes["to"].as_int()).is_floating_point()
+        elif node.op_type in _FIRST:
+            fits = places == [0]
+        else:
+            fits = node.op_type in _SUMS or (node.op_type in _ONE_FACTOR and len(places) == 1)
+        if not fits:
+            return False
+        data.update(node.outputs)
+    return True
 
 
 def _calls(model: ir.Model) -> list[ir.Node]:

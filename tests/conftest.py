@@ -28,11 +28,12 @@ from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
-from laurel_rewrite import export_onnx
+from laurel_rewrite import export_onnx, load_operators
 from laurel_rewrite.app import cli
 from laurel_rewrite.files.onnx import write_onnx
 from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.operators import registry
 from laurel_rewrite.profiling.sessions import session_of, settings
 from laurel_rewrite.sources.models import build, declare_torchvision_ops
 from laurel_rewrite.verification.onnx import run_onnx
@@ -214,6 +215,14 @@ def onnx_graph(nodes: list[object], shapes: dict[str, tuple[object, ...]], inner
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     return subprocess.run([sys.executable, "-m", "laurel_rewrite", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """The small operators of every class, registered for one module's tests alone: others count the operators that there are."""
+    names = load_operators(Path(__file__).with_name("operators.py"))
+    yield
+    registry.forget(names)
 
 
 @pytest.fixture

@@ -175,3 +175,16 @@ class Reader(Connection):
 
     def step(self, x: Tensor, f: Tensor, *, n: Tensor) -> Tensor:
         return x + f + self.per_feature(self.c).to(x.dtype) * n
+
+
+@register_operator
+class Bounded(Connection):
+    """Local: linear as long as nothing is large."""
+
+    name = "toy-bounded"
+    formula = "x + clamp(f, -c, c)"
+    start = "inexact"
+    bound = Option(100.0, "c", minimum=0.0)
+
+    def step(self, x: Tensor, f: Tensor) -> Tensor:
+        return x + f.clamp(-self.config.bound, self.config.bound)
