@@ -219,12 +219,12 @@ def marked(model: nn.Module) -> Iterator[None]:
     modules = sites_of(model)
     try:
         for site, module in modules.items():
-            module.forward = _Marker(site, module).residual  # type: ignore[method-assign]  # on the instance, for a while
+            module.connect = _Marker(site, module).connect  # type: ignore[method-assign]  # on the instance, for a while
             module.branch = _Marker(site, module).branch  # type: ignore[method-assign]  # likewise
         yield
     finally:
         for module in modules.values():
-            del module.forward, module.branch
+            del module.connect, module.branch
             if module.link is not None:
                 module.link.stream.end()
 
@@ -235,49 +235,31 @@ class _Marker:
         self.module = module
         self.keeps_branches = module.keeps_branches  # asked here, where nothing is traced
 
-    def residual(
-        self,
-        x: Tensor,
-        f: Tensor,
-        *more: Tensor,
-        past: Sequence[Tensor | None] | None = None,
-        state: Sequence[Tensor] | None = None,
-        n: Tensor | None = None,
-    ) -> Any:
+    def connect(
+        self, x: Tensor, f: Tensor, *more: Tensor, state: Sequence[Tensor], n: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         module = self.module
-        if module.needs_input and n is None:
-            n = module.branch_input(x)
-        read = [] if n is None else [n]
-        before = past if state is None else state
-        given = module.states(x) if before is None else module.shaped(before, x)
         left: tuple[Tensor, ...] = ()
         if module.config.leaves != 0:  # what is traced of it here leads nowhere, and the exporter drops it
             named = {"n": n} if module.needs_input else {}
-            _, left = parted(module.skip(x, *given, **named)) if module.additive else module.connect(x, f, *more, state=given, n=n)
-        operands = (x, f, *more, *given, *read)
+            _, left = (
+                parted(module.skip(x, *state, **named)) if module.additive else Connection.connect(module, x, f, *more, state=state, n=n)
+            )
+        operands = (x, f, *more, *state, *([] if n is None else [n]))
         # A state that is handed on as it is needs no output; the others are outputs beside the value.
         places = [next((i for i, operand in enumerate(operands) if operand is value), -1) for value in left]
         computed = [value for value, place in zip(left, places, strict=True) if place < 0]
         dtype = functools.reduce(torch.promote_types, (term.dtype for term in (x, f, *more)))
-        attributes: dict[str, Any] = {"site": self.site, "branches": 1 + len(more), "states": len(given), "reads": len(read)}
-        if computed:
-            values = torch.onnx.ops.symbolic_multi_out(
-                f"{_MARKER}::Residual",
-                operands,
-                attributes,
-                dtypes=[dtype, *(value.dtype for value in computed)],
-                shapes=[x.shape, *(value.shape for value in computed)],
-                version=1,
-            )
-        else:
-            values = [torch.onnx.ops.symbolic(f"{_MARKER}::Residual", operands, attributes, dtype=dtype, shape=x.shape, version=1)]
+        values = torch.onnx.ops.symbolic_multi_out(
+            f"{_MARKER}::Residual",
+            operands,
+            {"site": self.site, "branches": 1 + len(more), "states": len(state), "reads": int(n is not None)},
+            dtypes=[dtype, *(value.dtype for value in computed)],
+            shapes=[x.shape, *(value.shape for value in computed)],
+            version=1,
+        )
         rest = iter(values[1:])
-        left = tuple(next(rest) if place < 0 else operands[place] for place in places)
-        if state is not None:
-            return values[0], left
-        if module.link is not None:
-            module.link.write(x, left)
-        return values[0]
+        return values[0], tuple(next(rest) if place < 0 else operands[place] for place in places)
 
     def branch(self, f: Tensor) -> Tensor:
         if self.keeps_branches:

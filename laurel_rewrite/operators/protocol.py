@@ -237,7 +237,7 @@ class Connection(nn.Module):
             n = self.branch_input(x)
         if state is not None:
             return self.connect(x, f, *more, state=self.shaped(state, x), n=n)
-        if self.grows and past is None and torch.compiler.is_compiling() and self.link is not None and not self.link.stream.traced:
+        if self.grows and past is None and torch.compiler.is_dynamo_compiling() and self.link is not None and not self.link.stream.traced:
             # A block that is compiled alone would be compiled anew for each number of states, up to a limit, and then run eager in silence.
             return self._between_graphs(x, f, *more, n=n)
         given = self.states(x) if past is None else self.shaped(past, x)
@@ -289,26 +289,28 @@ class Connection(nn.Module):
             out = laid_out(add(out, self.branch(branch), side), out, branch, side)
         return out, left
 
-    def part(self, x: Tensor, f: Tensor) -> Tensor:
-        """The innermost add of a sum of several branches, of an operator that is not additive: it stays, and is held for `whole`."""
+    def first_add(self, x: Tensor, f: Tensor) -> Tensor:
+        """The innermost add of a sum of several branches, of an operator that is not additive: it stays, and is held for `last_add`."""
         self.held.value = (x, f)
         return add(x, f, self.sides[0])
 
-    def more(self, f: Tensor) -> Tensor:
-        """A further branch on the way."""
-        assert self.held.value is not None
-        x, held = self.held.value
+    def next_branch(self, f: Tensor) -> Tensor:
+        """A branch that is added in between: it is added as it is, and held, too."""
+        x, held = self._held()
         self.held.value = (x, held + f)
         return f
 
-    def whole(self, x: Tensor, f: Tensor) -> Tensor:
+    def last_add(self, x: Tensor, f: Tensor) -> Tensor:
         """The new value in the place of the outermost add, of the skip and the sum of the branches, in another order of adds than the source's."""
-        if self.held.value is None:
-            raise LaurelError(f"{self.site}: the outermost add of this sum ran without the inner ones.")
-        skip, held = self.held.value
+        skip, held = self._held()
         self.held.value = None
         out: Tensor = self(skip, held + f)
         return add(x, f, 0) if self.plain else out
+
+    def _held(self) -> tuple[Tensor, ...]:
+        if self.held.value is None:
+            raise LaurelError(f"{self.site}: an outer add of this sum ran without the inner ones.")
+        return self.held.value
 
     def add_(self, x: Tensor, f: Tensor) -> Tensor:
         """The learned sum in the memory of the operand that the source added to, for those who see that tensor under another name."""

@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -305,6 +305,3 @@ def checked_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise ConfigError(" ".join(problems))
     return {key: given.get(key, option.default) for key, option in options.items()}
-
-
-Registered = Callable[[C], C]

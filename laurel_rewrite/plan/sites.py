@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from laurel_rewrite.detection.sites import Site
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.checked import is_whole, shown
 from laurel_rewrite.operators import registry
@@ -98,8 +99,8 @@ def _option(holder: Any, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class PlanSite:
-    """One connection: where it goes and what it is. The fields up to `index` are the site's; see `Site`.
+class PlanSite(Site):
+    """One connection: the site where it goes, and what it is.
 
     Attributes:
         variant: name of the operator.
@@ -114,15 +115,7 @@ class PlanSite:
         role, block: of its place; see `laurel_rewrite.detection.anatomy.Spot`.
     """
 
-    id: str
-    kind: str
-    owner: str
-    where: str
-    shape: tuple[int | str, ...]
-    axis: int
     dim: int
-    stream: int
-    index: int
     variant: str
     options: dict[str, Any] = field(default_factory=dict)
     calls: int = 1

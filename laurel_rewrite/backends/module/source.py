@@ -74,8 +74,8 @@ def _role(change: Change, position: int, count: int) -> tuple[bool, str]:
     if change.additive or count == 1:
         return (True, "") if position == 0 else (False, "branch")
     if position in (0, count - 1):
-        return True, "part" if position == 0 else "whole"
-    return False, "more"
+        return True, "first_add" if position == 0 else "last_add"
+    return False, "next_branch"
 
 
 class _ClassEditor:
