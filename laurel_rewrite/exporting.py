@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite import __version__, targets
 from laurel_rewrite.backends.onnx.surgery import check_form, inline_laurel
-from laurel_rewrite.detection.sites import portable
+from laurel_rewrite.detection.site import portable
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.files.onnx import place_onnx

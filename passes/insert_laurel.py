@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from laurel_rewrite.detection.sites import Binding, Sites, sites_of_graph
+from laurel_rewrite.detection.site import Binding
+from laurel_rewrite.detection.sites import Sites, sites_of_graph
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
 from laurel_rewrite.operators.protocol import Connection, refuse_second_time

@@ -172,7 +172,7 @@ def test_the_work_grows_with_the_graph():
     short, long = (_sites(grown("ladder", blocks), ()) for blocks in (10, 300))
     assert "unknown" not in {spot.role for spot in short.spots.values()}
     assert "unknown" in {spot.role for spot in long.spots.values()}
-    anatomist = _Anatomist(long)
+    anatomist = _Anatomist(long.sites, long.bindings, long.flow, long.owner)
     looked = []
     whole = anatomist._between
     anatomist._between = lambda source, target: looked.append(whole(source, target)) or looked[-1]

@@ -18,7 +18,7 @@ from test_cli import NET
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, load, rewrite, save
-from laurel_rewrite.detection.sites import portable
+from laurel_rewrite.detection.site import portable
 from laurel_rewrite.files import drafts
 from laurel_rewrite.files.drafts import READY, check_out, reading, replacing
 from laurel_rewrite.files.manifest import MANIFEST, Manifest

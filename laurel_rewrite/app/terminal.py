@@ -17,7 +17,8 @@ from rich.text import Text
 
 from laurel_rewrite.app.job import Report, Stage
 from laurel_rewrite.detection.explaining import Explanation
-from laurel_rewrite.detection.sites import Sites, short
+from laurel_rewrite.detection.site import short
+from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.training import Training

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from laurel_rewrite.detection.descent import Descent
+from laurel_rewrite.detection.residuals import Residual
+from laurel_rewrite.detection.site import Binding, Site
 from laurel_rewrite.graph.dataflow import Dataflow, Role
-
-if TYPE_CHECKING:
-    from laurel_rewrite.detection.residuals import Residual
-    from laurel_rewrite.detection.sites import Site, Sites
 
 ROLES = ("attention", "feed-forward", "convolution", "mixer", "unknown")
 _REACH = 12  # pointwise ops between a softmax and the product that its weights go into
@@ -54,20 +51,26 @@ class Spot:
     scale_free: bool
 
 
-def spots_of(sites: Sites) -> dict[str, Spot]:
-    """The spot of each site, by its id."""
-    return _Anatomist(sites).spots()
+def spots_of(sites: Sequence[Site], bindings: Mapping[str, Binding], flow: Dataflow, owner: Callable[[int], str]) -> dict[str, Spot]:
+    """The spot of each site, by its id.
+
+    Args:
+        sites: in order of execution.
+        bindings: of each, by its id.
+        flow: in which they lie.
+        owner: path of the module whose code computed a value of it.
+    """
+    return _Anatomist(sites, bindings, flow, owner).spots()
 
 
 class _Anatomist:
-    def __init__(self, sites: Sites) -> None:
-        self.sites = sites
-        self.flow: Dataflow = sites.flow
+    def __init__(self, sites: Sequence[Site], bindings: Mapping[str, Binding], flow: Dataflow, owner: Callable[[int], str]) -> None:
+        self.sites, self.bindings, self.flow, self.owner = sites, bindings, flow, owner
         self.values = self.flow.values
         self.descent = Descent(self.flow)
         self.budget = _SHARE * len(self.values)
-        self.outputs = {sites.bindings[site.id].residual.output: site for site in sites}
-        self.skips = {sites.bindings[site.id].residual.skip for site in sites}
+        self.outputs = {bindings[site.id].residual.output: site for site in sites}
+        self.skips = {bindings[site.id].residual.skip for site in sites}
         self.streams: dict[int, list[Site]] = defaultdict(list)
         for site in sites:
             self.streams[site.stream].append(site)
@@ -75,7 +78,7 @@ class _Anatomist:
     def spots(self) -> dict[str, Spot]:
         branches_of: dict[str, list[_Branch]] = {}
         for site in self.sites:
-            residual = self.sites.bindings[site.id].residual
+            residual = self.bindings[site.id].residual
             branches_of[site.id] = [part for branch in residual.branches for part in self._parts(site, residual, branch)]
         roles = {name: "+".join(dict.fromkeys(branch.role for branch in branches)) for name, branches in branches_of.items()}
         blocks = self._blocks(roles)
@@ -94,7 +97,7 @@ class _Anatomist:
                 reads=self.values[first.reads].name,
                 normed=first.normed,
                 projections=next((branch.projections for branch in branches if branch.projections), ()),
-                scale_free=self._scale_free(self.sites.bindings[site.id].residual.output),
+                scale_free=self._scale_free(self.bindings[site.id].residual.output),
             )
         return found
 
@@ -128,8 +131,8 @@ class _Anatomist:
         """What stands between the skip and the output of the connection before."""
         if site.index == 0:
             return "begin"
-        before = self.sites.bindings[self.streams[site.stream][site.index - 1].id].residual.output
-        skip = self.sites.bindings[site.id].residual.skip
+        before = self.bindings[self.streams[site.stream][site.index - 1].id].residual.output
+        skip = self.bindings[site.id].residual.skip
         between = [i for i in self._between(before, skip) if i != before]
         kinds = [self.values[i].kind for i in between if self.values[i].role is not Role.TRANSPARENT]
         if not kinds:
@@ -188,7 +191,7 @@ class _Branch:
 
     def __init__(self, anatomist: _Anatomist, site: Site, inside: list[int]) -> None:
         self.site, self.source, self.inside = site, inside[0], inside
-        self.flow, self.values, self.sites = anatomist.flow, anatomist.values, anatomist.sites
+        self.flow, self.values, self.owner = anatomist.flow, anatomist.values, anatomist.owner
         self.members = set(inside)
         self.shape = self.values[self.source].shape or ()
         self.feature = len(self.shape) - 1 if site.axis == -1 else site.axis
@@ -201,7 +204,7 @@ class _Branch:
         self.projections = self._projections()
 
     def _evidence(self, deciding: Sequence[int]) -> str:
-        words = [f"{self.values[i].op} in {owner}" if (owner := self.sites.owner(i)) else self.values[i].op for i in deciding]
+        words = [f"{self.values[i].op} in {owner}" if (owner := self.owner(i)) else self.values[i].op for i in deciding]
         return ", ".join(dict.fromkeys(words))
 
     def _follow_axes(self) -> dict[int, tuple[int | None, ...]]:
@@ -312,7 +315,7 @@ class _Branch:
         found = [index for index in maps if index is not None]
         if len(found) != 3 or len(set(found)) != 3:
             return ()
-        return tuple(self.sites.owner(index) for index in found)
+        return tuple(self.owner(index) for index in found)
 
     def _map_behind(self, operand: int) -> int | None:
         """The linear map of the branch's input that an operand comes from; None where there is none, or more than one."""

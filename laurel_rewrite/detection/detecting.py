@@ -14,17 +14,8 @@ import torch
 from torch import fx, nn
 
 from laurel_rewrite.detection.residuals import Residual
-from laurel_rewrite.detection.sites import (
-    Binding,
-    Site,
-    Sites,
-    portable,
-    sites_of_capture,
-    sites_of_graph,
-    sites_of_onnx,
-    sites_of_program,
-    with_shapes,
-)
+from laurel_rewrite.detection.site import Binding, Site, portable
+from laurel_rewrite.detection.sites import Sites, sites_of_capture, sites_of_graph, sites_of_onnx, sites_of_program, with_shapes
 from laurel_rewrite.detection.unrun import unrun
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.graph.capture import capture

@@ -10,7 +10,8 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
-from laurel_rewrite.detection.sites import Site, Sites
+from laurel_rewrite.detection.site import Site
+from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, MissingPackageError
 from laurel_rewrite.graph.dataflow import Role, Value
 

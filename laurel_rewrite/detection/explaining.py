@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from laurel_rewrite.detection.residuals import REASONS, Refusal, Residual
-from laurel_rewrite.detection.sites import Site, Sites, short
+from laurel_rewrite.detection.site import Site, short
+from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.graph.dataflow import Dataflow, Role
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 
-from laurel_rewrite.detection.sites import Sites, portable
+from laurel_rewrite.detection.site import portable
+from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.text.source_file import Definition, SourceFile
 from laurel_rewrite.text.text_edits import CallForm

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laurel_rewrite.detection.sites import Sites, portable
+from laurel_rewrite.detection.site import portable
+from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.files.checked import checked, read_text, shown, toml_of
 from laurel_rewrite.files.drafts import replacing

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from laurel_rewrite.detection.anatomy import ROLES
-from laurel_rewrite.detection.sites import Site, Sites, portable
+from laurel_rewrite.detection.site import Site, portable
+from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.operators.config import CONVOLUTIONS
 from laurel_rewrite.operators.registry import Operator

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from laurel_rewrite.detection.sites import Site
+from laurel_rewrite.detection.site import Site
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.checked import is_whole, shown
 from laurel_rewrite.operators import registry

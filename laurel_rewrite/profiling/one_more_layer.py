@@ -12,7 +12,8 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
-from laurel_rewrite.detection.sites import Site, Sites, read_onnx_sites
+from laurel_rewrite.detection.site import Site
+from laurel_rewrite.detection.sites import Sites, read_onnx_sites
 from laurel_rewrite.graph.from_onnx import OnnxFlow
 
 

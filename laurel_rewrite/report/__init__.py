@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from laurel_rewrite import __version__
-from laurel_rewrite.detection.sites import short
+from laurel_rewrite.detection.site import short
 from laurel_rewrite.report.words import breakable, count, part, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
