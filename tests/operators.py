@@ -128,7 +128,7 @@ class Ladder(Connection):
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         whole = x + state[0] if state else x
-        return (whole + f,) if self.config.leaves == 0 else (whole, f)
+        return (whole + f,) if self.config.last else (whole, f)
 
 
 @register_operator
@@ -188,3 +188,15 @@ class Bounded(Connection):
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         return x + f.clamp(-self.config.bound, self.config.bound)
+
+
+@register_operator
+class Half(Connection):
+    """A start that readers without a scale cannot tell from x + f: the stream at half its size."""
+
+    name = "toy-half"
+    formula = "(x + f)/2 at first, then x + f/2"
+    start = "scale-free"
+
+    def step(self, x: Tensor, f: Tensor) -> Tensor:
+        return (x + f) / 2 if self.config.first else x + f / 2

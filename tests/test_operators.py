@@ -32,7 +32,19 @@ from laurel_rewrite.operators.protocol import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.testing import Stack, check_operator, equal, gradients_of, moved, near
 
-TOYS = ["toy-gate", "toy-vector", "toy-echo", "toy-dense", "toy-lanes", "toy-ladder", "toy-depth", "toy-scheduled", "toy-reader"]
+TOYS = [
+    "toy-gate",
+    "toy-vector",
+    "toy-echo",
+    "toy-dense",
+    "toy-lanes",
+    "toy-ladder",
+    "toy-depth",
+    "toy-scheduled",
+    "toy-reader",
+    "toy-bounded",
+    "toy-half",
+]
 D = 16
 TOY_FILE = Path(__file__).with_name("operators.py")
 pytestmark = pytest.mark.usefixtures("toys")
@@ -259,6 +271,27 @@ def test_a_stateful_operator_takes_its_whole_stream():
         Plan.from_toml(text.replace('id = "blocks.0.laurel_0"', 'id = "blocks.0.laurel_0"\nvariant = "toy-vector"')).check(sites)
     with pytest.raises(ConfigError, match=r"toy-dense needs every connection of its stream, and blocks.0.laurel_0"):
         Plan.from_sites(sites, LaurelConfig("toy-dense", exclude="blocks.0.laurel_0"))
+
+
+def test_a_start_for_readers_without_a_scale_is_held_to_that():
+    """The stack's readers are norms; without the last one its head sees the half."""
+    x = torch.randn(2, 5, D)
+    rewrite(Stack(), (x,), variant="toy-half")
+    seen = Stack()
+    seen.norm = nn.Identity()
+    with pytest.raises(
+        VerificationError, match=r"start for readers without a scale, eval mode: output 0.*first site with which it differs is blocks\.0"
+    ):
+        rewrite(seen, (x,), variant="toy-half")
+
+
+def test_what_was_verified_of_another_start_is_said():
+    from laurel_rewrite.backends.module.rewriting import apply_plan
+
+    base, x = Stack(), torch.randn(2, 5, D)
+    sites = detect(base, (x,))
+    checks = apply_plan(base, sites, Plan.from_sites(sites, LaurelConfig("toy-gate")), (x,)).checks
+    assert all("with plain sums in the place of those at which toy-gate starts" in check.detail for check in checks[:2])
 
 
 class PostNorm(nn.Module):

@@ -9,7 +9,18 @@ from laurel_rewrite.files.checked import is_whole, shown
 
 CONVOLUTIONS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 """What maps axis 1 of a stream, by the stream's number of dimensions."""
-_FACTS = {"axis": -1, "ndim": 3, "lags": 0, "leaves": None, "position": 0, "length": 0, "ends_block": False, "role": "unknown"}
+_FACTS = {
+    "axis": -1,
+    "ndim": 3,
+    "lags": 0,
+    "leaves": None,
+    "position": 0,
+    "length": 0,
+    "first": None,
+    "last": None,
+    "ends_block": False,
+    "role": "unknown",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class SiteConfig:
         leaves: how many states those after it read of what it leaves; 0 where nobody reads any (the last of a stream), None where they read all.
         position: how many connections of the stream come before it.
         length: how many connections the stream has; 0 where that is unknown.
+        first, last: of its stream, where nothing else is said. A `step` that looks at these, and not at positions, is compiled once for equal blocks.
         ends_block: it is the last of its stream in a repeated block.
         role: what its branch does; see `laurel_rewrite.detection.anatomy.ROLES`.
         options: of the operator, by name.
@@ -73,6 +85,8 @@ class SiteConfig:
     leaves: int | None
     position: int
     length: int
+    first: bool
+    last: bool
     ends_block: bool
     role: str
     options: dict[str, Any]
@@ -80,6 +94,8 @@ class SiteConfig:
     def __init__(self, variant: str, dim: int, **given: Any) -> None:
         given |= dict(given.pop("options", {}))
         facts = {name: given.pop(name, default) for name, default in _FACTS.items()}
+        for name, derived in {"first": facts["position"] == 0, "last": facts["leaves"] == 0}.items():
+            facts[name] = derived if facts[name] is None else facts[name]
         # Plain attributes: a step may read them while torch.compile traces it.
         self.__dict__.update(variant=variant, dim=dim, **facts, **given, options=given)
 
@@ -92,7 +108,11 @@ class SiteConfig:
 
     def but(self, **changes: Any) -> SiteConfig:
         """The same with other facts or options."""
-        return SiteConfig(**{**self.to_dict(), **changes})
+        kept = self.to_dict()
+        for name, source in (("first", "position"), ("last", "leaves")):
+            if source in changes:
+                del kept[name]
+        return SiteConfig(**{**kept, **changes})
 
     def __repr__(self) -> str:
         return f"SiteConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"

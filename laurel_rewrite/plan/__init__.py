@@ -106,6 +106,7 @@ class Plan:
                 leaves=self.leaves(site),
                 position=stream.index(site),
                 length=len(stream),
+                last=site is stream[-1] and site.repeats == 1,
                 role=site.role,
                 ends_block=bool(site.block) and all(row.block != site.block for row in stream[stream.index(site) + 1 :]),
                 options=site.options,

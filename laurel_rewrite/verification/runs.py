@@ -18,7 +18,31 @@ from laurel_rewrite.operators.protocol import Connection, sites_of
 from laurel_rewrite.sources.inputs import copied_inputs, copied_tensor
 from laurel_rewrite.verification.checks import Check, tensors_of
 
-_ROUNDINGS = 64  # units of eps that sums in another order of adds may be apart, in a whole model
+
+@dataclass(frozen=True)
+class Allowed:
+    """How far a tensor may be from what it was.
+
+    Attributes:
+        words: for the report.
+        share: of its largest element.
+        eps: the same in units of its type's eps.
+    """
+
+    words: str
+    share: float = 0.0
+    eps: float = 0.0
+
+    def of(self, tensor: Tensor) -> float:
+        """The bound for one tensor."""
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or self == EXACT:
+            return 0.0
+        return (self.share + self.eps * torch.finfo(tensor.dtype).eps) * float(tensor.abs().max())
+
+
+EXACT = Allowed("max |difference| = 0")
+REGROUPED = Allowed("64 eps of the largest element, for sums in another order of adds", eps=64)
+SCALE_FREE = Allowed("1e-3 of the largest element, for the epsilons of normalisations", share=1e-3)
 
 
 @dataclass
@@ -92,37 +116,33 @@ def check_start(original: nn.Module, rewritten: nn.Module, args: Sequence[Any], 
             compare_runs(
                 *(run_once(model, args, kwargs, train=mode, seed=seed) for model in (original, rewritten)),
                 train=mode,
-                declared=_declared(rewritten),
-                regrouped=regroups(rewritten),
+                declared=declared(rewritten),
+                allowed=allowed(rewritten),
             )
             for mode in (False, True)
         ]
 
 
-def compare_runs(before: Run, after: Run, *, train: bool, declared: str = "", regrouped: bool = False) -> Check:
-    """One check of two runs in one mode; with `regrouped` sums up to the rounding of another order of adds."""
-    name = "exact start, train mode, one seed" if train else "exact start, eval mode"
-    allowed = "max |difference| = 0" if not regrouped else f"{_ROUNDINGS} eps of the largest element, for sums in another order of adds"
+def compare_runs(before: Run, after: Run, *, train: bool, declared: str = "", allowed: Allowed = EXACT, name: str = "exact start") -> Check:
+    """One check of two runs in one mode."""
+    name = f"{name}, train mode, one seed" if train else f"{name}, eval mode"
     if before.error is not None:
         return Check.not_run(name, f"the model itself raises {type(before.error).__name__}: {_line(before.error)}")
     if after.error is not None:
-        return Check(name, False, float("inf"), allowed, f"{type(after.error).__name__}: {_line(after.error)}")
+        return Check(name, False, float("inf"), allowed.words, f"{type(after.error).__name__}: {_line(after.error)}")
     if before.tensors.keys() != after.tensors.keys():
-        return Check(name, False, float("inf"), allowed, f"{len(before.tensors)} tensors became {len(after.tensors)}")
+        return Check(name, False, float("inf"), allowed.words, f"{len(before.tensors)} tensors became {len(after.tensors)}")
     worst, detail = 0.0, f"{len(before.tensors)} tensors"
     for key, mine in before.tensors.items():
         theirs = after.tensors[key]
         facts = [(mine.shape, theirs.shape), (mine.dtype, theirs.dtype), (mine.layout, theirs.layout), (_strides(mine), _strides(theirs))]
         changed = next((f"{key}: {a} became {b}" for a, b in facts if a != b), "")
         difference = float("inf") if changed else difference_of(mine, theirs)
-        if regrouped and mine.is_floating_point() and not mine.is_meta and mine.numel():
-            bound = _ROUNDINGS * torch.finfo(mine.dtype).eps * float(mine.abs().max())
-            difference = 0.0 if difference <= bound else difference
-        if difference > worst:
+        if difference > max(worst, allowed.of(mine)):
             worst, detail = difference, changed or key
     if any(tensor.is_meta for tensor in before.tensors.values()) and worst == 0:
         detail += ", of which the meta device knows shapes alone"
-    return Check(name, worst == 0.0, worst, allowed, detail + declared)
+    return Check(name, worst == 0.0, worst, allowed.words, detail + declared)
 
 
 @contextlib.contextmanager
@@ -138,7 +158,8 @@ def plain_start(model: nn.Module) -> Iterator[None]:
             module.plain = False
 
 
-def _declared(model: nn.Module) -> str:
+def declared(model: nn.Module) -> str:
+    """Which starts are declared to be another function, in words for a check that left them out; "" where there is none."""
     inexact = dict.fromkeys(_declaration(m) for m in sites_of(model).values() if m.start_of(m.config) != "exact")
     return f"; with plain sums in the place of those at which {', '.join(inexact)} starts" if inexact else ""
 
@@ -152,9 +173,10 @@ def _declaration(module: Connection) -> str:
     )
 
 
-def regroups(model: nn.Module) -> bool:
-    """Whether a connection took the place of several adds, which then are not in the source's order."""
-    return any(module.regrouped for module in sites_of(model).values())
+def allowed(model: nn.Module) -> Allowed:
+    """How far a rewritten model may be from its original with plain sums: where a connection took the place of several adds, these are in another
+    order than the source's."""
+    return REGROUPED if any(module.regrouped for module in sites_of(model).values()) else EXACT
 
 
 def difference_of(a: Tensor, b: Tensor) -> float:

@@ -23,9 +23,10 @@ from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
 from laurel_rewrite.operators.protocol import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.verification.checks import Check
-from laurel_rewrite.verification.runs import Run, Watch, compare_runs, plain_start, regroups, run_once
+from laurel_rewrite.verification.runs import SCALE_FREE, Run, Watch, allowed, compare_runs, declared, plain_start, run_once
 
 _MODES = (False, True)
+_MODES_OF_CHECKS = (*_MODES, None, False)  # the two starts, the calls, the start of operators for readers without a scale
 
 
 @dataclass
@@ -82,7 +83,9 @@ class Proof:
                 for mode in _MODES:
                     watch = _Watch(model, loose)
                     after = self._run(model, mode, watch)
-                    found.checks.append(compare_runs(self.before[mode], after, train=mode, regrouped=regroups(model)))
+                    found.checks.append(
+                        compare_runs(self.before[mode], after, train=mode, declared=declared(model), allowed=allowed(model))
+                    )
                     found.turns |= isinstance(after.error, TooManyTurnsError)
                     found.stale |= watch.found
                     if self.before[mode].error is None and after.error is None:
@@ -91,7 +94,8 @@ class Proof:
             return Evidence([Check.not_run("exact start", self.why_not)])
         if found.counts:
             found.checks.append(_calls(plan, found.counts))
-        found.checks = [self.unsteady_or(check, mode) for check, mode in zip(found.checks, (*_MODES, None), strict=False)]
+            found.checks += self._scale_free(model)
+        found.checks = [self.unsteady_or(check, mode) for check, mode in zip(found.checks, _MODES_OF_CHECKS, strict=False)]
         return found
 
     def steady(self, model: nn.Module, evidence: Evidence) -> bool:
@@ -103,17 +107,26 @@ class Proof:
                     again = compare_runs(self.before[mode], self._run(model, mode), train=mode)
                     if again.failed:
                         self.unsteady[mode] = f"the model differs from itself from run to run, by {again.difference:.2g} ({again.detail})"
-        evidence.checks = [self.unsteady_or(check, mode) for check, mode in zip(evidence.checks, (*_MODES, None), strict=False)]
+        evidence.checks = [self.unsteady_or(check, mode) for check, mode in zip(evidence.checks, _MODES_OF_CHECKS, strict=False)]
         return not evidence.failed
 
     def differs(self, model: nn.Module) -> bool:
         """Whether a rewritten model fails the comparison, in any mode in which the original is steady."""
         with plain_start(model):
-            return any(
-                compare_runs(self.before[mode], self._run(model, mode), train=mode, regrouped=regroups(model)).failed
+            other = any(
+                compare_runs(self.before[mode], self._run(model, mode), train=mode, allowed=allowed(model)).failed
                 for mode in _MODES
                 if mode not in self.unsteady
             )
+        return other or any(check.failed for check in self._scale_free(model))
+
+    def _scale_free(self, model: nn.Module) -> list[Check]:
+        """Where operators start as multiples of the stream, which no reader may see: a run with their own start."""
+        starts = {module.start_of(module.config) for module in sites_of(model).values()}
+        if "scale-free" not in starts or "inexact" in starts or False in self.unsteady:
+            return []
+        found = self._run(model, train=False)
+        return [compare_runs(self.before[False], found, train=False, allowed=SCALE_FREE, name="start for readers without a scale")]
 
     def unsteady_or(self, check: Check, mode: bool | None) -> Check:
         return Check.not_run(check.name, self.unsteady[mode]) if mode in self.unsteady and mode is not None else check
