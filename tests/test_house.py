@@ -60,3 +60,15 @@ def test_packages_import_those_below_them_alone():
         if other and one != "__init__" and ORDER.index(one.partition(".")[0]) < ORDER.index(other.partition(".")[0])
     ]
     assert not wrong
+
+
+def test_no_function_is_longer_than_a_screen_and_no_file_than_a_room():
+    long = []
+    for path in [*modules().values(), *(REPOSITORY / "tests").glob("*.py"), *(REPOSITORY / "tools").rglob("*.py")]:
+        text = path.read_text()
+        if text.count("\n") > 450:
+            long.append(f"{path.name} has {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 80:
+                long.append(f"{path.name}: {node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines")
+    assert not long

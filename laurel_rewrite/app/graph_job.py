@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from laurel_rewrite import targets
@@ -72,8 +74,6 @@ def run(
         CaptureError, ConfigError, NoSiteError, RewriteError, ExportError: before anything is written; an ExportError of the PyTorch module
             alone comes after the rest was written.
     """
-    from laurel_rewrite.backends.onnx.proof import GraphProof
-
     if (out / NAME).exists() and (out / NAME).samefile(path):
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
     made_for = targets.target(target)
@@ -82,11 +82,8 @@ def run(
     if weights is not None:
         require_file(weights)
     with listener("read") as stage:
-        model = read_onnx(path)
+        model, given = _read(path, inputs)
         stage.done(f"{len(model.graph):,} nodes, {count(weight_count(model))} weights")
-    given = read_feeds(inputs) if inputs is not None else None
-    if given is not None:
-        check_feeds(model, given, path)
     with listener("detect") as stage:
         rewrite = GraphRewrite(model, given)
         stage.done(job.counts(rewrite.sites))
@@ -95,86 +92,153 @@ def run(
         rewrite.apply(chosen)
         if made_for.writes_nodes or (made_for.keeps_functions and functions == "inline"):
             inline_laurel(rewrite.model)
-        report = job.Report(
-            str(path), chosen, rewrite.sites, job.parameters(weight_count(model), chosen), out=str(out), notes=list(rewrite.notes)
-        )
+        added = job.parameters(weight_count(model), chosen)
+        report = job.Report(str(path), chosen, rewrite.sites, added, out=str(out), notes=list(rewrite.notes))
         stage.done(job.insertion(report))
-    read = [path, *(Path(tensor.path) for tensor in external(model)), *(file for file in (weights, inputs) if file is not None)]
-    with replacing(out, "rewrite", force=force, keep=read) as draft:
+    with replacing(
+        out, "rewrite", force=force, keep=[path, *(Path(t.path) for t in external(model)), *filter(None, (weights, inputs))]
+    ) as draft:
+        work = _Work(path, rewrite, report, draft, made_for, skip, external_data, listener)
         try:
-            with listener("write") as stage:
-                file = place_onnx(rewrite.model, draft / (UNLOWERED if made_for.lowers else NAME), external_data=external_data)
-                stage.done(file.name)
-            proof = GraphProof(path, rewrite, report.checks, inputs=given, seed=config.seed, verify=verify)
-            with listener("verify") as stage:
-                proof.start(file)
-                stage.done(job.verdict(report.checks))
-            job.stop_if_failed(report)
+            work.write(given, config.seed, verify)
             if weights is not None:
-                with listener("weights") as stage:
-                    _load(rewrite, weights, plan)
-                    file = place_onnx(rewrite.model, draft / file.name.removeprefix(f"{draft.name}-"), external_data=external_data)
-                    proof.weights(file)
-                    stage.done(str(weights))
-                job.stop_if_failed(report)
-            measured = file
+                work.load(weights, plan)
             if made_for.lowers:
-                with listener("lower") as stage, away_from_start(file, config.seed) as random:
-                    # With random parameters too, for those of the start hide what is lost; and it is them that the profile measures.
-                    lowered = [(file, NAME, "lowered against not"), (random, job.PROBE, "lowered against not, random LAuReL")]
-                    for source, name, check in lowered[: 2 if (verify or effort.seconds > 0) and random != file else 1]:
-                        unlowered = ir.load(source)
-                        done = lower(unlowered, target=target, skip=skip, verify=False)
-                        measured = place_onnx(unlowered, draft / name, external_data=external_data)
-                        proof.lowered(check, source, measured, done.scales, random=source == random, target=target, skip=skip)
-                        if name == NAME:
-                            file = measured
-                    report.notes.append(job.lowered(measured))
-                    stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
-                job.stop_if_failed(report)
-            (draft / PLAN).write_text(chosen.to_toml(), encoding="utf-8")
-            unconverted: ExportError | None = None
-            if emit_torch:
-                with listener("emit torch") as stage:
-                    try:
-                        module = _torch_module(rewrite, chosen, weights)
-                        proof.torch(module, file)
-                        save_graph(module, draft, chosen)
-                        stage.done("model.pt")
-                    except ExportError as error:
-                        unconverted = error
-                        stage.done("none")
-                job.stop_if_failed(report)
-            feeds = given or (proof.original.draws[0] if proof.original is not None else None)
-            report.notes += job.verified_elsewhere(made_for) if verify and feeds is not None else []
-            if effort.seconds > 0 and verify and feeds is None:
-                report.notes.append("Not profiled, for the graph was not run.")
-            elif effort.seconds > 0 and (missing := job.not_timed(made_for)):
-                report.notes.append(missing)
-            elif effort.seconds > 0:
-                with listener("profile") as stage:
-                    files = [path, measured]
-                    if proof.original is not None and proof.original.in_float32 and made_for.on_cpu:
-                        files = [
-                            write_in_float32(file, draft / f"float32-{name}") for file, name in ((path, "original.onnx"), (measured, NAME))
-                        ]
-                        report.notes.append(IN_FLOAT32)
-                    result = profile(
-                        files, names=[path.name if path.name != NAME else f"original {NAME}", NAME], inputs=feeds, **vars(effort), control=True, traces=draft, seed=config.seed,
-                        provider=made_for.provider, progress=stage.progress,
-                    )  # fmt: skip
-                    report.profile = job.renamed(result, {files[0]: path, files[1]: out / NAME})
-                    stage.done(f"{result.rows[1].latency.ratio:.3f}x the original's latency")
-            for name in (job.PROBE, UNLOWERED, "float32-"):
-                for scratch in draft.glob(f"{name}*"):
-                    scratch.unlink()
-            job.add_report(report, draft)
+                work.lower(config.seed, with_random=verify or effort.seconds > 0)
+            unconverted = work.emit_torch(weights) if emit_torch else None
+            work.profile(given, effort, config.seed, verify)
+            work.finish()
         finally:
             for twin in out.glob(f"{draft.name}-*"):
                 twin.unlink()
     if unconverted is not None:
         raise ExportError(f"{out / NAME} was written, but no PyTorch module: {unconverted}") from unconverted
     return report
+
+
+def _read(path: Path, inputs: Path | None) -> tuple[ir.Model, dict[str, np.ndarray] | None]:
+    """A graph, and inputs for it where there is a file of them."""
+    model = read_onnx(path)
+    given = read_feeds(inputs) if inputs is not None else None
+    if given is not None:
+        check_feeds(model, given, path)
+    return model, given
+
+
+class _Work:
+    """A rewritten graph on its way into a draft folder, stage by stage; what is found out goes into the report.
+
+    Attributes:
+        file: the result so far.
+        measured: what a profile measures: the same off its start.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rewrite: GraphRewrite,
+        report: job.Report,
+        draft: Path,
+        target: targets.Target,
+        skip: tuple[str, ...],
+        external_data: str | None,
+        listener: job.Listener,
+    ) -> None:
+        self.path, self.rewrite, self.report, self.draft = path, rewrite, report, draft
+        self.target, self.skip, self.external_data, self.listener = target, skip, external_data, listener
+
+    def write(self, inputs: Mapping[str, np.ndarray] | None, seed: int, verify: bool) -> None:
+        """The graph at its start, which computes what the original does."""
+        from laurel_rewrite.backends.onnx.proof import GraphProof
+
+        with self.listener("write") as stage:
+            self.file = self.measured = self._placed(UNLOWERED if self.target.lowers else NAME)
+            stage.done(self.file.name)
+        self.proof = GraphProof(self.path, self.rewrite, self.report.checks, inputs=inputs, seed=seed, verify=verify)
+        with self.listener("verify") as stage:
+            self.proof.start(self.file)
+            stage.done(job.verdict(self.report.checks))
+        job.stop_if_failed(self.report)
+
+    def load(self, weights: Path, plan: Path | None) -> None:
+        """Trained parameters in the place of the start."""
+        with self.listener("weights") as stage:
+            _load(self.rewrite, weights, plan)
+            self.file = self.measured = self._placed(self.file.name.removeprefix(f"{self.draft.name}-"))
+            self.proof.weights(self.file)
+            stage.done(str(weights))
+        job.stop_if_failed(self.report)
+
+    def lower(self, seed: int, *, with_random: bool) -> None:
+        """With random parameters too, for those of the start hide what is lost; and it is them that the profile measures."""
+        with self.listener("lower") as stage, away_from_start(self.file, seed) as random:
+            lowered = [(self.file, NAME, "lowered against not"), (random, job.PROBE, "lowered against not, random LAuReL")]
+            for source, name, check in lowered[: 2 if with_random and random != self.file else 1]:
+                graph = ir.load(source)
+                done = lower(graph, target=self.target.name, skip=self.skip, verify=False)
+                self.measured = place_onnx(graph, self.draft / name, external_data=self.external_data)
+                self.proof.lowered(
+                    check, source, self.measured, done.scales, random=source == random, target=self.target.name, skip=self.skip
+                )
+                if name == NAME:
+                    result = self.measured
+            self.file = result
+            self.report.notes.append(job.lowered(self.measured))
+            stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
+        job.stop_if_failed(self.report)
+
+    def emit_torch(self, weights: Path | None) -> ExportError | None:
+        """A PyTorch module of the same graph; why there is none."""
+        unconverted: ExportError | None = None
+        with self.listener("emit torch") as stage:
+            try:
+                module = _torch_module(self.rewrite, self.report.plan, weights)
+                self.proof.torch(module, self.file)
+                save_graph(module, self.draft, self.report.plan)
+                stage.done("model.pt")
+            except ExportError as error:
+                unconverted = error
+                stage.done("none")
+        job.stop_if_failed(self.report)
+        return unconverted
+
+    def profile(self, given: Mapping[str, np.ndarray] | None, effort: Effort, seed: int, verify: bool) -> None:
+        """Measure the result beside the original, on the target's provider; or say why not."""
+        original, notes = self.proof.original, self.report.notes
+        feeds = given or (original.draws[0] if original is not None else None)
+        notes += job.verified_elsewhere(self.target) if verify and feeds is not None else []
+        if effort.seconds <= 0:
+            return
+        if verify and feeds is None:
+            notes.append("Not profiled, for the graph was not run.")
+            return
+        if missing := job.not_timed(self.target):
+            notes.append(missing)
+            return
+        with self.listener("profile") as stage:
+            files = [self.path, self.measured]
+            if original is not None and original.in_float32 and self.target.on_cpu:
+                named = ((self.path, "original.onnx"), (self.measured, NAME))
+                files = [write_in_float32(file, self.draft / f"float32-{name}") for file, name in named]
+                notes.append(IN_FLOAT32)
+            names = [self.path.name if self.path.name != NAME else f"original {NAME}", NAME]
+            result = profile(
+                files, names=names, inputs=feeds, **vars(effort), control=True, traces=self.draft, seed=seed,
+                provider=self.target.provider, progress=stage.progress,
+            )  # fmt: skip
+            self.report.profile = job.renamed(result, {files[0]: self.path, files[1]: Path(self.report.out) / NAME})
+            stage.done(f"{result.rows[1].latency.ratio:.3f}x the original's latency")
+
+    def finish(self) -> None:
+        """Leave the results alone, with the report beside them."""
+        (self.draft / PLAN).write_text(self.report.plan.to_toml(), encoding="utf-8")
+        for name in (job.PROBE, UNLOWERED, "float32-"):
+            for scratch in self.draft.glob(f"{name}*"):
+                scratch.unlink()
+        job.add_report(self.report, self.draft)
+
+    def _placed(self, name: str) -> Path:
+        return place_onnx(self.rewrite.model, self.draft / name, external_data=self.external_data)
 
 
 def _load(rewrite: GraphRewrite, weights: Path, plan: Path | None) -> None:

@@ -217,25 +217,14 @@ def run(
         VerificationError: a check failed; the report is its `args[1]`.
         NoSiteError: there is no residual connection, or none that can be rewritten.
     """
-    import torch
-
-    from laurel_rewrite.backends.module.rewriting import apply_plan
     from laurel_rewrite.backends.module.saving import save
-    from laurel_rewrite.exporting import Exporter
-    from laurel_rewrite.operators.protocol import refuse_second_time
 
     made_for = targets.target(target)
     check_out(out, "rewrite", FILES, force=force)
     given = read_plan(plan)
     with listener("build") as stage:
-        torch.manual_seed(config.seed)
-        built = _build(spec, settings)
+        built = _built(spec, settings, config.seed)
         model, args, kwargs = built.model, built.args, built.kwargs
-        refuse_second_time(model)
-        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-            raise ConfigError(
-                f"{spec} is on the meta device: it has no values to verify and to export. Build it on the CPU, or see it with --dry-run."
-            )
         stage.done(f"{type(model).__name__}, {number(built.parameters)} parameters")
     with listener("detect") as stage:
         sites = detect(model, args, kwargs)
@@ -243,37 +232,21 @@ def run(
     with listener("rewrite, verify") as stage:
         chosen = make_plan(sites, config, given, spec)
         report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out))
-        try:
-            applied = apply_plan(model, sites, chosen, args, kwargs, unsupported=unsupported)
-        except VerificationError as error:
-            report.checks = list(error.checks)
-            raise VerificationError(error.args[0], report) from error
-        rewritten, report.plan, report.skipped = applied.model, applied.plan, applied.skipped
-        report.parameters = parameters(built.parameters, applied.plan)
-        report.checks += applied.checks
+        rewritten = _rewritten(report, built, unsupported)
         stage.done(f"{insertion(report)}, {verdict(report.checks)}" + (f", {len(report.skipped)} skipped" if report.skipped else ""))
     with listener("verify gradients") as stage:
         report.checks.append(check_gradients(rewritten, args, kwargs, seed=config.seed))
         stage.done(verdict(report.checks[-1:]))
     stop_if_failed(report)
     with replacing(out, "rewrite", force=force, keep=built.files.values()) as draft:
+        exports = _Exports(built, rewritten, draft, made_for, functions, skip)
         with listener("export") as stage:
-            baseline = Exporter(model, args, kwargs).write(draft / "baseline.onnx")
-            exporter = Exporter(rewritten, args, kwargs, functions=functions, target=target, skip=skip)
-            laurel = exporter.write(draft / "laurel.onnx")
+            exports.write()
             stage.done("baseline.onnx, laurel.onnx")
         with listener("verify ONNX") as stage:
-            with randomized(rewritten, config.seed):
-                probe = exporter.write(draft / PROBE)
-                checks, random = check_export(rewritten, probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=config.seed)
-            report.notes += verified_elsewhere(made_for)
-            if made_for.lowers:
-                report.notes.append(lowered(probe.path))
-            more, start = check_export(rewritten, laurel, args, kwargs, name="laurel.onnx", seed=config.seed)
-            if start is not None and random is not None:
-                checks.append(check_moves(start, random, laurel.values))
-            checks += more + check_export(model, baseline, args, kwargs, name="baseline.onnx", seed=config.seed)[0]
+            checks = exports.checked(config.seed)
             report.checks += checks
+            report.notes += exports.notes
             stage.done(verdict(checks))
         stop_if_failed(report)
         with listener("save") as stage:
@@ -283,30 +256,94 @@ def run(
             report.notes.append(missing)
         elif effort.seconds > 0:
             with listener("profile") as stage:
-                # With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph.
-                files = [baseline.path, probe.path]
-                if start is not None and start.in_float32:
-                    files = [write_in_float32(file, draft / f"{PROBE}-{file.name}") for file in files]
-                    report.notes.append(IN_FLOAT32)
-                report.profile = profile(
-                    files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], built), **vars(effort), control=True,
-                    provider=made_for.provider, traces=draft, seed=config.seed, progress=stage.progress,
-                )  # fmt: skip
-                places = {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", draft: out}
-                report.profile = renamed(report.profile, places)
+                report.profile = exports.profiled(out, effort, config.seed, stage, report.notes)
                 stage.done(f"{report.profile.rows[1].latency.ratio:.3f}x the baseline's latency")
         if train:
             with listener("training") as stage:
                 report.training = _train(model, rewritten, sites, built, effort.seconds or 10.0, config.seed)
-                stage.done(
-                    "; ".join(
-                        f"{row.mode}, {row.name}: {row.step.ratio:.3f}x" for row in report.training.rows if row.step.verdict != "baseline"
-                    )
-                )
+                ratios = (row for row in report.training.rows if row.step.verdict != "baseline")
+                stage.done("; ".join(f"{row.mode}, {row.name}: {row.step.ratio:.3f}x" for row in ratios))
         for file in draft.glob(f"{PROBE}*"):
             file.unlink()
         add_report(report, draft)
     return report
+
+
+def _built(spec: str, settings: Mapping[str, Any] | None, seed: int) -> Built:
+    """The model of a MODEL, with values, and no connection of ours in it yet."""
+    import torch
+
+    from laurel_rewrite.operators.protocol import refuse_second_time
+
+    torch.manual_seed(seed)
+    built = _build(spec, settings)
+    refuse_second_time(built.model)
+    if any(tensor.is_meta for tensor in (*built.model.parameters(), *built.model.buffers())):
+        raise ConfigError(
+            f"{spec} is on the meta device: it has no values to verify and to export. Build it on the CPU, or see it with --dry-run."
+        )
+    return built
+
+
+def _rewritten(report: Report, built: Built, unsupported: str) -> nn.Module:
+    """The rewritten model; the report says then what was done, and what was verified."""
+    from laurel_rewrite.backends.module.rewriting import apply_plan
+
+    try:
+        applied = apply_plan(built.model, report.sites, report.plan, built.args, built.kwargs, unsupported=unsupported)
+    except VerificationError as error:
+        report.checks = list(error.checks)
+        raise VerificationError(error.args[0], report) from error
+    report.plan, report.skipped = applied.plan, applied.skipped
+    report.parameters = parameters(built.parameters, applied.plan)
+    report.checks += applied.checks
+    return applied.model
+
+
+class _Exports:
+    """The model and the rewritten one as ONNX, and a copy of the latter off its start, in a draft folder.
+
+    Attributes:
+        notes: sentences for the report.
+    """
+
+    def __init__(
+        self, built: Built, rewritten: nn.Module, draft: Path, target: targets.Target, functions: str, skip: tuple[str, ...]
+    ) -> None:
+        from laurel_rewrite.exporting import Exporter
+
+        self.built, self.rewritten, self.draft, self.target = built, rewritten, draft, target
+        self.plain = Exporter(built.model, built.args, built.kwargs)
+        self.exporter = Exporter(rewritten, built.args, built.kwargs, functions=functions, target=target.name, skip=skip)
+        self.notes: list[str] = []
+
+    def write(self) -> None:
+        self.baseline = self.plain.write(self.draft / "baseline.onnx")
+        self.laurel = self.exporter.write(self.draft / "laurel.onnx")
+
+    def checked(self, seed: int) -> list[Check]:
+        """Whether the files compute what the models do, also off the start, which hides most faults."""
+        args, kwargs = self.built.args, self.built.kwargs
+        with randomized(self.rewritten, seed):
+            self.probe = self.exporter.write(self.draft / PROBE)
+            checks, random = check_export(self.rewritten, self.probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=seed)
+        self.notes += verified_elsewhere(self.target) + ([lowered(self.probe.path)] if self.target.lowers else [])
+        more, self.start = check_export(self.rewritten, self.laurel, args, kwargs, name="laurel.onnx", seed=seed)
+        if self.start is not None and random is not None:
+            checks.append(check_moves(self.start, random, self.laurel.values))
+        return checks + more + check_export(self.built.model, self.baseline, args, kwargs, name="baseline.onnx", seed=seed)[0]
+
+    def profiled(self, out: Path, effort: Effort, seed: int, stage: Stage, notes: list[str]) -> Profile:
+        """With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph."""
+        files = [self.baseline.path, self.probe.path]
+        if self.start is not None and self.start.in_float32:
+            files = [write_in_float32(file, self.draft / f"{PROBE}-{file.name}") for file in files]
+            notes.append(IN_FLOAT32)
+        found = profile(
+            files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], self.built), **vars(effort), control=True,
+            provider=self.target.provider, traces=self.draft, seed=seed, progress=stage.progress,
+        )  # fmt: skip
+        return renamed(found, {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", self.draft: out})
 
 
 def add_report(report: Report, draft: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,56 +168,83 @@ def profile(
             precision are no such numbers.
     """
     effort = Effort(seconds, min_rounds, precision, max_seconds)
-    files = [Path(path) for path in paths]
-    for file in files:
-        require_file(file)
-    if not files:
-        raise ConfigError("profile takes at least one ONNX file.")
     if inputs is not None and shapes:
         raise ConfigError("Sizes to measure at are for inputs that are drawn, and these were given.")
     options = settings(threads, provider)
-    models = [_load(file) for file in files]
+    files, models = _read(paths)
     points = shape_grid(models[0], shapes or {})
     feeds = [dict(inputs)] if inputs is not None else _drawn(files[0], models[0], options, points, seed)
-    for file, model in zip(files, models, strict=True):
-        for one in feeds:
-            check_feeds(model, one, file)
+    for (file, model), one in itertools.product(zip(files, models, strict=True), feeds):
+        check_feeds(model, one, file)
     rows_of = list(names) if names is not None else _names(files)
     warnings: list[str] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laurel-profile-")))
         measured = [stack.enter_context(away_from_start(file, seed, inline=True)) for file in files]
         if control:
-            try:
-                made = stack.enter_context(_control(models[0], files[0], folder))
-                for one in feeds:
-                    check_runs(made, session_of(made, options), one)
-            except LaurelError as error:
-                warnings.append(f"There is no model with one more layer: {error}")
-            else:
+            made = _one_more(stack, models[0], files[0], folder, options, feeds)
+            if isinstance(made, Path):
                 rows_of.append(ONE_MORE)
                 files.append(made)
                 measured.append(made)
+            else:
+                warnings.append(made)
         if self_check:
-            rows_of.append(ITSELF)
-            files.append(files[0])
-            measured.append(measured[0])
-        for file, copy in zip(files, measured, strict=True):
-            session = session_of(copy, options)
-            for one in feeds:
-                check_runs(file, session, one)
+            rows_of, files, measured = [*rows_of, ITSELF], [*files, files[0]], [*measured, measured[0]]
+        _check_all(files, measured, options, feeds)
         timings = []
         for number, one in enumerate(feeds):
             step = None if progress is None else lambda done, number=number: progress((number + done) / len(feeds))
             timings.append(latency.measure(measured, options, one, effort, seed=seed, progress=step))
         rows = _rows(rows_of, files, measured, timings, options, feeds[0], folder, seconds, seed)
-        if traces is not None:
-            for number, name in enumerate(rows_of):
-                (folder / f"trace{number}.json").replace(traces / f"trace-{_file_name(name)}.json")
+        _keep_traces(folder, traces, rows_of)
     described = tuple({name: f"{value.dtype}{list(value.shape)}" for name, value in one.items()} for one in feeds)
     warnings += _doubts(rows, options, effort)
     made_with = conditions(options) | {"rounds": rows[0].latency.rounds, "inputs": described[0], "seed": seed}
     return Profile(rows, described, made_with, tuple(warnings))
+
+
+def _read(paths: Sequence[Path | str]) -> tuple[list[Path], list[ir.Model]]:
+    """Files and what is in them; ConfigError where one is missing or cannot be loaded, or where there is none."""
+    files = [Path(path) for path in paths]
+    for file in files:
+        require_file(file)
+    if not files:
+        raise ConfigError("profile takes at least one ONNX file.")
+    return files, [_load(file) for file in files]
+
+
+def _keep_traces(folder: Path, traces: Path | None, names: Sequence[str]) -> None:
+    """Raw traces where somebody wants them, by the names of the rows."""
+    for number, name in enumerate(names if traces is not None else ()):
+        assert traces is not None
+        (folder / f"trace{number}.json").replace(traces / f"trace-{_file_name(name)}.json")
+
+
+def _one_more(
+    stack: contextlib.ExitStack,
+    model: ir.Model,
+    file: Path,
+    folder: Path,
+    options: Settings,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+) -> Path | str:
+    """The file of a model with one more layer, as long as the stack holds it; or why there is none, in a sentence."""
+    try:
+        made = stack.enter_context(_control(model, file, folder))
+        for one in feeds:
+            check_runs(made, session_of(made, options), one)
+    except LaurelError as error:
+        return f"There is no model with one more layer: {error}"
+    return made
+
+
+def _check_all(files: Sequence[Path], measured: Sequence[Path], options: Settings, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Raise ConfigError where a file does not run with inputs."""
+    for file, copy in zip(files, measured, strict=True):
+        session = session_of(copy, options)
+        for one in feeds:
+            check_runs(file, session, one)
 
 
 def _drawn(path: Path, model: ir.Model, options: Settings, points: Sequence[Mapping[str, int]], seed: int) -> list[dict[str, np.ndarray]]:

@@ -1,0 +1,63 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from laurel_rewrite.app.operator_options import builtin_options
+
+SET = click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the factory, or field of the architecture's configuration."
+)
+FAIL_IF = click.option(
+    "--fail-if",
+    "limits",
+    multiple=True,
+    metavar="LIMIT",
+    help="Exit with 1 where this holds for a profiled graph: 'latency_ratio > 1.05', or 'verdict == unresolved' for an interval too wide to say "
+    "more. Also latency_low, latency_high, activation_ratio, resident_ratio, file_ratio, flops_ratio, fusions_lost, ..., and 'skipped > 0'.",
+)
+
+
+PRECISION = click.option(
+    "--precision",
+    type=float,
+    metavar="FRACTION",
+    help="Measure on until every interval reaches no farther from its ratio: 0.02 is 2 %. At most for --max-time.",
+)
+MAX_TIME = click.option(
+    "--max-time", "max_seconds", default=120.0, show_default=True, help="With --precision: seconds to measure at most at each shape."
+)
+
+
+FORCE = click.option(
+    "--force",
+    is_flag=True,
+    help="Replace files in --out that are no earlier result, or were changed since, and another plan at --plan-out.",
+)
+
+
+def seconds_of(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not 0 <= value < math.inf:  # nan is neither
+        raise click.BadParameter("it must be a number of seconds, 0 or more.")
+    return value
+
+
+def common(function: Any) -> Any:
+    """Options that all commands take."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr."),
+        click.option("-q", "--quiet", is_flag=True, help="Show no stages."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ):
+        function = option(function)
+    return function
+
+
+def operator_options(function: Any) -> Any:
+    for option in reversed(builtin_options().values()):
+        function.__click_params__.append(option)
+    return function

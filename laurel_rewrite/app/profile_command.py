@@ -1,0 +1,61 @@
+"""`laurel-rewrite profile A.onnx B.onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from laurel_rewrite.app.command_help import Command
+from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PRECISION, common, seconds_of
+from laurel_rewrite.app.running import check_limits, console, print_json, start, stop_if_exceeded
+
+
+@click.command(cls=Command)
+@click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
+@FORCE
+@click.option(
+    "--min-time", "seconds", default=10.0, show_default=True, callback=seconds_of, help="Seconds of interleaved rounds at each shape."
+)
+@click.option(
+    "--shape", "shapes", multiple=True, metavar="NAME=SIZE[,SIZE...]", help="Sizes of an open dimension: batch=1,8. All combinations."
+)
+@click.option("--inputs", type=click.Path(path_type=Path), help="Inputs (.npz), instead of random ones.")
+@PRECISION
+@MAX_TIME
+@click.option("--threads", type=click.IntRange(1), help="Threads of a run.  [default: as many as there are cores, at most 4]")
+@click.option("--provider", default="CPU", show_default=True, help="Execution provider of onnxruntime.")
+@click.option(
+    "--one-more-layer/--no-one-more-layer", "control", default=True, show_default=True, help="The first model with one more layer, too."
+)
+@click.option("--self-check", is_flag=True, help="The first model against itself, too: it must be within noise.")
+@click.option("--seed", default=0, show_default=True, help="Seed of inputs, order and intervals.")
+@FAIL_IF
+@common
+def profile(
+    models: tuple[Path, ...],
+    out: Path,
+    shapes: tuple[str, ...],
+    inputs: Path | None,
+    limits: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Measure ONNX files against the first: latency with intervals, memory, where the time goes, FLOPs, fusions. Writes report.html and
+    report.json."""
+    start(verbose, as_json)
+    check_limits(limits)
+    from laurel_rewrite.app import profile_job, terminal
+
+    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    data, result = profile_job.run(models, out, shapes=profile_job.parse_shapes(shapes), inputs=inputs, listener=listener, **options)
+    if as_json:
+        print_json(data)
+    else:
+        terminal.show_profile(console(), result)
+        click.echo(f"Written to {out}/: {', '.join(data['files'])}")
+    stop_if_exceeded(limits, result)
