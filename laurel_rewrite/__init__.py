@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from laurel_rewrite.exporting import export_onnx
     from laurel_rewrite.files.onnx import write_onnx
     from laurel_rewrite.operators.config import Option
-    from laurel_rewrite.operators.protocol import Connection, param_groups
+    from laurel_rewrite.operators.connections import param_groups
+    from laurel_rewrite.operators.protocol import Connection
     from laurel_rewrite.operators.registry import load_operators, register_operator
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
@@ -54,7 +55,7 @@ _HOMES = {
     "load": "backends.module.saving",
     "export_onnx": "exporting",
     "profile": "profiling",
-    "param_groups": "operators.protocol",
+    "param_groups": "operators.connections",
     "Connection": "operators.protocol",
     "Option": "operators.config",
     "register_operator": "operators.registry",

@@ -30,8 +30,9 @@ from laurel_rewrite.files.onnx import place_onnx
 from laurel_rewrite.graph.capture import describe, quiet, training, without_caches
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.onnx_function import BRANCH, DOMAIN
-from laurel_rewrite.operators.protocol import Connection, parted, sites_of
+from laurel_rewrite.operators.protocol import Connection, parted
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.export import check_export, numbered, widened

@@ -28,7 +28,8 @@ from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.exporting import export_onnx
 from laurel_rewrite.files.onnx import write_onnx
 from laurel_rewrite.graph.capture import quiet
-from laurel_rewrite.operators.protocol import Connection, sites_of
+from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.registry import operators, register_operator
 from laurel_rewrite.verification.onnx_runs import run_onnx
 

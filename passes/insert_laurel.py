@@ -12,7 +12,8 @@ from laurel_rewrite.detection.site import Binding
 from laurel_rewrite.detection.sites import Sites, sites_of_graph
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
-from laurel_rewrite.operators.protocol import Connection, refuse_second_time
+from laurel_rewrite.operators.connections import refuse_second_time
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.base import Pass, PassResult
 
 if TYPE_CHECKING:

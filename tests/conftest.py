@@ -127,7 +127,7 @@ def output(model: nn.Module, args: Any = (), kwargs: dict[str, Any] | None = Non
 
 def away_from_start(model: nn.Module, seed: int = 0, spread: float = 0.2) -> nn.Module:
     """Random LAuReL parameters, for good."""
-    from laurel_rewrite.operators.protocol import sites_of
+    from laurel_rewrite.operators.connections import sites_of
 
     generator = torch.Generator().manual_seed(seed)
     for module in sites_of(model).values():

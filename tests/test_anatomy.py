@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from laurel_rewrite import ConfigError, detect, rewrite
 from laurel_rewrite.detection.anatomy import Spot, _Anatomist
 from laurel_rewrite.detection.sites import _sites, sites_of_onnx
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 
 KNOWN = {
     # link, role, normed, scale-free, block without its number; site by site of one block

@@ -22,7 +22,7 @@ from laurel_rewrite import (
 )
 from laurel_rewrite.backends.onnx import emit_torch
 from laurel_rewrite.graph.feeds import draw_feeds
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.verification.onnx import run_onnx
 
 

@@ -14,7 +14,7 @@ from toys import CASES, D
 
 import laurel_rewrite.files.onnx
 from laurel_rewrite import ConfigError, ExportError, export_onnx, rewrite
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.models import build
 
 RTOL, ATOL = 1e-4, 1e-5

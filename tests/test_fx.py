@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, detect, rewrite
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.passes import InsertLaurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 

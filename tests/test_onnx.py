@@ -32,7 +32,7 @@ from laurel_rewrite import (
 )
 from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.graph.from_onnx import METADATA
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.verification.onnx import run_onnx
 
 X = np.random.default_rng(5).standard_normal((2, D)).astype(np.float32)

@@ -18,7 +18,7 @@ from laurel_rewrite import (
     register_operator,
     rewrite,
 )
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.testing import Stack, check_operator, equal, gradients_of, moved, near
 

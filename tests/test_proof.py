@@ -11,8 +11,8 @@ from torch import nn
 
 from laurel_rewrite import VerificationError, rewrite
 from laurel_rewrite.backends.module.proof import first_wrong
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.laurel import Laurel
-from laurel_rewrite.operators.protocol import sites_of
 
 D = 16
 

@@ -18,7 +18,7 @@ from toys import CASES, D
 
 import laurel_rewrite
 from laurel_rewrite import ConfigError, load, remove, rewrite, save
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.models import build
 
 FILES = {"modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json", "laurel_manifest.json"}

@@ -15,7 +15,7 @@ from toys import CASES, D
 from laurel_rewrite import RewriteError, load, rewrite, save
 from laurel_rewrite.backends.module.saving import source_of
 from laurel_rewrite.backends.module.surgery import rewriting_of
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.models import build
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from laurel_rewrite import LaurelError, RewriteError, VerificationError, load, remove, rewrite, save
 from laurel_rewrite.errors import TooManyTurnsError
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 
 
 def inputs(seed=0):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from laurel_rewrite import detect, load, remove, rewrite, save
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 
 D = 16
 X = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(1))

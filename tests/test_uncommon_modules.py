@@ -12,7 +12,7 @@ from conftest import away_from_start
 from torch import nn
 
 from laurel_rewrite import ConfigError, RewriteError, load, remove, rewrite, save
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 
 D = 16
 example_inputs = (torch.randn(2, 5, D),)  # of a module whose factories a saved folder may name

@@ -7,7 +7,7 @@ from conftest import real
 from toys import CASES, D
 
 from laurel_rewrite import rewrite
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.verification.checks import Check, check_gradients
 from laurel_rewrite.verification.export import draw
 from laurel_rewrite.verification.runs import check_start

@@ -273,7 +273,7 @@ def _built(spec: str, settings: Mapping[str, Any] | None, seed: int) -> Built:
     """The model of a MODEL, with values, and no connection of ours in it yet."""
     import torch
 
-    from laurel_rewrite.operators.protocol import refuse_second_time
+    from laurel_rewrite.operators.connections import refuse_second_time
 
     torch.manual_seed(seed)
     built = _build(spec, settings)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from laurel_rewrite.errors import ConfigError, LaurelError
+from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.operators.config import CONVOLUTIONS, Option, SiteConfig
 from laurel_rewrite.operators.state import Link, Slot
 from laurel_rewrite.operators.sums import add, laid_out, state_like
@@ -355,80 +355,3 @@ def parted(result: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     if isinstance(result, tuple):
         return result[0], tuple(result[1:])
     return result, ()
-
-
-class Plain(Connection):
-    """x + f in the place of another connection, to see what an insertion does without the operator."""
-
-    name = "plain"
-    formula = "x + f"
-
-    @staticmethod
-    def like(other: Connection) -> Plain:
-        """For the place of another connection."""
-        facts = other.config.but(variant=Plain.name, lags=0, leaves=0).to_dict()
-        return Plain(SiteConfig(**{name: value for name, value in facts.items() if name not in other.config.options}), site=other.site)
-
-    def skip(self, x: Tensor, *state: Tensor) -> Tensor:
-        return x
-
-    def branch(self, f: Tensor) -> Tensor:
-        return f
-
-
-class PlainResidual(nn.Module):
-    """x + f: a turn of a loop that keeps its plain residual connection."""
-
-    def __init__(self, side: int = 0) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, x: Tensor, f: Tensor) -> Tensor:
-        return add(x, f, self.side)
-
-
-# Connections in a model
-
-
-def sites_of(model: nn.Module) -> dict[str, Connection]:
-    """The connections in `model` by module path; one that is shared appears once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Connection)}
-
-
-def refuse_second_time(model: nn.Module) -> None:
-    """Raise ConfigError where the model has connections of ours."""
-    present = sites_of(model)
-    if present:
-        raise ConfigError(
-            f"The model was rewritten already: it has {len(present)} LAuReL modules, the first at {next(iter(present))!r}. "
-            "Call laurel_rewrite.remove(model) first."
-        )
-
-
-def param_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups in which the scalars of LAuReL (a, b, g) and all other vectors get no weight decay.
-
-    Args:
-        model: any module; every parameter that requires a gradient is in exactly one group.
-        lr: learning rate of all groups, times the `rate` that an operator declares for its own. The paper gives none for LAuReL.
-        weight_decay: of the matrices; vectors (norms, biases, mix, g) get 0, as usual in pre-training.
-
-    Returns:
-        Dictionaries for `torch.optim` constructors: decayed parameters, those without decay, and one more for each other rate.
-    """
-    rates = {id(p): module.rate for module in sites_of(model).values() for p in module.parameters() if module.rate != 1.0}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    others: dict[float, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in rates:
-            others.setdefault(rates[id(parameter)], []).append(parameter)
-        else:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    return [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": plain, "lr": lr, "weight_decay": 0.0},
-        *({"params": group, "lr": lr * rate, "weight_decay": 0.0} for rate, group in others.items()),
-    ]

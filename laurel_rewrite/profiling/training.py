@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.graph.capture import quiet, without_caches
-from laurel_rewrite.operators.protocol import param_groups
+from laurel_rewrite.operators.connections import param_groups
 from laurel_rewrite.profiling.latency import Latency, interleaved, summarised
 from laurel_rewrite.sources.inputs import copied_inputs
 

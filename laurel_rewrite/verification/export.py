@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.graph.capture import quiet, training, without_caches
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.inputs import copied_inputs
 from laurel_rewrite.verification.checks import Check, tensors_of
 from laurel_rewrite.verification.onnx import proved

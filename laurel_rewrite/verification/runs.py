@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from laurel_rewrite.graph.capture import quiet, training, without_caches
 from laurel_rewrite.graph.snapshot import preserved
-from laurel_rewrite.operators.protocol import Connection, sites_of
+from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.sources.inputs import copied_inputs, copied_tensor
 from laurel_rewrite.verification.checks import Check, tensors_of
 

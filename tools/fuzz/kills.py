@@ -26,7 +26,7 @@ from torch import nn
 import laurel_rewrite
 from laurel_rewrite.files.drafts import reading, replacing
 from laurel_rewrite.files.manifest import MANIFEST, Manifest
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 
 WIDTH = 8
 OWN, NOTE = "notes.txt", "the user's"

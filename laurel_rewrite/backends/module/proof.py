@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laurel_rewrite.errors import TooManyTurnsError
 from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
-from laurel_rewrite.operators.protocol import sites_of
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.verification.checks import Check
 from laurel_rewrite.verification.runs import SCALE_FREE, Run, Watch, allowed, compare_runs, declared, plain_start, run_once

@@ -19,7 +19,7 @@ from laurel_rewrite.backends.module.surgery import Rewriting, change_classes, co
 from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, LaurelError, NoSiteError, RewriteError, VerificationError
-from laurel_rewrite.operators.protocol import refuse_second_time, sites_of
+from laurel_rewrite.operators.connections import refuse_second_time, sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import Check

@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite.backends.module.functions import BASE, Rewritten
 from laurel_rewrite.errors import ConfigError, RewriteError
-from laurel_rewrite.operators.protocol import Connection, PlainResidual, sites_of
+from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.operators.plain import PlainResidual
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.state import Link, Slot, Stream, Tap
 from laurel_rewrite.operators.turns import Turns
 from laurel_rewrite.plan import Plan

@@ -28,7 +28,8 @@ from laurel_rewrite.graph.ops.onnx import SPLIT_LAYOUT
 from laurel_rewrite.graph.shapes import twice_named
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.operators.onnx_function import DOMAIN, IR_VERSION, MADE_IN, Call, step_function
-from laurel_rewrite.operators.protocol import Connection, Plain
+from laurel_rewrite.operators.plain import Plain
+from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx
 from laurel_rewrite.plan import LaurelConfig, Plan, PlanSite
 from laurel_rewrite.verification.checks import require
