@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from laurel_rewrite.files.onnx import write_onnx
     from laurel_rewrite.operators.config import Option
     from laurel_rewrite.operators.connections import param_groups
-    from laurel_rewrite.operators.protocol import Connection
+    from laurel_rewrite.operators.protocol import Connection, Reads
     from laurel_rewrite.operators.registry import load_operators, register_operator
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
@@ -57,6 +57,7 @@ _HOMES = {
     "profile": "profiling",
     "param_groups": "operators.connections",
     "Connection": "operators.protocol",
+    "Reads": "operators.protocol",
     "Option": "operators.config",
     "register_operator": "operators.registry",
     "load_operators": "operators.registry",
@@ -86,6 +87,7 @@ __all__ = [
     "MissingPackageError",
     "NoSiteError",
     "Option",
+    "Reads",
     "RewriteError",
     "VerificationError",
     "detect",

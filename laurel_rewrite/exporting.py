@@ -31,7 +31,7 @@ from laurel_rewrite.graph.capture import describe, quiet, training, without_cach
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.operators.connections import sites_of
-from laurel_rewrite.operators.onnx_function import BRANCH, DOMAIN
+from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
 from laurel_rewrite.operators.protocol import Connection, parted
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import require
@@ -222,10 +222,11 @@ def marked(model: nn.Module) -> Iterator[None]:
         for site, module in modules.items():
             module.connect = _Marker(site, module).connect  # type: ignore[method-assign]  # on the instance, for a while
             module.branch = _Marker(site, module).branch  # type: ignore[method-assign]  # likewise
+            module.connect_behind = _Marker(site, module).connect_behind  # type: ignore[method-assign]  # likewise
         yield
     finally:
         for module in modules.values():
-            del module.connect, module.branch
+            del module.connect, module.branch, module.connect_behind
             if module.link is not None:
                 module.link.stream.end()
 
@@ -247,16 +248,26 @@ class _Marker:
                 parted(module.skip(x, *state, **named)) if module.additive else Connection.connect(module, x, f, *more, state=state, n=n)
             )
         operands = (x, f, *more, *state, *([] if n is None else [n]))
-        # A state that is handed on as it is needs no output; the others are outputs beside the value.
+        dtype = functools.reduce(torch.promote_types, (term.dtype for term in (x, f, *more)))
+        facts = {"branches": 1 + len(more), "states": len(state), "reads": int(n is not None)}
+        return self._node("Residual", operands, facts, torch.empty_like(x, dtype=dtype), left)
+
+    def connect_behind(self, y: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, left = Connection.connect_behind(self.module, y, state)
+        return self._node("Read", (y, *state), {}, out, left)
+
+    def _node(
+        self, op: str, operands: Sequence[Tensor], facts: Mapping[str, int], out: Tensor, left: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A marker that gives a value like `out`, and what of the state is no operand: what is handed on as it is needs no output."""
         places = [next((i for i, operand in enumerate(operands) if operand is value), -1) for value in left]
         computed = [value for value, place in zip(left, places, strict=True) if place < 0]
-        dtype = functools.reduce(torch.promote_types, (term.dtype for term in (x, f, *more)))
         values = torch.onnx.ops.symbolic_multi_out(
-            f"{_MARKER}::Residual",
+            f"{_MARKER}::{op}",
             operands,
-            {"site": self.site, "branches": 1 + len(more), "states": len(state), "reads": int(n is not None)},
-            dtypes=[dtype, *(value.dtype for value in computed)],
-            shapes=[x.shape, *(value.shape for value in computed)],
+            {"site": self.site, **facts},
+            dtypes=[out.dtype, *(value.dtype for value in computed)],
+            shapes=[out.shape, *(value.shape for value in computed)],
             version=1,
         )
         rest = iter(values[1:])
@@ -283,6 +294,9 @@ def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
         if node.op_type == "Branch":
             sites.append(OnnxSite(name, node, None, tuple(operands), connection))
             continue
+        if node.op_type == "Read":
+            sites.append(OnnxSite(name, node, operands[0], (), connection, tuple(operands[1:]), link=True))
+            continue
         count = 1 + node.attributes["branches"].as_int()
         branches, rest = tuple(operands[1:count]), operands[count:]
         reads = rest.pop() if node.attributes["reads"].as_int() else None
@@ -295,7 +309,7 @@ def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
             node.outputs[0].name = node.name  # the exporter calls what a marker gives "_symbolic"
     model.opset_imports.pop(_MARKER, None)
     calls: Counter[str] = Counter()
-    nodes = [node for node in model.graph if node.domain == DOMAIN and not node.op_type.endswith(BRANCH)]
+    nodes = [node for node in model.graph if node.domain == DOMAIN and Call.from_json(node.metadata_props[CALL]).part in ("whole", "skip")]
     return {str(node.outputs[0].name): numbered(node.metadata_props[f"{METADATA}site"], calls) for node in nodes}
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from laurel_rewrite.detection.site import Binding
+from laurel_rewrite.detection.site import Binding, Site
 from laurel_rewrite.detection.sites import Sites, sites_of_graph
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
@@ -67,16 +67,44 @@ class InsertLaurel(Pass[fx.GraphModule]):
             module.sides = tuple(side for _, side, _ in self._sites.bindings[row.id].adds)
             module.regrouped = not module.additive and len(module.sides) > 1
             graph.add_submodule(row.id, module)
+        replaced: dict[fx.Node, fx.Node] = {}
         for site in self._sites:
-            if site.module in rows:
-                binding, history = self._sites.bindings[site.id], self.plan.has_history(rows[site.module].stream)
-                read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if rows[site.module].operator.needs_input else None
-                left = _replace(graph, nodes, binding, site.module, states.get(site.stream), read, history=history)
-                if left is not None:
-                    states[site.stream] = left
+            if site.module not in rows:
+                continue
+            row = rows[site.module]
+            state, config = states.get(site.stream), self.plan.config(row)
+            if config.fed:
+                assert state is not None
+                self._feed(site, nodes, replaced, state)
+            binding, history = self._sites.bindings[site.id], self.plan.has_history(row.stream)
+            read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if row.operator.needs_input else None
+            made, left = _replace(graph, nodes, binding, site.module, state, read, history=history)
+            replaced[nodes[binding.adds[-1][0]]] = made
+            if config.linked:
+                assert left is not None
+                replaced[nodes[row.behind]], left = _at_end(graph, nodes[row.behind], site.module, left)
+            if left is not None:
+                states[site.stream] = left
         graph.graph.lint()
         graph.recompile()
         return PassResult(graph, tuple(row.id for row in self.plan.sites))
+
+    def _feed(self, site: Site, nodes: Mapping[str, fx.Node], replaced: Mapping[fx.Node, fx.Node], state: fx.Node) -> None:
+        """Let q, k and v of a branch read what is left for them, behind the branch's norm."""
+        sites = self._sites
+        assert sites is not None
+        values, before = sites.flow.values, sites.after(site, -1)
+        assert before is not None
+        name = sites.spots[site.id].link_end or values[sites.bindings[before.id].residual.output].name
+        norm = [nodes[values[index].name] for index in sites.way_in(site, sites.by_name[name])]
+        read = nodes[values[sites.read_by(site)].name]
+        old = nodes[name]
+        for place, target in enumerate(sites.spots[site.id].maps):
+            reader = nodes[target]
+            with reader.graph.inserting_before(reader):
+                value = reader.graph.call_function(operator.getitem, (state, place))
+                made = _copied(norm, {old: value, replaced.get(old, old): value})
+            reader.replace_input_with(read, made.get(read, value))
 
     def ensures(self, result: PassResult[fx.GraphModule]) -> None:
         present = {str(n.target) for n in result.graph_module.graph.nodes if n.op == "call_module"}
@@ -94,9 +122,9 @@ def _replace(
     read: fx.Node | None,
     *,
     history: bool,
-) -> fx.Node | None:
-    """Put one call in the place of the sum's binary adds, in the order of operands in which they added; returns the state behind it, where its
-    stream has a history."""
+) -> tuple[fx.Node, fx.Node | None]:
+    """Put one call in the place of the sum's binary adds, in the order of operands in which they added; returns its value, and the state behind
+    it, where its stream has a history."""
     adds = [(nodes[name], side) for name, side, _ in binding.adds]
     root, _ = adds[-1]
     operands: list[Any] = [adds[0][0].args[adds[0][1]], *(add.args[1 - side] for add, side in adds)]
@@ -118,7 +146,27 @@ def _replace(
             assert isinstance(written, fx.Node)
             written.replace_all_uses_with(made, delete_user_cb=lambda user: user > made)
         graph.erase_node(add)
-    return left
+    return made, left
+
+
+def _copied(nodes: Sequence[fx.Node], made: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Copies of nodes that read other values; what is not among these is shared."""
+    for node in nodes:
+        made[node] = node.graph.node_copy(node, lambda operand: made.get(operand, operand))
+    return made
+
+
+def _at_end(module: fx.GraphModule, end: fx.Node, target: str, state: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Put what is read at the end of a link in the place of what the link gives; returns it, and the state behind it."""
+    if mutates(end) and is_seen_elsewhere(end, module.get_submodule):
+        raise RewriteError(f"{target}: {end.name} works in place behind it, and another tensor of the same memory is read")
+    graph = end.graph
+    with graph.inserting_before(end.next):
+        call = graph.call_module(target, (end,), {"state": state})
+        out, left = (graph.call_function(operator.getitem, (call, i)) for i in (0, 1))
+    out.meta = {key: value for key, value in end.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
+    end.replace_all_uses_with(out, delete_user_cb=lambda user: user is not call)
+    return out, left
 
 
 def _check_in_place(adds: Sequence[fx.Node], site: str, modules: Callable[[str], nn.Module]) -> None:

@@ -17,11 +17,28 @@ from onnx_ir import tensor_adapters
 
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.graph.from_onnx import METADATA
-from laurel_rewrite.operators.onnx_function import BRANCH, CALL, DOMAIN, DOMAIN_VERSION, IR_VERSION, Call, StepFunction, step_function
+from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, DOMAIN_VERSION, ENDS, IR_VERSION, Call, StepFunction, step_function
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.algebra import Editor
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.onnx_pass import OnnxPass
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One of q, k and v, which reads what is left for it instead of what the branch reads.
+
+    Attributes:
+        reader: the linear map.
+        read: what it reads.
+        norm: the nodes by which that comes from the stream.
+        start: the value of the stream that they read.
+    """
+
+    reader: ir.Node
+    read: ir.Value
+    norm: tuple[ir.Node, ...]
+    start: ir.Value
 
 
 @dataclass(frozen=True)
@@ -32,11 +49,13 @@ class OnnxSite:
         id: site id; the prefix of its initializers, and the node's name.
         node: the node that is replaced: its output 0 becomes the new node's, and the state behind it its other ones.
         skip: x; None where the node is one further branch of a sum whose site stands elsewhere.
-        branches: f; none where the node is the skip's term of a sum that another node computes.
+        branches: f; none where the node is the skip's term of a sum that another node computes, or the end of a link.
         connection: the module, with its parameters.
         states: the state before it, as values of the graph.
         reads: what the branch reads, where the operator needs it.
         before: id of the site whose state that is, where it is not given as values.
+        link: the node is the end of the link behind the site, and `skip` what that gives.
+        feeds: q, k and v of its branch, where they read what the connection before it left for them.
     """
 
     id: str
@@ -47,9 +66,13 @@ class OnnxSite:
     states: tuple[ir.Value, ...] = ()
     before: str = ""
     reads: ir.Value | None = None
+    link: bool = False
+    feeds: tuple[Feed, ...] = ()
 
     @property
     def part(self) -> str:
+        if self.link:
+            return "read"
         return "branch" if self.skip is None else "whole" if self.branches else "skip"
 
     @property
@@ -111,7 +134,9 @@ class InsertLaurelOnnx(OnnxPass):
         left: dict[str, list[ir.Value]] = {}  # the state behind each site
         for site, step in zip(self.sites, steps_of(self.sites), strict=True):
             skip = site.skip if site.skip is None else replaced.get(site.skip, site.skip)
-            states = [*site.states, *(_shaped(editor, site, skip, value) for value in left.get(site.before, []))]
+            states = [*site.states, *(_shaped(editor, site, skip, *value) for value in enumerate(left.get(site.before, [])))]
+            for feed, value in zip(site.feeds, left.get(site.before, []), strict=False):
+                _feed(graph, feed, replaced.get(feed.start, feed.start), value)
             parameters = [_initializer(graph, initializers, f"{site.id}.{name}", site.parameters[name]) for name in step.parameters]
             given = [*([] if site.skip is None else [site.skip]), *site.branches, *states]
             given += [site.reads] if site.reads is not None and site.part != "branch" else []
@@ -145,6 +170,7 @@ class InsertLaurelOnnx(OnnxPass):
         graph = old.graph
         assert graph is not None
         graph.insert_before(old, node)
+        left = [place for place, source in enumerate(step.handed_on) if source is None]
         outputs = [(old.outputs[0], node.outputs[0]), *zip(old.outputs[1:], node.outputs[1:], strict=False)]
         for before, after in outputs:
             after.name, after.type, after.shape = before.name, before.type, before.shape
@@ -153,7 +179,8 @@ class InsertLaurelOnnx(OnnxPass):
             after.name = f"{name}.state_{number}"
             after.dtype = site.dtype or ir.DataType.FLOAT
             if site.skip is not None and site.skip.shape is not None:
-                after.shape = ir.Shape([*[None] * type(site.connection).lead, *site.skip.shape])
+                lead = type(site.connection).lead if left[number - len(outputs)] >= site.call(0).leaves else 0
+                after.shape = ir.Shape([*[None] * lead, *site.skip.shape])
         graph.remove(old, safe=True)
         return node
 
@@ -177,7 +204,7 @@ class _Functions:
             base = f"{site.connection.title or type(site.connection).__name__}_{site.connection.config.variant}".replace("+", "_").replace(
                 "-", "_"
             )
-            end = BRANCH if site.part == "branch" else "_skip" if site.part == "skip" else ""
+            end = ENDS[site.part]
             names = {function.name for function in self.known.values()}
             wanted = (f"{base}{'' if not number else f'_{number + 1}'}{end}" for number in range(len(names) + 1))
             function = step.named(next(name for name in wanted if name not in names), self.model.opset_imports[""])
@@ -186,9 +213,24 @@ class _Functions:
         return self.known[body]
 
 
-def _shaped(editor: Editor, site: OnnxSite, skip: ir.Value | None, state: ir.Value) -> ir.Value:
+def _feed(model: ir.Model, feed: Feed, old: ir.Value, value: ir.Value) -> None:
+    """Let one of q, k and v read a value, behind the branch's norm."""
+    made = {old: value}
+    for node in feed.norm:
+        inputs = [made.get(operand, operand) if operand is not None else None for operand in node.inputs]
+        copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs), version=node.version)
+        for output, source in zip(copy.outputs, node.outputs, strict=True):
+            output.type, output.shape = source.type, source.shape
+            made[source] = output
+        model.graph.insert_before(feed.reader, copy)
+    for place, operand in enumerate(feed.reader.inputs):
+        if operand is feed.read or operand is old:
+            feed.reader.replace_input_with(place, made.get(feed.read, value))
+
+
+def _shaped(editor: Editor, site: OnnxSite, skip: ir.Value | None, place: int, state: ir.Value) -> ir.Value:
     """A state in the shape of the skip, behind its own leading dimensions: a stream keeps the order of its elements, not its shape."""
-    lead = type(site.connection).lead
+    lead = type(site.connection).lead if place >= site.call(0).fed else 0
     if skip is None:
         return state
     shapes = state.shape, skip.shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from laurel_rewrite import Connection, Option, register_operator
+from laurel_rewrite import Connection, Option, Reads, register_operator
 
 
 @register_operator
@@ -200,3 +200,53 @@ class Half(Connection):
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         return (x + f) / 2 if self.config.first else x + f / 2
+
+
+@register_operator
+class Apart(Connection):
+    """Separate reads: queries, keys and values of the next attention each get the stream with something else beside it."""
+
+    name = "toy-apart"
+    formula = "x' = x + f; q reads x' + a*x_{i-1}, k reads x' + b*f, v reads x' + c*x"
+    reader = "toy-apart"
+    separate = True
+    needs = frozenset({"whole stream", "plain links"})
+
+    def build(self) -> None:
+        if self.config.separate:
+            self.a, self.b, self.c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+
+    def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor | Reads, Tensor]:
+        out = x + f
+        if not self.config.separate:
+            return out, x
+        a, b, c = (weight.to(x.dtype) for weight in (self.a, self.b, self.c))
+        return Reads(out, out + a * (state[0] if state else x), out + b * f, out + c * x), x
+
+
+@register_operator
+class Behind(Connection):
+    """Whole history, also where norms stand between the sums: what is behind them is weighted then."""
+
+    name = "toy-behind"
+    formula = "sum_j a_j X_j, X_i = x + f, or the norm of it"
+    reader = "toy-behind"
+    grows = True
+    needs = frozenset({"whole stream", "plain links"})
+
+    def build(self) -> None:
+        self.a = nn.Parameter(torch.zeros(self.config.position + 2))
+
+    def initialise(self) -> None:
+        self.a.zero_()
+        self.a[-1] = 1
+
+    def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        values = state or (x,)
+        return (x + f, *values) if self.config.linked else self.read(x + f, *values)
+
+    def read(self, y: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        out = self.a[-1:].to(y.dtype) * y
+        for place, value in enumerate(state):
+            out = out + self.a[place : place + 1].to(y.dtype) * value
+        return out, *state, y

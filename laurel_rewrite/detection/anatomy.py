@@ -27,6 +27,7 @@ class Spot:
     Attributes:
         link: how the skip follows from the output of the connection before it in the stream: "begin" (there is none), "plain" (views and
             casts alone), "norm" or "activation" (one stands between), "other".
+        link_end: name of the value in the graph that a norm or activation there gives; "" for other links.
         length: how many connections the stream has.
         block: path of the repeated module that the site lies in ("layers.3"), "" where there is none.
         ends_block: the site is the last of its stream in the block.
@@ -35,11 +36,13 @@ class Spot:
         reads: name of the value in the graph that the branch's first mixing op reads: behind its norm, or the skip where it has none.
         normed: a normalisation stands between the stream and that value.
         projections: paths of the modules that make q, k and v, where each is a linear map of its own; else empty.
+        maps: names of the values in the graph that these give.
         scale_free: all that reads the sum, but the next connection's skip, is a normalisation: a factor on the stream changes nothing
             there, epsilons aside.
     """
 
     link: str
+    link_end: str
     length: int
     block: str
     ends_block: bool
@@ -48,6 +51,7 @@ class Spot:
     reads: str
     normed: bool
     projections: tuple[str, ...]
+    maps: tuple[str, ...]
     scale_free: bool
 
 
@@ -87,8 +91,11 @@ class _Anatomist:
         for site in self.sites:
             branches = branches_of[site.id]
             first = branches[0]
+            link, link_end = self._link(site)
+            maps = next((branch.projections for branch in branches if branch.projections), ())
             found[site.id] = Spot(
-                link=self._link(site),
+                link=link,
+                link_end=link_end,
                 length=len(self.streams[site.stream]),
                 block=blocks[site.id],
                 ends_block=bool(blocks[site.id]) and last[site.stream, blocks[site.id]] == site.id,
@@ -96,7 +103,8 @@ class _Anatomist:
                 evidence="; ".join(dict.fromkeys(branch.evidence for branch in branches if branch.evidence)),
                 reads=self.values[first.reads].name,
                 normed=first.normed,
-                projections=next((branch.projections for branch in branches if branch.projections), ()),
+                projections=tuple(self.owner(index) for index in maps),
+                maps=tuple(self.values[index].name for index in maps),
                 scale_free=self._scale_free(self.bindings[site.id].residual.output),
             )
         return found
@@ -127,19 +135,22 @@ class _Anatomist:
             return [_Branch(self, site, inside)]
         return [_Branch(self, site, self._between(start, part)) for part in found]
 
-    def _link(self, site: Site) -> str:
-        """What stands between the skip and the output of the connection before."""
+    def _link(self, site: Site) -> tuple[str, str]:
+        """What stands between the skip and the output of the connection before, and the name of the value that it ends in."""
         if site.index == 0:
-            return "begin"
+            return "begin", ""
         before = self.bindings[self.streams[site.stream][site.index - 1].id].residual.output
         skip = self.bindings[site.id].residual.skip
         between = [i for i in self._between(before, skip) if i != before]
         kinds = [self.values[i].kind for i in between if self.values[i].role is not Role.TRANSPARENT]
         if not kinds:
-            return "plain"
+            return "plain", ""
+        end = skip
+        while self.values[end].role is Role.TRANSPARENT and self.values[end].inputs:
+            end = self.values[end].inputs[0]
         if any(kind.norm for kind in kinds) or statistics(self.flow, between, site.axis):
-            return "norm"
-        return "activation" if all(kind.role is Role.POINTWISE for kind in kinds) else "other"
+            return "norm", self.values[end].name
+        return ("activation", self.values[end].name) if all(kind.role is Role.POINTWISE for kind in kinds) else ("other", "")
 
     def _blocks(self, roles: Mapping[str, str]) -> dict[str, str]:
         """For each site the repeated module around it: the deepest numbered one all of whose sisters have the same sites in the stream, by
@@ -301,8 +312,8 @@ class _Branch:
             farthest = max([farthest, *(r for r in readers[i] if r in self.members)])
         return entry, normed
 
-    def _projections(self) -> tuple[str, ...]:
-        """The modules of q, k and v, where three linear maps read the branch's input."""
+    def _projections(self) -> tuple[int, ...]:
+        """The maps of q, k and v, where three linear ones read the branch's input."""
         if not self.attention:
             return ()
         if len(self.attention) == 1:
@@ -315,7 +326,7 @@ class _Branch:
         found = [index for index in maps if index is not None]
         if len(found) != 3 or len(set(found)) != 3:
             return ()
-        return tuple(self.owner(index) for index in found)
+        return tuple(found)
 
     def _map_behind(self, operand: int) -> int | None:
         """The linear map of the branch's input that an operand comes from; None where there is none, or more than one."""
@@ -336,6 +347,11 @@ class _Branch:
 
 
 # Walks
+
+
+def between(flow: Dataflow, start: int, end: int) -> list[int]:
+    """What lies on ways from one value to another, these included, in topological order."""
+    return descending(flow, start, sorted(Descent(flow).between(start, end)))
 
 
 def descending(flow: Dataflow, source: int, among: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import fx
 
-from laurel_rewrite.detection.anatomy import Spot, spots_of
+from laurel_rewrite.detection.anatomy import Spot, between, spots_of
 from laurel_rewrite.detection.residuals import REASONS, Refusal, find_residuals
 from laurel_rewrite.detection.site import Binding, Rejected, Site
 from laurel_rewrite.detection.streams import find_places
@@ -86,10 +86,22 @@ class Sites:
         call = self.call(index)
         return call.owner if call is not None else self.flow.values[index].owner
 
+    @cached_property
+    def by_name(self) -> dict[str, int]:
+        """The values of the dataflow by their names in the graph."""
+        return {value.name: value.index for value in self.flow.values}
+
     def read_by(self, site: Site) -> int:
         """The value that a site's branch reads first: behind its norm, or the skip."""
-        name = self.spots[site.id].reads
-        return next(value.index for value in self.flow.values if value.name == name)
+        return self.by_name[self.spots[site.id].reads]
+
+    def way_in(self, site: Site, start: int) -> list[int]:
+        """The values by which a branch comes from `start` to what it reads first, in order, without the former."""
+        return [index for index in between(self.flow, start, self.read_by(site)) if index != start]
+
+    def after(self, site: Site, steps: int = 1) -> Site | None:
+        """The next connection of a site's stream; the one before it for -1 steps."""
+        return next((other for other in self.sites if (other.stream, other.index) == (site.stream, site.index + steps)), None)
 
     def where(self, index: int) -> str:
         """ "file:line" of a value, or its name in a graph without source lines."""

@@ -20,6 +20,9 @@ _FACTS = {
     "last": None,
     "ends_block": False,
     "role": "unknown",
+    "linked": False,
+    "separate": False,
+    "fed": False,
 }
 
 
@@ -74,6 +77,9 @@ class SiteConfig:
         first, last: of its stream, where nothing else is said. A `step` that looks at these, and not at positions, is compiled once for equal blocks.
         ends_block: it is the last of its stream in a repeated block.
         role: what its branch does; see `laurel_rewrite.detection.anatomy.ROLES`.
+        linked: a norm or an activation stands between it and the next connection, and what is behind that is given to `read`.
+        separate: the next branch has queries, keys and values of their own: what it reads may be returned as `Reads`.
+        fed: its own branch is such a one, and the state before it begins with what q, k and v read.
         options: of the operator, by name.
     """
 
@@ -89,6 +95,9 @@ class SiteConfig:
     last: bool
     ends_block: bool
     role: str
+    linked: bool
+    separate: bool
+    fed: bool
     options: dict[str, Any]
 
     def __init__(self, variant: str, dim: int, **given: Any) -> None:

@@ -45,5 +45,7 @@ def count_flops(connection: Connection) -> int:
         for _ in range(max(config.lags - 1, 0)):  # the state that its stream would have brought it
             _, state = connection.connect(x, f, state=state, n=x)
         with _Counter() as counter:
-            connection.connect(x, f, state=state, n=x)
+            _, left = connection.connect(x, f, state=state, n=x)
+            if config.linked:
+                connection.connect_behind(x, left)
     return int(counter.total)

@@ -27,13 +27,14 @@ from laurel_rewrite.errors import ExportError
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.operators.config import SiteConfig, Watched
 from laurel_rewrite.operators.protocol import Connection, parted
+from laurel_rewrite.operators.state import FED
 
 DOMAIN = "laurel_rewrite"
 DOMAIN_VERSION = 1
 CALL = "laurel_rewrite.call"
 """Key of what a node computes, a `Call`, in its `metadata_props`: a file can be lowered without its plan."""
-BRANCH = "_branch"
-"""End of the name of a function that weights one branch."""
+ENDS = {"whole": "", "skip": "_skip", "branch": "_branch", "read": "_read"}
+"""How the name of a function ends, by what part of an operator it is."""
 IR_VERSION = 10
 """The first with `metadata_props` at nodes; functions came with 8."""
 MADE_IN = 20
@@ -54,7 +55,8 @@ class Call:
 
     Attributes:
         config: operator, place and options.
-        part: "whole" (the sum), "skip" (what the skip brings, for a node that adds by itself) or "branch" (what a branch brings).
+        part: "whole" (the sum), "skip" (what the skip brings, for a node that adds by itself), "branch" (what a branch brings) or "read"
+            (what is read behind a norm or activation).
         branches: how many branches it is given.
         states: how many states it is given.
         reads: it is given what the branch reads, behind the states.
@@ -71,6 +73,16 @@ class Call:
         """How many operands there are, before the parameters."""
         return (self.part != "branch") + self.branches + self.states + self.reads
 
+    @property
+    def fed(self) -> int:
+        """How many values at the head of the states given are what the branch reads apart."""
+        return FED if self.config.fed and self.part != "read" else 0
+
+    @property
+    def leaves(self) -> int:
+        """How many values at the head of the state behind it are that of the next branch."""
+        return FED if self.config.separate and self.config.linked == (self.part == "read") else 0
+
     def to_json(self) -> str:
         return json.dumps({**vars(self), "config": self.config.to_dict()})
 
@@ -86,6 +98,9 @@ class Call:
         n = operands[-1] if self.reads else None
         count = len(operands) - self.states - self.reads
         given, states = operands[:count], operands[count : count + self.states]
+        if self.part == "read":
+            value, left = connection.connect_behind(given[0], states)
+            return value, *left
         if self.part == "skip":
             value, left = parted(connection.skip(given[0], *states, **({"n": n} if self.reads else {})))
             return value, *left
@@ -103,9 +118,9 @@ class Call:
         lead: tuple[int, ...] = ()
         if self.states and connection.lead:
             zeros = torch.zeros(shape, dtype=dtype)
-            _, left = connection.connect(zeros, zeros, state=(), n=zeros)
-            lead = tuple(left[0].shape[: connection.lead])
-        states = [torch.randn(*lead, *shape, dtype=dtype) for _ in range(self.states)]
+            _, left = connection.connect(zeros, zeros, state=(zeros,) * self.fed, n=zeros)
+            lead = tuple(left[-1].shape[: connection.lead])
+        states = [torch.randn(*(lead if place >= self.fed else ()), *shape, dtype=dtype) for place in range(self.states)]
         return [*drawn, *states, *(torch.randn(shape, dtype=dtype) for _ in range(self.reads))]
 
 

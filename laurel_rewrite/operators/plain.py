@@ -18,7 +18,7 @@ class Plain(Connection):
     @staticmethod
     def like(other: Connection) -> Plain:
         """For the place of another connection."""
-        facts = other.config.but(variant=Plain.name, lags=0, leaves=0).to_dict()
+        facts = other.config.but(variant=Plain.name, lags=0, leaves=0, linked=False, separate=False, fed=False).to_dict()
         return Plain(SiteConfig(**{name: value for name, value in facts.items() if name not in other.config.options}), site=other.site)
 
     def skip(self, x: Tensor, *state: Tensor) -> Tensor:

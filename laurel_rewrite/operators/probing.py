@@ -30,7 +30,7 @@ def linear_form(connection: Connection, call: Call) -> Affine | None:
     if call.reads:
         return None
     with torch.no_grad():
-        form = connection.affine(call.states)
+        form = connection.affine(call.states) if call.part != "read" else None
     if form is not None:
         form.alphas = [] if call.part == "skip" else form.alphas * call.branches
         return Affine(form.alphas) if call.part == "branch" else form

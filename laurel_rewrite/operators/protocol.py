@@ -25,21 +25,31 @@ import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.operators.config import CONVOLUTIONS, Option, SiteConfig
-from laurel_rewrite.operators.state import Link, Slot
-from laurel_rewrite.operators.sums import add, laid_out, state_like
+from laurel_rewrite.operators.state import FED, Link, Slot
+from laurel_rewrite.operators.sums import add, laid_out, laid_out_like, state_like
 
 if TYPE_CHECKING:
     from laurel_rewrite.operators.affine import Affine
 
 STARTS = ("exact", "scale-free", "inexact")
-NEEDS = ("features", "maps", "plain links", "whole stream", "features last", "branch input")
+NEEDS = ("features", "maps", "plain links", "whole stream", "features last", "branch input", "projections")
+
+
+class Reads(NamedTuple):
+    """A new value of the stream that the next branch, an attention, does not read as one: its queries, keys and values get their own, which go
+    through the branch's norm as the value itself would. Each is of the stream's shape."""
+
+    value: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 class Connection(nn.Module):
@@ -52,7 +62,8 @@ class Connection(nn.Module):
 
     A subclass defines `step`; or, where it is a sum of something of x and something of f, `skip` and `branch` instead, and then a sum of
     several branches keeps the source's order of adds. These depend on their tensors, the module's parameters and buffers, `self.training` and
-    torch's generator alone, and change none of their arguments.
+    torch's generator alone, and change none of their arguments. `step` may return `Reads` where `config.separate`, and is asked once more, as
+    `read`, behind a norm or an activation that stands between two connections, where `config.linked`.
 
     Class data:
         name: on the command line and in plans.
@@ -62,8 +73,10 @@ class Connection(nn.Module):
         start: "exact" (at its start the model computes what it computed), "scale-free" (where every reader of the stream is a normalisation,
             up to its epsilon) or "inexact".
         needs: of `NEEDS`: "features" (D is known), "maps" (and the axis fits linear maps: `self.linear`), "plain links" (no norm or
-            activation between two connections), "whole stream" (every connection of it), "features last", "branch input" (`step` and `skip` get it as the keyword `n`:
-            what the branch's first mixing op reads, behind its norm where it has one).
+            activation between two connections), "whole stream" (every connection of it), "features last", "branch input" (`step` and
+            `skip` get it as the keyword `n`: what the branch's first mixing op reads, behind its norm where it has one), "projections"
+            (each attention of the stream has separate ones).
+        separate: it returns `Reads` where it can.
         reader: name of what reads earlier states, for messages; "" where nothing does.
         grows: its state has more tensors from connection to connection; such a block, compiled alone, is several graphs.
         lead: how many leading dimensions a state has in front of the stream's.
@@ -84,6 +97,7 @@ class Connection(nn.Module):
     start: ClassVar[str] = "exact"
     needs: ClassVar[frozenset[str]] = frozenset()
     reader: ClassVar[str] = ""
+    separate: ClassVar[bool] = False
     grows: ClassVar[bool] = False
     lead: ClassVar[int] = 0
     rate: ClassVar[float] = 1.0
@@ -148,6 +162,11 @@ class Connection(nn.Module):
 
     def branch(self, f: Tensor) -> Tensor:
         """What a branch brings to the sum."""
+        raise NotImplementedError
+
+    def read(self, y: Tensor, *state: Tensor) -> Any:
+        """What everything reads behind the norm or activation that follows, of what that gave and of the state that `step` left; and the state
+        for the next connection. Its operator sees its whole stream."""
         raise NotImplementedError
 
     def affine(self, states: int) -> Affine | None:
@@ -225,20 +244,22 @@ class Connection(nn.Module):
     def forward(
         self,
         x: Tensor,
-        f: Tensor,
+        f: Tensor | None = None,
         *more: Tensor,
         past: Sequence[Tensor | None] | None = None,
         state: Sequence[Tensor] | None = None,
         n: Tensor | None = None,
     ) -> Any:
         """The new value of the stream; where `state` is given (a graph has it as an edge), the value and the state behind it. `past` is a
-        state, too, behind which none is asked for. `n` is the branch's input, where the operator needs it and nothing else brings it."""
+        state, too, behind which none is asked for. `n` is the branch's input, where the operator needs it and nothing else brings it. Without
+        a branch, what is read behind the link that x is the end of."""
+        if f is None:
+            return self.at_end(x) if state is None else self.connect_behind(x, self.shaped(state, x, fed=False))
         if n is None and self.needs_input:
             n = self.branch_input(x)
         if state is not None:
             return self.connect(x, f, *more, state=self.shaped(state, x), n=n)
-        if self.grows and past is None and torch.compiler.is_dynamo_compiling() and self.link is not None and not self.link.stream.traced:
-            # A block that is compiled alone would be compiled anew for each number of states, up to a limit, and then run eager in silence.
+        if past is None and self._splits_graphs():
             return self._between_graphs(x, f, *more, n=n)
         given = self.states(x) if past is None else self.shaped(past, x)
         out, left = self.connect(x, f, *more, state=given, n=n)
@@ -246,8 +267,13 @@ class Connection(nn.Module):
             self.link.write(x, left)
         return out
 
-    def _between_graphs(self, x: Tensor, f: Tensor, *more: Tensor, n: Tensor | None) -> Any:
-        return Connection.forward(self, x, f, *more, n=n)
+    def _splits_graphs(self) -> bool:
+        """Whether it must be left out of the graph that is being compiled: a block that is compiled alone would be compiled anew for each number
+        of states, up to a limit, and then run eager in silence."""
+        return self.grows and torch.compiler.is_dynamo_compiling() and self.link is not None and not self.link.stream.traced
+
+    def _between_graphs(self, *operands: Tensor, n: Tensor | None = None) -> Any:
+        return Connection.forward(self, *operands, n=n)
 
     def branch_input(self, x: Tensor) -> Tensor:
         """What the branch reads, which its norm left, once for each call; x where it has no norm.
@@ -267,20 +293,32 @@ class Connection(nn.Module):
         tap.value = None
         return n
 
+    def at_end(self, y: Tensor) -> Any:
+        """What is read behind the norm or activation that y is the end of, from the state that this connection itself left."""
+        if self._splits_graphs():
+            return self._between_graphs(y)
+        if self.link is None:
+            return self.connect_behind(y, ())[0]
+        out, left = self.connect_behind(y, self.shaped(self.link.at_end(), y, fed=False))
+        self.link.write_at_end(left)
+        return out
+
     def connect(
         self, x: Tensor, f: Tensor, *more: Tensor, state: Sequence[Tensor], n: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The new value and the state behind it, from the state before it, wherever that comes from: the graph back ends call this."""
+        """The new value and the state behind it, from the state before it, wherever that comes from: the graph back ends call this. Both states
+        begin with what q, k and v read, where they do not read the value itself."""
         if self.plain:
-            return functools.reduce(
-                lambda out, pair: add(out, *pair), zip((f, *more), (*self.sides, *[0] * len(more)), strict=False), x
-            ), ()
+            out = functools.reduce(lambda out, pair: add(out, *pair), zip((f, *more), (*self.sides, *[0] * len(more)), strict=False), x)
+            return out, (out,) * self.reads_left
+        if self.config.fed:
+            state = state[FED:]
         given = {"n": n} if self.needs_input else {}
         if not self.additive:
             side = self.sides[-1]
             for position, branch in enumerate(more, start=1):
                 f = add(f, branch, self.sides[position] if position < len(self.sides) else 0)
-            out, left = parted(self.step(x, f, *state, **given))
+            out, left = self._read_apart(self.step(x, f, *state, **given), offered=self.reads_left > 0)
             return laid_out(out.to(torch.promote_types(x.dtype, f.dtype)), x, f, side), left
         term, left = parted(self.skip(x, *state, **given))
         out = laid_out(add(term, self.branch(f), self.sides[0]), x, f, self.sides[0])
@@ -288,6 +326,30 @@ class Connection(nn.Module):
             side = self.sides[position] if position < len(self.sides) else 0
             out = laid_out(add(out, self.branch(branch), side), out, branch, side)
         return out, left
+
+    def connect_behind(self, y: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The same of `read`: what takes the place of y, and the state behind it."""
+        if self.plain:
+            return y, (y,) * (FED * self.config.separate)
+        out, left = self._read_apart(self.read(y, *state), offered=self.config.separate)
+        return laid_out_like(out.to(y.dtype), y), left
+
+    def _read_apart(self, result: Any, *, offered: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The value alone, and what the next branch reads instead of it, where that is offered, in front of the state."""
+        value, left = parted(result)
+        if not isinstance(value, Reads):
+            return value, ((value,) * FED if offered else ()) + left
+        if not offered:
+            raise LaurelError(
+                f"{self.site}: {self.config.variant} returned Reads, and the next branch has no separate queries, keys and values that "
+                "could read them, or `read` is asked for them behind a norm. Ask config.separate and config.linked, and declare separate = True."
+            )
+        return value[0], (*value[1:], *left)
+
+    @property
+    def reads_left(self) -> int:
+        """How many values at the head of the state behind it are what the next branch reads."""
+        return FED if self.config.separate and not self.config.linked else 0
 
     def first_add(self, x: Tensor, f: Tensor) -> Tensor:
         """The innermost add of a sum of several branches, of an operator that is not additive: it stays, and is held for `last_add`."""
@@ -333,9 +395,11 @@ class Connection(nn.Module):
             return ()
         return self.shaped(self.link.read(x), x)
 
-    def shaped(self, state: Iterable[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
-        """States in the shape and dtype of the skip, without those that there are not."""
-        return tuple(state_like(value, x, self.lead, self.reader) for value in state if value is not None)
+    def shaped(self, state: Iterable[Tensor | None], x: Tensor, *, fed: bool | None = None) -> tuple[Tensor, ...]:
+        """States in the shape and dtype of the skip, without those that there are not; `fed`: they begin with what q, k and v read."""
+        first = FED if (self.config.fed if fed is None else fed) else 0
+        found = (value for value in state if value is not None)
+        return tuple(state_like(value, x, self.lead if place >= first else 0, self.reader) for place, value in enumerate(found))
 
     def __prepare_scriptable__(self) -> Connection:
         raise LaurelError(
@@ -350,8 +414,8 @@ class Connection(nn.Module):
         )
 
 
-def parted(result: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+def parted(result: Any) -> tuple[Any, tuple[Tensor, ...]]:
     """A value and a state, of what a step returned."""
-    if isinstance(result, tuple):
+    if isinstance(result, tuple) and not isinstance(result, Reads):
         return result[0], tuple(result[1:])
     return result, ()

@@ -85,6 +85,18 @@ class Operator:
         """Whether it reads what the branch reads."""
         return "branch input" in self.needs
 
+    @property
+    def reads_links(self) -> bool:
+        """Whether it is asked again behind a norm or activation between two connections."""
+        from laurel_rewrite.operators.protocol import Connection
+
+        return self.connection.read is not Connection.read
+
+    @property
+    def separate(self) -> bool:
+        """Whether it gives queries, keys and values what they read apart."""
+        return self.connection.separate
+
     def prepare(self, config: SiteConfig) -> SiteConfig:
         """The configuration with every option, and with what this operator ignores set to nothing."""
         missing = {name: option.default for name, option in self.options.items() if name not in config.options}
@@ -196,6 +208,9 @@ def _problem(operator: Operator) -> str:
         return "it defines neither step nor skip and branch"
     if cls.step is not Connection.step and any(halves):
         return "it defines both step and one of skip and branch"
+    if (operator.reads_links or operator.separate) and not (operator.reader and "whole stream" in operator.needs):
+        what = "read" if operator.reads_links else "separate"
+        return f'with {what} it must see its whole stream: needs has "whole stream", and reader says what reads the state'
     return ""
 
 

@@ -26,9 +26,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from laurel_rewrite.errors import LaurelError
+from laurel_rewrite.operators.sums import state_like
 
 OUTSIDE = -1  # torch's number of the running backward pass, where none runs
 States = tuple[Tensor, ...]
+FED = 3
+"""How many values a branch reads apart: q, k and v."""
 _PROBES = 64  # elements by which a skip is known again
 
 
@@ -41,6 +44,8 @@ class Slot(threading.local):
         graded: it was written where gradients are recorded.
         again: what wrote it may be run again by activation checkpointing.
         skip: some elements of the skip beside which it was written, where that is so.
+        at_end: it is the state behind the link that follows, where that is read once more.
+        taken: how many of the reads at its head the branch has taken.
     """
 
     __slots__ = ()  # without a __dict__ beside the thread's own, which torch.compile would write to
@@ -49,6 +54,8 @@ class Slot(threading.local):
     graded: bool = False
     again: bool = False
     skip: Tensor | None = None
+    at_end: bool = False
+    taken: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot()
@@ -66,6 +73,47 @@ class Tap:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook after the call."""
         self.slot.value = (output,)
+
+
+class AtEnd:
+    """A hook on the module that ends a link: what it gives is read once more.
+
+    Args:
+        connection: the one before the link.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The hook after the call."""
+        if not isinstance(output, Tensor):
+            raise LaurelError(
+                f"{self.connection.site}: {type(module).__name__} returned {type(output).__name__}, and the stream is a tensor."
+            )
+        return self.connection.at_end(output)
+
+
+class Fed:
+    """A hook on a projection of an attention branch, which reads what the connection before the branch left for it.
+
+    Args:
+        connection: the one whose branch it is.
+        place: 0 for q, 1 for k, 2 for v.
+        norm: the branch's, through which what is read goes; None where it has none.
+        holder, name: where the projection is a child.
+    """
+
+    def __init__(self, connection: Any, place: int, norm: nn.Module | None, holder: nn.Module, name: str) -> None:
+        self.connection, self.place, self.norm, self.holder, self.name = connection, place, norm, holder, name
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The hook before the call."""
+        if self.holder._modules.get(self.name) is not module:  # a LoRA around it would read the value itself, beside this
+            raise LaurelError(f"{self.connection.site}: {self.name} was wrapped or replaced after the rewrite. Rewrite the model last.")
+        given: Tensor = next(iter((*args, *kwargs.values())))
+        read = state_like(self.connection.link.take(self.place), given, 0, self.connection.reader)
+        return (read if self.norm is None else self.norm.forward(read),), {}
 
 
 class _Pass(threading.local):
@@ -123,7 +171,8 @@ class Stream:
         """Empty slots, of the pass that runs now."""
         for slot in self.slots:  # no method of a slot: torch.compile would look for it in a __dict__
             slot.value = slot.skip = None
-            slot.fresh = slot.again = False
+            slot.fresh = slot.again = slot.at_end = False
+            slot.taken = 0
         if not torch.compiler.is_compiling():
             self.local.backward = running_backward()
 
@@ -157,7 +206,7 @@ class _Kept:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.thread = threading.get_ident()
-        self.states = [(slot.value, slot.graded, slot.skip) for slot in stream.slots]
+        self.states = [(slot.value, slot.graded, slot.skip, slot.at_end) for slot in stream.slots]
 
     def restore(self, gradients: Any) -> None:
         """Put the states back; called when backward reaches an output of the pass, and so before it runs a block again.
@@ -170,9 +219,10 @@ class _Kept:
                 f"One backward goes through passes of {self.stream.holder or 'the model'} from several threads, whose checkpointed blocks "
                 "would read each other's states. Call backward for each thread's pass on its own."
             )
-        for slot, (value, graded, skip) in zip(self.stream.slots, self.states, strict=False):
+        for slot, (value, graded, skip, at_end) in zip(self.stream.slots, self.states, strict=False):
             # What a shared module read in an earlier call is overwritten: it has values that are not fresh, and so are refused.
             slot.value, slot.graded, slot.skip, slot.fresh = value, graded, skip, value is not None and not self.stream.shared
+            slot.at_end, slot.taken = at_end, 0
         local.backward, local.thread = running_backward(), self.thread
         keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         _at_end_of_backward(lambda: self._finish(keeps_graph))
@@ -193,15 +243,30 @@ class Link:
         before: what the connection before it leaves; None at a stream's first.
         needs: whether that must be there; not where the site's module is shared and this may be its first call.
         reader: what reads it, for messages.
+        behind: what the connection before it leaves was read once more behind a norm or activation.
+        fed: its branch takes the head of that.
     """
 
-    def __init__(self, site: str, stream: Stream, slot: Slot | None, before: Slot | None, *, needs: bool, reader: str) -> None:
+    def __init__(
+        self,
+        site: str,
+        stream: Stream,
+        slot: Slot | None,
+        before: Slot | None,
+        *,
+        needs: bool,
+        reader: str,
+        behind: bool = False,
+        fed: bool = False,
+    ) -> None:
         self.site = site
         self.stream = stream
         self.slot = slot
         self.before = before
         self.needs = needs
         self.reader = reader
+        self.behind = behind
+        self.fed = fed
 
     def read(self, x: Tensor) -> States:
         """The state before x; none at the start of a stream that comes back to this module.
@@ -227,7 +292,14 @@ class Link:
                 "copied into another model, blocks out of order, and a block whose predecessor was skipped cannot know them. Use an "
                 "operator without history there."
             )
+        if value is not None and self.behind and not before.at_end:
+            raise self._not_run(
+                "the norm or activation before it", "its result is what the connection before it gives, and was not asked for"
+            )
+        if value is not None and self.fed and before.taken != FED:
+            raise self._not_run("the projections of its branch", f"q, k and v have inputs of their own, and {before.taken} of 3 were taken")
         before.fresh = False
+        before.taken = 0
         if eager and not before.again and not _records_again() and before is not self.slot:
             before.value = None
         return () if value is None else value
@@ -239,12 +311,58 @@ class Link:
             return
         slot.value = state
         slot.fresh = True
+        slot.at_end = False
+        slot.taken = 0
         slot.graded = torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             slot.again = True
         elif _records_again():
             slot.again = True
             slot.skip = _probe(x)
+
+    def at_end(self) -> States:
+        """The state that this connection itself left, at the end of the link that follows it.
+
+        Raises:
+            LaurelError: it left none in this pass, or was asked already.
+        """
+        slot = self.slot
+        if slot is None or slot.value is None or not slot.fresh or slot.at_end or self._of_another_pass():
+            raise self._not_run(
+                "the norm or activation behind it", "it ran without this connection before it, or twice", stream=self.stream.holder
+            )
+        return slot.value
+
+    def write_at_end(self, state: States) -> None:
+        """Leave the state behind the link instead."""
+        assert self.slot is not None
+        self.slot.value = state
+        self.slot.at_end = True
+
+    def take(self, place: int) -> Tensor:
+        """What one of q, k and v reads, which the connection before this one left.
+
+        Raises:
+            LaurelError: it is missing, or of another pass.
+        """
+        before = self.before
+        there = before is not None and before.value is not None and before.fresh and (before.at_end or not self.behind)
+        again = not torch.compiler.is_compiling() and running_backward() != OUTSIDE
+        if before is None or before.value is None or not there or self._of_another_pass() or (again and not before.graded):
+            raise self._not_run("a projection of its branch", "what it reads is gone, or was never there", stream=self.stream.holder)
+        before.taken += 1
+        return before.value[place]
+
+    def _of_another_pass(self) -> bool:
+        """Whether the slots hold states of another pass than the one that runs now."""
+        return not torch.compiler.is_compiling() and self.stream.local.backward != running_backward()
+
+    def _not_run(self, what: str, why: str, stream: str = "") -> LaurelError:
+        whole = f" Call {stream or 'the model'} as a whole, and keep a block inside one checkpoint." if stream or not why else ""
+        return LaurelError(
+            f"{self.site}: {self.reader} and {what} do not fit together: {why}.{whole} A module that was replaced or wrapped after the rewrite "
+            "has lost its hook: rewrite the model last."
+        )
 
     def _check_again(self, x: Tensor, stale: bool) -> None:
         """Refuse a block that runs again in backward and would not find what it found the first time."""
@@ -279,7 +397,8 @@ class Link:
         stream = copy.deepcopy(self.stream, memo)
         slots = {id(old): new for old, new in zip(self.stream.slots, stream.slots, strict=True)}
         slot, before = (None if old is None else slots[id(old)] for old in (self.slot, self.before))
-        return Link(self.site, stream, slot, before, needs=self.needs, reader=self.reader)
+        same: dict[str, Any] = {"needs": self.needs, "reader": self.reader, "behind": self.behind, "fed": self.fed}
+        return Link(self.site, stream, slot, before, **same)
 
 
 def _records_again() -> bool:

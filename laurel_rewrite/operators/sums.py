@@ -44,6 +44,14 @@ def laid_out(out: Tensor, x: Tensor, f: Tensor, side: int) -> Tensor:
     return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
 
 
+@fx.wrap
+def laid_out_like(out: Tensor, y: Tensor) -> Tensor:
+    """`out` in the memory layout of y, in whose place it is."""
+    if torch.compiler.is_compiling() or out.is_nested or out.stride() == y.stride():
+        return out
+    return torch.empty_like(y).copy_(out)
+
+
 def _strides_of_sum(x: Tensor, f: Tensor, side: int) -> tuple[int, ...]:
     """By torch's rules: a memory format that both operands have, else what its general rule says, which the meta device knows alone."""
     formats = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.ndim, [])]

@@ -16,7 +16,7 @@ from laurel_rewrite.files.checked import checked, read_text, shown, toml_of
 from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.config import SiteConfig
-from laurel_rewrite.plan.fitting import check_stream, is_unfit, read_by_branch, selected
+from laurel_rewrite.plan.fitting import check_stream, is_unfit, places_beside, selected
 from laurel_rewrite.plan.rows import HEAD, VERSION, Settings, common, label_of, site_of
 from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanSite
 
@@ -96,6 +96,8 @@ class Plan:
     def config(self, site: PlanSite) -> SiteConfig:
         """What the connection of a site is built from."""
         stream = self._streams[site.stream]
+        at = stream.index(site)
+        apart = [site.operator.separate and bool(row.projections) for row in stream]
         return site.operator.prepare(
             SiteConfig(
                 site.variant,
@@ -104,11 +106,14 @@ class Plan:
                 ndim=len(site.shape),
                 lags=self.lags(site),
                 leaves=self.leaves(site),
-                position=stream.index(site),
+                position=at,
                 length=len(stream),
                 last=site is stream[-1] and site.repeats == 1,
                 role=site.role,
-                ends_block=bool(site.block) and all(row.block != site.block for row in stream[stream.index(site) + 1 :]),
+                ends_block=bool(site.block) and all(row.block != site.block for row in stream[at + 1 :]),
+                linked=bool(site.behind),
+                separate=any(apart[at + 1 : at + 2]),
+                fed=at > 0 and apart[at],
                 options=site.options,
             )
         )
@@ -163,7 +168,7 @@ class Plan:
                 "dim": site.dim or 0, "where": places[site.where], "calls": calls[site.module],
                 "turns": binding.turns if binding.turn is not None else 0, "holder": binding.holder, "side": binding.adds[0][1],
                 "repeats": repeats[site.module, site.stream], "variant": config.variant, "options": options,
-                "reads": read_by_branch(sites, site, calls[site.module]) if "branch input" in operator.needs else "",
+                **places_beside(sites, site, operator, calls[site.module], binding.turns),
                 "role": sites.spots[site.id].role, "block": sites.spots[site.id].block,
             }  # fmt: skip
             rows.append(PlanSite(**{**asdict(site), **found}))

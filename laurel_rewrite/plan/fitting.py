@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from laurel_rewrite.detection.anatomy import ROLES
 from laurel_rewrite.detection.site import Site, portable
@@ -45,11 +46,73 @@ def check_stream(rows: Sequence[PlanSite], sites: Sites) -> None:
                     f"{row.id}: {row.variant} needs every connection of its stream, and {missing.id} ({missing.where}) has none. Include it, or "
                     "leave the whole stream out."
                 )
-        if "plain links" in needs and (link := sites.spots[row.id].link) not in ("begin", "plain"):
+        link = sites.spots[row.id].link
+        if "plain links" in needs and link not in ("begin", "plain") and not _is_read_behind(row, rows):
             raise ConfigError(
                 f"{row.id} ({row.where}): {row.variant} cannot carry its state there: {_LINKS.get(link, 'something')} stands between this "
                 "connection and the one before it. Leave the stream out with exclude, or use an operator without history."
             )
+        if "projections" in needs and "attention" in row.role.split("+") and not row.projections:
+            raise ConfigError(
+                f"{row.id} ({row.where}): {row.variant} gives queries, keys and values inputs of their own, and this attention has no three "
+                "linear maps, each a module called once, of one value behind one norm. Leave the stream out with exclude."
+            )
+
+
+def _is_read_behind(row: PlanSite, rows: Sequence[PlanSite]) -> bool:
+    """Whether the operator is asked again at the end of the link in front of a site."""
+    at = rows.index(row)
+    return at > 0 and bool(rows[at - 1].behind)
+
+
+def places_beside(sites: Sites, site: Site, operator: Operator, calls: int, turns: int) -> dict[str, Any]:
+    """Where an operator acts beside the sum of a site, as a plan says it.
+
+    Raises:
+        ConfigError: it needs the branch's input, and no module of its own gives that.
+    """
+    once = calls == 1 and turns == 1
+    after = sites.after(site)
+    behind = link_end(sites, after) if operator.reads_links and once and after is not None else ""
+    projections = projections_of(sites, site) if operator.separate and once else ()
+    reads = read_by_branch(sites, site, calls) if operator.needs_input or projections else ""
+    return {"reads": reads, "behind": behind, "projections": projections}
+
+
+def link_end(sites: Sites, site: Site) -> str:
+    """Where the norm or activation in front of a site ends: the innermost module, called once, whose result that is; the value's name in a
+    graph. "" where there is none."""
+    name = sites.spots[site.id].link_end
+    return _ends_in(sites, sites.by_name[name]) if name and sites.calls else name
+
+
+def projections_of(sites: Sites, site: Site) -> tuple[str, ...]:
+    """The modules, or in a graph the values, of q, k and v that all read what a site's branch reads; none where it has no such."""
+    spot, read = sites.spots[site.id], sites.read_by(site)
+    maps = [sites.by_name[name] for name in spot.maps]
+    if any(read not in sites.flow.values[index].inputs for index in maps):
+        return ()
+    if not sites.calls:
+        return spot.maps
+    if any(_ends_in(sites, index) != path for index, path in zip(maps, spot.projections, strict=True)):
+        return ()
+    try:
+        read_by_branch(sites, site, calls=1)
+    except ConfigError:  # their norm cannot be asked again
+        return ()
+    return spot.projections
+
+
+def _ends_in(sites: Sites, index: int) -> str:
+    """The innermost module, called once, that computes a value as its last; "" where there is none."""
+    path = sites.owner(index)
+    while path:
+        inside = [value for value in sites.flow.values if (owner := sites.owner(value.index)) == path or owner.startswith(f"{path}.")]
+        own = [value for value in inside if sites.owner(value.index) == path]
+        if inside[-1].index == index and len({value.run for value in own or inside}) == 1:
+            return path
+        path = path.rpartition(".")[0]
+    return ""
 
 
 def read_by_branch(sites: Sites, site: Site, calls: int) -> str:

@@ -33,6 +33,8 @@ _ROW = {
     "side": optional(whole(0, 1), 0),
     "repeats": optional(whole(1), 0),
     "reads": optional(text(), ""),
+    "behind": optional(text(), ""),
+    "projections": optional(list_of(text(), most=3), []),
     "role": optional(text(), "unknown"),
     "block": optional(text(), ""),
 }
@@ -144,7 +146,14 @@ def site_of(row: dict[str, Any], label: str) -> PlanSite:
     if values["axis"] == 1 and len(values["shape"]) not in CONVOLUTIONS and operator.uses_maps:
         raise ConfigError(f"{label}: maps over axis 1 are convolutions, of 3 to 5 dimensions, and the shape has {len(values['shape'])}.")
     values |= {"variant": operator.name, "options": config.options}
-    site = PlanSite(**{**values, "repeats": values["repeats"] or values["calls"], "shape": tuple(values["shape"])})
+    site = PlanSite(
+        **{
+            **values,
+            "repeats": values["repeats"] or values["calls"],
+            "shape": tuple(values["shape"]),
+            "projections": tuple(values["projections"]),
+        }
+    )
     inside = f"{site.owner}." if site.owner else ""
     tail = site.id.removeprefix(inside)
     if not site.id.startswith(inside) or not tail.startswith("laurel_"):

@@ -112,6 +112,9 @@ class PlanSite(Site):
         side: which operand of the sum is the skip, 0 or 1.
         repeats: how often one pass of the stream comes to it; more than 1 where it comes back to a shared module (ALBERT).
         reads: path of the module that gives what the branch reads, for operators that need it; "" where that is the skip.
+        behind: path of the module (in a graph, name of the value) that ends the norm or activation between this connection and the next, for
+            operators that are asked again there; "" where they follow each other directly.
+        projections: the same of q, k and v of its branch, for operators that give these what they read apart; empty where it has none.
         role, block: of its place; see `laurel_rewrite.detection.anatomy.Spot`.
     """
 
@@ -124,6 +127,8 @@ class PlanSite(Site):
     side: int = 0
     repeats: int = 1
     reads: str = ""
+    behind: str = ""
+    projections: tuple[str, ...] = ()
     role: str = "unknown"
     block: str = ""
 
@@ -150,6 +155,6 @@ class PlanSite(Site):
         for name, value in asdict(self).items():
             if name == "options":
                 row |= value
-            elif name != "reads" or value:
+            elif value or name not in ("reads", "behind", "projections"):
                 row[name] = list(value) if isinstance(value, tuple) else value
         return row

@@ -199,10 +199,11 @@ class _Watch(Watch):
 
     def _after(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.counts[name] += 1
+            summed = len(args) > 1 or "f" in kwargs  # else it is asked once more, at the end of a link
+            self.counts[name] += summed
             if self.reads is not None:
                 self.reads.inside -= 1
-                if name in self.loose:
+                if summed and name in self.loose:
                     operands = [args[0] if args else kwargs["x"], args[1] if len(args) > 1 else kwargs["f"]]
                     self.reads.stale(operands[self.loose[name]], name)
 

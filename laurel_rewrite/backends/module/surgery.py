@@ -22,7 +22,7 @@ from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.plain import PlainResidual
 from laurel_rewrite.operators.protocol import Connection
-from laurel_rewrite.operators.state import Link, Slot, Stream, Tap
+from laurel_rewrite.operators.state import AtEnd, Fed, Link, Slot, Stream, Tap
 from laurel_rewrite.operators.turns import Turns
 from laurel_rewrite.plan import Plan
 
@@ -89,7 +89,7 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
             turns[int(row.id.rsplit(".", 1)[1])] = laurel
         else:
             nn.Module.__setattr__(owner, row.attribute, laurel)
-        if row.reads:
+        if laurel.needs_input and row.reads:
             laurel.tap = Slot()
             model.get_submodule(row.reads).register_forward_hook(Tap(laurel.tap).after)
     change_classes(model, classes)
@@ -201,7 +201,16 @@ def _connect(model: nn.Module, plan: Plan) -> None:
             module: Any = model.get_submodule(row.id)
             before = plan.before(row)
             read = ring if shared and (before is not None or row.repeats > 1) else slots[before.id] if before is not None else None
-            module.link = Link(row.id, stream, slots[row.id], read, needs=index > 0, reader=rows[0].operator.connection.reader)
+            reader = rows[0].operator.connection.reader
+            behind = before is not None and bool(before.behind)
+            module.link = Link(row.id, stream, slots[row.id], read, needs=index > 0, reader=reader, behind=behind, fed=module.config.fed)
+            if row.behind:
+                model.get_submodule(row.behind).register_forward_hook(AtEnd(module).after)
+            for place, path in enumerate(row.projections if module.config.fed else ()):
+                parent, _, name = path.rpartition(".")
+                norm = model.get_submodule(row.reads) if row.reads else None
+                hook = Fed(module, place, norm, model.get_submodule(parent), name).before
+                model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
         holder.register_forward_pre_hook(stream.before)
         holder.register_forward_hook(stream.after, always_call=True)
 
@@ -209,6 +218,7 @@ def _connect(model: nn.Module, plan: Plan) -> None:
 def _disconnect(module: nn.Module) -> None:
     """Take the hooks of `_connect` off a module."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stream | Tap)]:
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stream | Tap | AtEnd | Fed)]:
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

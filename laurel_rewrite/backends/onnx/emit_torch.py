@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -234,6 +234,8 @@ def _place(module: fx.GraphModule, node: fx.Node, call: Call, site: str, outputs
     with module.graph.inserting_before(node):
         if call.part == "branch":
             new = module.graph.call_function(_branch, (module.graph.get_attr(site), operands[0]))
+        elif call.part == "read":
+            new = module.graph.call_function(_at_end, (module.graph.get_attr(site), *operands))
         elif outputs == 1:
             count = len(operands) - call.states - call.reads
             past: dict[str, Any] = {"past": tuple(operands[count : count + call.states])} if call.states else {}
@@ -253,6 +255,16 @@ def _with_state(connection: Connection, states: int, reads: bool, *operands: tor
     """The value, and what of the state is no operand: the outputs of a function node."""
     count = len(operands) - states - reads
     value, left = connection.connect(*operands[:count], state=operands[count : count + states], n=operands[-1] if reads else None)
+    return _outputs(value, left, operands)
+
+
+def _at_end(connection: Connection, y: torch.Tensor, *state: torch.Tensor) -> Any:
+    """The same of what is read at the end of a link."""
+    value, left = connection.connect_behind(y, state)
+    return _outputs(value, left, (y, *state))
+
+
+def _outputs(value: torch.Tensor, left: Sequence[torch.Tensor], operands: Sequence[torch.Tensor]) -> Any:
     computed = [state for state in left if not any(state is operand for operand in operands)]
     return (value, *computed) if computed else value
 

@@ -12,7 +12,7 @@ from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_onnx import OnnxSum
 from laurel_rewrite.graph.ops.onnx import PRODUCT_SUMS
 from laurel_rewrite.operators.protocol import Connection
-from laurel_rewrite.passes.insert_laurel_onnx import OnnxSite
+from laurel_rewrite.passes.insert_laurel_onnx import Feed, OnnxSite
 
 _ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "Relu": (), "Tanh": (), "Sigmoid": (), "LeakyRelu": ("alpha",), "Elu": ("alpha",), "HardSigmoid": ("alpha", "beta"),
@@ -31,13 +31,21 @@ class SumRewriter:
         self.values: dict[str, str] = {}
         self.exact = True
 
-    def site(self, name: str, residual: Residual, connection: Connection, before: str, reads: ir.Value | None = None) -> None:
+    def site(
+        self,
+        name: str,
+        residual: Residual,
+        connection: Connection,
+        before: str,
+        reads: ir.Value | None = None,
+        feeds: tuple[Feed, ...] = (),
+    ) -> None:
         """A connection where the skip is added; the branches that are added further out are weighted there, so that the order of rounding stays.
         One that is not additive takes the place of the outermost add instead."""
         sums = [output for index, _ in residual.adds for output in self.sums[index].node.outputs]
         self.values |= {output.name: name for output in sums if output.name and (output.uses() or output.is_graph_output())}
         if not connection.additive:
-            self._outermost(name, residual, connection, before, reads)
+            self._outermost(name, residual, connection, before, reads, feeds)
             return
         (inner, side), *outer = residual.adds
         place = self.sums[inner]
@@ -54,7 +62,25 @@ class SumRewriter:
         for index, carried in outer:
             self._weight(self.sums[index], carried, name, connection)
 
-    def _outermost(self, name: str, residual: Residual, connection: Connection, before: str, reads: ir.Value | None) -> None:
+    def at_end(self, name: str, connection: Connection, end: ir.Value) -> ir.Value:
+        """The same connection at the end of the link behind it; returns what stands for that end from there on."""
+        node = end.producer()
+        assert node is not None
+        assert node.graph is not None
+        holder = ir.Node("", "Identity", [end], num_outputs=1)
+        output = holder.outputs[0]
+        output.type, output.shape = end.type, end.shape
+        node.graph.insert_after(node, holder)
+        if end.is_graph_output():
+            output.name, end.name = end.name, f"{end.name}.link"
+        ir.convenience.replace_all_uses_with(end, output, replace_graph_outputs=True)
+        holder.replace_input_with(0, end)
+        self.sites.append(OnnxSite(name, holder, end, (), connection, before=name, link=True))
+        return output
+
+    def _outermost(
+        self, name: str, residual: Residual, connection: Connection, before: str, reads: ir.Value | None, feeds: tuple[Feed, ...]
+    ) -> None:
         (inner, side), (last, carried) = residual.adds[0], residual.adds[-1]
         skip = _operand(self.sums[inner].node, self.sums[inner].terms[side][0])
         branches: list[ir.Value] = []
@@ -75,7 +101,7 @@ class SumRewriter:
             )
         branches += _branches(place.node, carried)
         self.exact = self.exact and len(branches) == 1
-        self.sites.append(OnnxSite(name, place.node, skip, tuple(branches), connection, before=before, reads=reads))
+        self.sites.append(OnnxSite(name, place.node, skip, tuple(branches), connection, before=before, reads=reads, feeds=feeds))
 
     def _weight(self, place: OnnxSum, carried: int, name: str, connection: Connection) -> None:
         """What a branch brings, for every operand but the one that carries the skip."""

@@ -19,8 +19,9 @@ from onnx_ir import tensor_adapters
 
 from laurel_rewrite import __version__, targets
 from laurel_rewrite.backends.onnx.sums import SumRewriter
+from laurel_rewrite.detection.site import Site
 from laurel_rewrite.detection.sites import Sites, read_onnx_sites
-from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, nearest
+from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, RewriteError, nearest
 from laurel_rewrite.files.onnx import external, read_onnx
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.graph.from_onnx import METADATA, OnnxFlow
@@ -30,7 +31,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.operators.onnx_function import DOMAIN, IR_VERSION, MADE_IN, Call, step_function
 from laurel_rewrite.operators.plain import Plain
 from laurel_rewrite.operators.protocol import Connection
-from laurel_rewrite.passes.insert_laurel_onnx import InsertLaurelOnnx
+from laurel_rewrite.passes.insert_laurel_onnx import Feed, InsertLaurelOnnx
 from laurel_rewrite.plan import LaurelConfig, Plan, PlanSite
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.onnx import check_rewrite
@@ -169,9 +170,30 @@ class GraphRewrite:
             before = plan.before(row)
             residual, connection = self.sites.bindings[row.id].residual, connections[row.id]
             reads = values[self.sites.read_by(by_id[row.id])] if connection.needs_input else None
-            rewriter.site(row.id, residual, connection, before.id if before is not None else "", reads)
+            feeds = self._read_apart(by_id[row.id], values) if connection.config.fed else ()
+            rewriter.site(row.id, residual, connection, before.id if before is not None else "", reads, feeds)
+            if connection.config.linked:
+                end = self.sites.by_name[row.behind]
+                values[end] = rewriter.at_end(row.id, connection, values[end])
         self.plan, self.exact, self.values = plan, rewriter.exact, rewriter.values
         InsertLaurelOnnx(rewriter.sites, __version__)(self.model)
+
+    def _read_apart(self, site: Site, values: Mapping[int, ir.Value]) -> tuple[Feed, ...]:
+        """q, k and v of a branch, which read what the connection before it leaves for each."""
+        sites, before = self.sites, self.sites.after(site, -1)
+        assert before is not None
+        spot = sites.spots[site.id]
+        start = sites.by_name[spot.link_end] if spot.link_end else sites.bindings[before.id].residual.output
+        made = [values.get(index) for index in (start, *sites.way_in(site, start))]
+        norm = tuple(dict.fromkeys(node for value in made[1:] if value is not None and (node := value.producer()) is not None))
+        if None in made or any(output in made[:1] for node in norm for output in node.outputs):
+            raise RewriteError(
+                f"{site.id}: the norm of its branch and the sum before it are one node, and {spot.maps[0]} is to read another value of "
+                "the stream. Give the graph from before it was optimised."
+            )
+        read = values[sites.read_by(site)]
+        readers = [values[sites.by_name[name]].producer() for name in spot.maps]
+        return tuple(Feed(reader, read, norm, values[start]) for reader in readers if reader is not None)
 
     def _connection(self, plan: Plan, row: PlanSite) -> Connection:
         """The connection of a site, of the type of its stream; one that stands in for another start adds plainly."""
@@ -189,8 +211,11 @@ class GraphRewrite:
             before, connection = plan.before(row), connections[row.id]
             states = left[before.id if before is not None else ""]
             step = step_function(connection, Call(connection.config, states=states, reads=connection.needs_input), torch.float32)
-            left[row.id] = len(step.handed_on)
             needed = max(needed, step.opset)
+            if connection.config.linked:
+                step = step_function(connection, Call(connection.config, "read", 0, len(step.handed_on)), torch.float32)
+                needed = max(needed, step.opset)
+            left[row.id] = len(step.handed_on)
         return needed
 
     def exact_start(self) -> ir.Model:

@@ -1,7 +1,7 @@
 """What every residual operator must hold, tried on one: `check_operator(MyOperator)`.
 
-A stack of pre-norm blocks gets the operator at all of its sites, its parameters are moved off their start, and what the model then computes
-through every back end is held against the operator's own `connect`, called by hand in a loop that knows neither slots nor graphs.
+A stack of blocks gets the operator at all of its sites, its parameters are moved off their start, and what the model then computes through
+every back end is held against the operator's own `connect`, called by hand (`laurel_rewrite.testing.stacks`).
 """
 
 from __future__ import annotations
@@ -31,56 +31,14 @@ from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.registry import operators, register_operator
+from laurel_rewrite.operators.state import FED
+from laurel_rewrite.testing.stacks import D, Stack, by_hand, stacks_for
 from laurel_rewrite.verification.onnx_runs import run_onnx
 
-D = 16
 _EXACT = 1e-10  # of float64 against the loop, relative to the largest element
 _ONNX = 1e-5  # of onnxruntime in float32 against PyTorch, likewise
 _SCALE_FREE = 1e-3  # of a start that is exact for readers without a scale: epsilons
 _GRAPHS = 3  # that equal blocks may be compiled into
-
-
-class Branch(nn.Module):
-    """What is added at a site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(D)
-        self.linear = nn.Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.tanh(self.linear(self.norm(x)))
-        return out
-
-
-class Block(nn.Module):
-    """Two residual connections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g = Branch(), Branch()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.f(x)
-        out: Tensor = x + self.g(x)
-        return out
-
-
-class Stack(nn.Module):
-    """Blocks, a norm and a head: every reader of the stream is a normalisation."""
-
-    def __init__(self, blocks: int = 3) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
-        self.norm = nn.LayerNorm(D)
-        self.head = nn.Linear(D, D)
-        self.call: Any = None  # how a block is called, where not plainly
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.call is None else self.call(block, x)
-        out: Tensor = self.head(self.norm(x))
-        return out
 
 
 @dataclass(frozen=True)
@@ -117,7 +75,8 @@ def check_operator(operator: type[Connection] | str, options: Mapping[str, Any] 
         operator = known.get(operator, operator.name)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        outcomes = _Trial(operator, dict(options or {})).outcomes()
+        stacks = stacks_for(operators()[operator]).items()
+        outcomes = [outcome for place, stack in stacks for outcome in _Trial(operator, dict(options or {}), stack, place).outcomes()]
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if failed:
         raise AssertionError(f"{operator} breaks {len(failed)} of {len(outcomes)} laws:\n" + "\n".join(map(str, failed)))
@@ -125,14 +84,15 @@ def check_operator(operator: type[Connection] | str, options: Mapping[str, Any] 
 
 
 class _Trial:
-    def __init__(self, name: str, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, options: dict[str, Any], stack: type[Stack], place: str) -> None:
+        self.stack, self.place = stack, place
         self.options: dict[str, Any] = {"variant": name, **options}
         self.operator = operators()[name]
         if "rank" in self.operator.options:
             self.options.setdefault("rank", 4)
         self.x = torch.randn(2, 5, D)
         self.other = torch.randn(3, 4, D, dtype=torch.float64)
-        self.base = Stack().eval()
+        self.base = stack().eval()
         self.started: Any = rewrite(self.base, (self.x,), **self.options)
         self.model: Any = moved(copy.deepcopy(self.started)).eval()
         self.wide: Any = copy.deepcopy(self.model).double()
@@ -142,7 +102,7 @@ class _Trial:
         return [self._tried(law) for law in laws]
 
     def _tried(self, law: Callable[[], str]) -> Outcome:
-        words = law.__name__.removeprefix("law_").replace("_", " ")
+        words = f"{law.__name__.removeprefix('law_').replace('_', ' ')} {self.place}".strip()
         try:
             return Outcome(words, True, law())
         except Exception as error:  # whatever an operator raises
@@ -157,15 +117,22 @@ class _Trial:
             x, f = (torch.randn(2, 5, D, dtype=torch.float64) for _ in range(2))
             before = [value.clone() for value in (x, f, *state)]
             out, left = module.connect(x, f, state=state, n=x)
-            for value, old in zip((x, f, *state), before, strict=True):
+            given = x, f, *state
+            if module.config.linked:
+                given, before = (*given, out, *left), [value.clone() for value in (*given, out, *left)]
+                out, left = module.connect_behind(out, left)
+            for value, old in zip(given, before, strict=True):
                 assert torch.equal(value, old), f"{module.site}: an argument was changed in place"
             assert out.shape == x.shape, f"{module.site}: the stream of shape {list(x.shape)} became {list(out.shape)}"
             assert out.dtype == x.dtype, f"{module.site}: {x.dtype} became {out.dtype}"
-            for value in left:
-                shape = list(value.shape[module.lead :])
-                assert shape == list(x.shape), f"{module.site}: a state of shape {list(value.shape)}, with {module.lead} leading dimensions"
+            apart = FED if module.config.separate else 0
+            for place, value in enumerate(left):
+                lead = module.lead if place >= apart else 0
+                assert list(value.shape[lead:]) == list(x.shape), (
+                    f"{module.site}: a state of shape {list(value.shape)}, {lead} of them leading"
+                )
                 assert value.dtype == x.dtype, f"{module.site}: a state of {value.dtype}"
-            counts.append(len(left))
+            counts.append(len(left) - apart)
             state = left
         if self.operator.uses_history:
             assert any(counts[:-1]), "it declares a reader of states, and leaves none"
@@ -205,14 +172,14 @@ class _Trial:
 
     # The module back end
 
-    def law_the_model_is_the_loop(self) -> str:
-        found, right = self.wide(self.other), loop(self.wide, self.other)
+    def law_the_model_is_what_it_is_by_hand(self) -> str:
+        found, right = self.wide(self.other), by_hand(self.wide, self.other)
         near(found, right, _EXACT)
         equal(gradients_of(self.wide, found), gradients_of(self.wide, right), _EXACT)
         return f"outputs and gradients within {_EXACT:g} in float64"
 
     def law_checkpointed_blocks(self) -> str:
-        right = gradients_of(self.wide, loop(self.wide, self.other))
+        right = gradients_of(self.wide, by_hand(self.wide, self.other))
         model = copy.deepcopy(self.wide)
         model.call = lambda block, x: checkpoint(block, x, use_reentrant=False)
         equal(gradients_of(model, model(self.other)), right, _EXACT)
@@ -227,7 +194,7 @@ class _Trial:
 
     def law_several_passes_before_backward(self) -> str:
         inputs = [self.other, self.other.flip(0) + 1e-3]
-        right = gradients_of(self.wide, torch.stack([loop(self.wide, x) for x in inputs]))
+        right = gradients_of(self.wide, torch.stack([by_hand(self.wide, x) for x in inputs]))
         model = copy.deepcopy(self.wide)
         model.call = lambda block, x: checkpoint(block, x, use_reentrant=False)
         equal(gradients_of(model, torch.stack([model(x) for x in inputs])), right, _EXACT)
@@ -235,7 +202,7 @@ class _Trial:
 
     def law_threads_do_not_mix(self) -> str:
         inputs = [torch.randn(2, 5, D, dtype=torch.float64) for _ in range(4)]
-        right = [loop(self.wide, x).detach() for x in inputs]
+        right = [by_hand(self.wide, x).detach() for x in inputs]
         worst: list[float] = []
         errors: list[Exception] = []
 
@@ -263,7 +230,7 @@ class _Trial:
             assert self.operator.uses_history, "refused, though it has no state"
             return "refused"
         assert not self.operator.uses_history, "it ran without the state of the blocks before it"
-        near(found, loop(stage, self.other), _EXACT)
+        near(found, by_hand(stage, self.other), _EXACT)
         return "right"
 
     def law_compiled_whole(self) -> str:
@@ -275,16 +242,16 @@ class _Trial:
 
         torch._dynamo.reset()
         fast: Any = torch.compile(self.wide, backend=backend, fullgraph=True)
-        near(fast(self.other), loop(self.wide, self.other), _EXACT)
-        near(fast(self.other), loop(self.wide, self.other), _EXACT)
+        near(fast(self.other), by_hand(self.wide, self.other), _EXACT)
+        near(fast(self.other), by_hand(self.wide, self.other), _EXACT)
         torch._dynamo.reset()
         assert len(graphs) == 1, f"{len(graphs)} graphs"
         return "one graph"
 
     def law_compiled_block_by_block(self) -> str:
-        deep = Stack(12).eval()
+        deep = self.stack(12).eval()
         model: Any = moved(rewrite(deep, (self.x,), **self.options, verify=False)).eval().double()
-        right = loop(model, self.other)
+        right = by_hand(model, self.other)
         graphs: list[Any] = []
 
         def backend(graph: Any, inputs: Any) -> Any:
@@ -353,17 +320,6 @@ class _Trial:
 
 
 # Comparing
-
-
-def loop(model: nn.Module, x: Tensor) -> Tensor:
-    """A `Stack` by hand: the state in a variable."""
-    stack: Any = model
-    state: tuple[Tensor, ...] = ()
-    for block in stack.blocks:
-        for connection, branch in ((block.laurel_0, block.f), (block.laurel_1, block.g)):
-            x, state = connection.connect(x, branch(x), state=state, n=branch.norm(x))
-    out: Tensor = stack.head(stack.norm(x))
-    return out
 
 
 @torch.no_grad()
