@@ -233,7 +233,9 @@ def _step_function(cls: type[Connection], call: Call, dtype: str, types: tuple[t
     kept = [0, *(place for place, source in enumerate(handed_on, start=1) if source is None)]
     read = [name for name, node in zip(state, inputs[len(operands) :], strict=True) if node.users]
     given = [*operands, *(state[name] for name in read)]
-    key = _digest(graph, given, kept)
+    key = _digest(
+        graph, [*inputs[: len(operands)], *(node for node in inputs[len(operands) :] if node.users)], given, [outputs[i] for i in kept]
+    )
     body = _cached(key)
     if body is None:
         body = _exported(_Step(connection, call, read, kept), given, call)
@@ -241,17 +243,35 @@ def _step_function(cls: type[Connection], call: Call, dtype: str, types: tuple[t
     return StepFunction(body, tuple(read), handed_on)
 
 
-def _digest(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], kept: Sequence[int]) -> str:
-    """What is computed, and what computes the body from it."""
-    found = hashlib.sha256(graph.code.encode())
-    for name, tensor in sorted({**dict(graph.named_buffers()), **vars(graph)}.items(), key=lambda item: item[0]):
-        if isinstance(tensor, Tensor):
-            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+def _digest(graph: torch.fx.GraphModule, nodes: Sequence[torch.fx.Node], inputs: Sequence[Tensor], outputs: Sequence[torch.fx.Node]) -> str:
+    """What is computed, whatever the names and whatever else was traced, and what computes the body from it.
+
+    Args:
+        graph: as traced.
+        nodes, inputs: the placeholders that the body has, and their tensors.
+        outputs: what it gives.
+    """
+    found = hashlib.sha256()
+    needed, stack = {*outputs}, [*outputs]
+    while stack:
+        operands = [node for node in stack.pop().all_input_nodes if node not in needed]
+        needed.update(operands)
+        stack += operands
+    names = {node: f"in_{place}" for place, node in enumerate(nodes)}
+    for node in graph.graph.nodes:
+        if node in needed and node not in names:
+            if node.op == "get_attr":
+                constant = getattr(graph, str(node.target)).detach().cpu().contiguous()
+                found.update(f"{constant.dtype} {list(constant.shape)}".encode() + constant.numpy().tobytes())
+            given: Any = (node.args, node.kwargs)
+            operands = torch.fx.node.map_arg(given, lambda operand: names[operand])
+            found.update(f"{node.op} {node.target if node.op != 'get_attr' else ''} {operands!r}\n".encode())
+            names[node] = f"v_{len(names)}"
     versions = torch.__version__, version("onnxscript"), onnx.__version__
     # torch takes sizes of 0 and 1 for constants, and may take equal sizes for one.
     sizes = [size for tensor in inputs for size in tensor.shape]
     pattern = [size if size < 2 else 2 + sizes.index(size) for size in sizes]
-    facts = [[str(t.dtype), t.ndim] for t in inputs], pattern, list(kept), versions
+    facts = [[str(t.dtype), t.ndim] for t in inputs], pattern, [names[node] for node in outputs], versions
     found.update(json.dumps(facts).encode() + Path(__file__).read_bytes())
     return found.hexdigest()
 
