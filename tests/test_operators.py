@@ -34,6 +34,8 @@ TOYS = [
     "toy-reader",
     "toy-bounded",
     "toy-half",
+    "toy-apart",
+    "toy-behind",
 ]
 D = 16
 TOY_FILE = Path(__file__).with_name("operators.py")
@@ -43,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize("name", ["rw+lr", "rw+lr+pa", *(slow(name) for name in ("rw", "lr", "pa", "rw+pa", "lr+pa")), *TOYS])
 def test_every_law(name):
     laws = check_operator(name)
-    assert len(laws) == 15
+    assert len(laws) == (30 if name in ("toy-apart", "toy-behind") else 15)
 
 
 # The formulas, by hand: a model that knows no connections. Its parameters are those of the rewritten one, by site.
@@ -178,7 +180,7 @@ def test_an_exact_operator_that_regroups_a_sum_says_so():
         registry.forget(["toy-whole"])
 
 
-@pytest.mark.parametrize("name", ["toy-vector", "toy-echo", "toy-dense", "toy-lanes", "toy-ladder"])
+@pytest.mark.parametrize("name", ["toy-vector", "toy-echo", "toy-dense", "toy-lanes", "toy-ladder", "toy-apart"])
 def test_generate_with_a_cache_is_generate_without(name):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -351,6 +351,8 @@ class Link:
         if before is None or before.value is None or not there or self._of_another_pass() or (again and not before.graded):
             raise self._not_run("a projection of its branch", "what it reads is gone, or was never there", stream=self.stream.holder)
         before.taken += 1
+        if not torch.compiler.is_compiling() and _records_again():
+            before.again = True  # the branch alone may be run again
         return before.value[place]
 
     def _of_another_pass(self) -> bool:

@@ -168,7 +168,7 @@ class Plan:
                 "dim": site.dim or 0, "where": places[site.where], "calls": calls[site.module],
                 "turns": binding.turns if binding.turn is not None else 0, "holder": binding.holder, "side": binding.adds[0][1],
                 "repeats": repeats[site.module, site.stream], "variant": config.variant, "options": options,
-                **places_beside(sites, site, operator, calls[site.module], binding.turns),
+                **places_beside(sites, site, operator, calls[site.module]),
                 "role": sites.spots[site.id].role, "block": sites.spots[site.id].block,
             }  # fmt: skip
             rows.append(PlanSite(**{**asdict(site), **found}))

@@ -50,7 +50,8 @@ def check_stream(rows: Sequence[PlanSite], sites: Sites) -> None:
         if "plain links" in needs and link not in ("begin", "plain") and not _is_read_behind(row, rows):
             raise ConfigError(
                 f"{row.id} ({row.where}): {row.variant} cannot carry its state there: {_LINKS.get(link, 'something')} stands between this "
-                "connection and the one before it. Leave the stream out with exclude, or use an operator without history."
+                f"connection and the one before it{', and no module that is called once gives it' if row.operator.reads_links else ''}. Leave the "
+                "stream out with exclude, or use an operator without history."
             )
         if "projections" in needs and "attention" in row.role.split("+") and not row.projections:
             raise ConfigError(
@@ -65,13 +66,13 @@ def _is_read_behind(row: PlanSite, rows: Sequence[PlanSite]) -> bool:
     return at > 0 and bool(rows[at - 1].behind)
 
 
-def places_beside(sites: Sites, site: Site, operator: Operator, calls: int, turns: int) -> dict[str, Any]:
+def places_beside(sites: Sites, site: Site, operator: Operator, calls: int) -> dict[str, Any]:
     """Where an operator acts beside the sum of a site, as a plan says it.
 
     Raises:
         ConfigError: it needs the branch's input, and no module of its own gives that.
     """
-    once = calls == 1 and turns == 1
+    once = calls == 1 or not sites.calls
     after = sites.after(site)
     behind = link_end(sites, after) if operator.reads_links and once and after is not None else ""
     projections = projections_of(sites, site) if operator.separate and once else ()
