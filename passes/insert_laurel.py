@@ -13,6 +13,7 @@ from laurel_rewrite.detection.sites import Sites, sites_of_graph
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
 from laurel_rewrite.operators.connections import refuse_second_time
+from laurel_rewrite.operators.prepared import prepare
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.base import Pass, PassResult
 
@@ -85,6 +86,7 @@ class InsertLaurel(Pass[fx.GraphModule]):
                 replaced[nodes[row.behind]], left = _at_end(graph, nodes[row.behind], site.module, left)
             if left is not None:
                 states[site.stream] = left
+        prepare(graph, self.plan.factors(self._sites))
         graph.graph.lint()
         graph.recompile()
         return PassResult(graph, tuple(row.id for row in self.plan.sites))
@@ -96,10 +98,10 @@ class InsertLaurel(Pass[fx.GraphModule]):
         values, before = sites.flow.values, sites.after(site, -1)
         assert before is not None
         name = sites.spots[site.id].link_end or values[sites.bindings[before.id].residual.output].name
-        norm = [nodes[values[index].name] for index in sites.way_in(site, sites.by_name[name])]
+        norm = [nodes[values[index].name] for index in sites.way_in(site, sites.named(name, site))]
         read = nodes[values[sites.read_by(site)].name]
         old = nodes[name]
-        for place, target in enumerate(sites.spots[site.id].maps):
+        for place, target in enumerate(sites.spots[site.id].projected):
             reader = nodes[target]
             with reader.graph.inserting_before(reader):
                 value = reader.graph.call_function(operator.getitem, (state, place))

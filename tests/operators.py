@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laurel_rewrite import Connection, Option, Reads, register_operator
+from laurel_rewrite.operators.config import BranchMap, SiteConfig
 
 
 @register_operator
@@ -250,3 +251,23 @@ class Behind(Connection):
         for place, value in enumerate(state):
             out = out + self.a[place : place + 1].to(y.dtype) * value
         return out, *state, y
+
+
+@register_operator
+class Shrunk(Connection):
+    """Branch-scaled: the weights of what computes the branch are smaller at the start."""
+
+    name = "toy-shrunk"
+    formula = "x + f, weights and biases of f times c at its end, d inside, and 1 for queries and keys"
+    start = "inexact"
+    end = Option(0.5, "c")
+    inner = Option(0.25, "d")
+
+    def step(self, x: Tensor, f: Tensor) -> Tensor:
+        return x + f
+
+    @classmethod
+    def prepare_branch(cls, config: SiteConfig, place: BranchMap) -> float:
+        if place.last:
+            return config.end
+        return 1.0 if "q" in place.projection or "k" in place.projection else config.inner

@@ -36,6 +36,7 @@ TOYS = [
     "toy-half",
     "toy-apart",
     "toy-behind",
+    "toy-shrunk",
 ]
 D = 16
 TOY_FILE = Path(__file__).with_name("operators.py")

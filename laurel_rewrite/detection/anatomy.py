@@ -10,13 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from laurel_rewrite.detection.branches import PROJECTIONS, Branch, LinearMap
 from laurel_rewrite.detection.descent import Descent
 from laurel_rewrite.detection.residuals import Residual
 from laurel_rewrite.detection.site import Binding, Site
+from laurel_rewrite.detection.ways import descending, is_scaled_by_position, is_statistic, statistics
 from laurel_rewrite.graph.dataflow import Dataflow, Role
 
 ROLES = ("attention", "feed-forward", "convolution", "mixer", "unknown")
-_REACH = 12  # pointwise ops between a softmax and the product that its weights go into
 _SHARE = 20  # values looked at in all branches together, for each value of the graph: nested branches of long skips hold each other
 
 
@@ -36,7 +37,7 @@ class Spot:
         reads: name of the value in the graph that the branch's first mixing op reads: behind its norm, or the skip where it has none.
         normed: a normalisation stands between the stream and that value.
         projections: paths of the modules that make q, k and v, where each is a linear map of its own; else empty.
-        maps: names of the values in the graph that these give.
+        maps: the linear maps of the branch, in the order in which they run.
         scale_free: all that reads the sum, but the next connection's skip, is a normalisation: a factor on the stream changes nothing
             there, epsilons aside.
     """
@@ -51,8 +52,14 @@ class Spot:
     reads: str
     normed: bool
     projections: tuple[str, ...]
-    maps: tuple[str, ...]
+    maps: tuple[LinearMap, ...]
     scale_free: bool
+
+    @property
+    def projected(self) -> tuple[str, ...]:
+        """Names of the values that q, k and v are; none where `projections` are none."""
+        made = {linear.projection: linear.value for linear in self.maps}
+        return tuple(made[name] for name in PROJECTIONS) if self.projections else ()
 
 
 def spots_of(sites: Sequence[Site], bindings: Mapping[str, Binding], flow: Dataflow, owner: Callable[[int], str]) -> dict[str, Spot]:
@@ -80,7 +87,7 @@ class _Anatomist:
             self.streams[site.stream].append(site)
 
     def spots(self) -> dict[str, Spot]:
-        branches_of: dict[str, list[_Branch]] = {}
+        branches_of: dict[str, list[Branch]] = {}
         for site in self.sites:
             residual = self.bindings[site.id].residual
             branches_of[site.id] = [part for branch in residual.branches for part in self._parts(site, residual, branch)]
@@ -92,7 +99,6 @@ class _Anatomist:
             branches = branches_of[site.id]
             first = branches[0]
             link, link_end = self._link(site)
-            maps = next((branch.projections for branch in branches if branch.projections), ())
             found[site.id] = Spot(
                 link=link,
                 link_end=link_end,
@@ -103,8 +109,8 @@ class _Anatomist:
                 evidence="; ".join(dict.fromkeys(branch.evidence for branch in branches if branch.evidence)),
                 reads=self.values[first.reads].name,
                 normed=first.normed,
-                projections=tuple(self.owner(index) for index in maps),
-                maps=tuple(self.values[index].name for index in maps),
+                projections=next((branch.projections() for branch in branches if branch.projections()), ()),
+                maps=tuple(linear for branch in branches for linear in branch.maps()),
                 scale_free=self._scale_free(self.bindings[site.id].residual.output),
             )
         return found
@@ -115,7 +121,7 @@ class _Anatomist:
         self.budget -= min(len(back), self.budget)
         return descending(self.flow, source, back) if self.budget else [source, target]
 
-    def _parts(self, site: Site, residual: Residual, branch: int) -> list[_Branch]:
+    def _parts(self, site: Site, residual: Residual, branch: int) -> list[Branch]:
         """A branch; or what it is the sum of: an attention beside a feed-forward that are added before they are added to the skip."""
         inside = self._between(residual.source, branch)
         if residual.skip in inside:  # else they part before it, behind a view of the skip's own
@@ -132,8 +138,8 @@ class _Anatomist:
             else:
                 found.append(index)
         if len(found) < 2:
-            return [_Branch(self, site, inside)]
-        return [_Branch(self, site, self._between(start, part)) for part in found]
+            return [Branch(self.flow, self.owner, site, inside)]
+        return [Branch(self.flow, self.owner, site, self._between(start, part)) for part in found]
 
     def _link(self, site: Site) -> tuple[str, str]:
         """What stands between the skip and the output of the connection before, and the name of the value that it ends in."""
@@ -197,201 +203,6 @@ class _Anatomist:
         return all(is_statistic(self.flow, reader, axis) for reader in self.flow.readers[index])
 
 
-class _Branch:
-    """One branch: the values between where it leaves the stream and the sum."""
-
-    def __init__(self, anatomist: _Anatomist, site: Site, inside: list[int]) -> None:
-        self.site, self.source, self.inside = site, inside[0], inside
-        self.flow, self.values, self.owner = anatomist.flow, anatomist.values, anatomist.owner
-        self.members = set(inside)
-        self.shape = self.values[self.source].shape or ()
-        self.feature = len(self.shape) - 1 if site.axis == -1 else site.axis
-        self.axes = self._follow_axes()
-        self.statistics = statistics(self.flow, self.inside, site.axis)
-        self.attention = self._attention()
-        self.role, deciding = self._role()
-        self.evidence = self._evidence(deciding)
-        self.reads, self.normed = self._entry()
-        self.projections = self._projections()
-
-    def _evidence(self, deciding: Sequence[int]) -> str:
-        words = [f"{self.values[i].op} in {owner}" if (owner := self.owner(i)) else self.values[i].op for i in deciding]
-        return ", ".join(dict.fromkeys(words))
-
-    def _follow_axes(self) -> dict[int, tuple[int | None, ...]]:
-        """Which dimension of the stream each dimension of a value is, for as long as that is known."""
-        axes: dict[int, tuple[int | None, ...]] = {self.source: tuple(range(len(self.shape)))}
-        for i in self.inside[1:]:
-            value = self.values[i]
-            before = next((o for o in value.inputs if o in axes and o in self.members), None)
-            if before is None or value.shape is None:
-                continue
-            known = axes[before]
-            if value.role is Role.TRANSPARENT:
-                if value.axes is not None:
-                    axes[i] = tuple(known[a] if a is not None and a < len(known) else None for a in value.axes)
-            elif len(value.shape) == len(known):
-                axes[i] = known
-        return axes
-
-    def _attention(self) -> tuple[int, ...]:
-        """The ops that mix positions by weights computed from data: one, or a softmax between two products."""
-        for i in self.inside:
-            value = self.values[i]
-            if value.kind.attends:
-                return (i,)
-            if value.kind.softmax:
-                read = [j for j in ahead(self.flow, i) if j in self.members and self._is_product(j)]
-                scores = next((j for j in behind(self.flow, i) if j in self.members and self._is_product(j)), None)
-                if read and scores is not None:
-                    return (scores, i, read[0])
-        return ()
-
-    def _is_product(self, index: int) -> bool:
-        """Whether a value is a product of two tensors that both depend on data."""
-        value = self.values[index]
-        return value.role is Role.MIXING and not value.kind.softmax and sum(self.values[o].data for o in value.inputs) >= 2
-
-    def _role(self) -> tuple[str, Sequence[int]]:
-        """The branch's role, and the values that say so."""
-        if self.attention:
-            return "attention", self.attention
-        mixing = [i for i in self.inside[1:] if self.values[i].role is Role.MIXING and not self.values[i].kind.norm]
-        mixing = [i for i in mixing if i not in self.statistics]
-        wide = [i for i in mixing if self.values[i].kind.wide and self.values[i].kind.axis is not None]
-        products = [i for i in mixing if self._is_product(i) and not self.values[i].kind.linear]
-        if wide and not products:
-            return "convolution", wide[:1]
-        features = [i for i in mixing if self._over_features(i)]
-        positions = products + [i for i in mixing if i not in set(features)] + [i for i in self.inside[1:] if self._takes_positions(i)]
-        if any(self.values[i].kind.routes for i in mixing):
-            return ("feed-forward", features[:2]) if features else ("unknown", ())
-        if positions:
-            return "mixer", positions[:1]
-        return ("feed-forward", features[:2]) if features else ("unknown", ())
-
-    def _takes_positions(self, index: int) -> bool:
-        """Whether a value is a part of another along the positions: a recurrence written out, a shift of tokens."""
-        value = self.values[index]
-        operand = self.values[value.inputs[0]] if value.inputs else value
-        if value.role is not Role.SLICE or value.shape is None or operand.shape is None or operand.index not in self.axes:
-            return False
-        known = self.axes[operand.index]
-        if len(value.shape) < len(operand.shape):  # one position, where the features are left whole
-            return known[-1] == self.feature and value.shape[-1] == operand.shape[-1]
-        return any(a != b and of not in (self.feature, None) for of, a, b in zip(known, value.shape, operand.shape, strict=False))
-
-    def _over_features(self, index: int) -> bool:
-        """Whether a linear op combines features alone."""
-        value = self.values[index]
-        if value.kind.axis is None or not value.kind.linear or value.kind.upsample or value.kind.pools:
-            return False
-        operand = next((o for o in value.inputs if o in self.members), None)
-        known = self.axes.get(operand) if operand is not None else None
-        if known is None or len(known) <= max(value.kind.axis, -value.kind.axis - 1):
-            return True  # behind a reshape: rows of features, as far as can be seen
-        return known[value.kind.axis] in (self.feature, None)
-
-    def _entry(self) -> tuple[int, bool]:
-        """The last single value, in the stream's own form, that all of the branch goes through before its first mixing op that is no norm."""
-        entry, normed = self.source, False
-        passed = False  # a norm since the source
-        farthest = self.source
-        readers = self.flow.readers
-        identity = tuple(range(len(self.shape)))
-        for i in self.inside:
-            value = self.values[i]
-            if i != self.source:
-                if value.role is Role.MIXING and not value.kind.norm and i not in self.statistics:
-                    break
-                if value.role is Role.SLICE or (value.role is Role.SUM and sum(o in self.members for o in value.inputs) > 1):
-                    break
-                passed = passed or value.kind.norm or i in self.statistics
-                if farthest <= i and value.shape == self.shape and self.axes.get(i) == identity:
-                    entry, normed = i, passed
-            farthest = max([farthest, *(r for r in readers[i] if r in self.members)])
-        return entry, normed
-
-    def _projections(self) -> tuple[int, ...]:
-        """The maps of q, k and v, where three linear ones read the branch's input."""
-        if not self.attention:
-            return ()
-        if len(self.attention) == 1:
-            operands = list(self.values[self.attention[0]].inputs[:3])
-        else:
-            scores, softmax, read = (self.values[i] for i in self.attention)
-            weights = {softmax.index, *ahead(self.flow, softmax.index)}
-            operands = [*scores.inputs[:2], *(o for o in read.inputs[:2] if o not in weights)][:3]
-        maps = [self._map_behind(operand) for operand in operands]
-        found = [index for index in maps if index is not None]
-        if len(found) != 3 or len(set(found)) != 3:
-            return ()
-        return tuple(found)
-
-    def _map_behind(self, operand: int) -> int | None:
-        """The linear map of the branch's input that an operand comes from; None where there is none, or more than one."""
-        found: set[int] = set()
-        stack, seen = [operand], {operand}
-        while stack:
-            value = self.values[stack.pop()]
-            if value.index not in self.members:
-                continue
-            if value.role is Role.MIXING and value.kind.linear and value.kind.axis is not None and not value.kind.norm:
-                found.add(value.index)
-                continue
-            for o in value.inputs:
-                if o not in seen:
-                    seen.add(o)
-                    stack.append(o)
-        return found.pop() if len(found) == 1 else None
-
-
-# Walks
-
-
-def between(flow: Dataflow, start: int, end: int) -> list[int]:
-    """What lies on ways from one value to another, these included, in topological order."""
-    return descending(flow, start, sorted(Descent(flow).between(start, end)))
-
-
-def descending(flow: Dataflow, source: int, among: Sequence[int]) -> list[int]:
-    """A value and those that are computed from it among others, which are in topological order."""
-    found = {source: None}
-    for index in among:
-        if any(o in found for o in flow.values[index].inputs):
-            found[index] = None
-    return list(found)
-
-
-def statistics(flow: Dataflow, inside: Sequence[int], axis: int) -> set[int]:
-    """Those of these values that are statistics; see `is_statistic`."""
-    return {index for index in inside if is_statistic(flow, index, axis)}
-
-
-def is_statistic(flow: Dataflow, index: int, axis: int) -> bool:
-    """Whether a value is one number for each position, such as the mean square that a normalisation written out divides by."""
-    value = flow.values[index]
-    if value.role is not Role.MIXING or value.kind.norm or value.kind.softmax or value.shape is None:
-        return False
-    if sum(flow.values[o].data for o in value.inputs) != 1:
-        return False
-    operand = flow.values[value.inputs[0]].shape
-    if operand is None or len(operand) != len(value.shape) or not -len(operand) <= axis < len(operand):
-        return False
-    rest = (n for n in range(len(operand)) if n != axis % len(operand))
-    return value.shape[axis] == 1 != operand[axis] and all(operand[n] == value.shape[n] for n in rest)
-
-
-def is_scaled_by_position(flow: Dataflow, index: int, axis: int) -> bool:
-    """Whether a value combines a tensor with one number for each of its positions: the end of a normalisation written out."""
-    value = flow.values[index]
-    if value.role is not Role.POINTWISE or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
-        return False
-    shapes = [flow.values[o].shape for o in value.inputs if flow.values[o].data]
-    smaller = [s for s in shapes if s is not None and len(s) == len(value.shape) and s[axis] == 1 != value.shape[axis]]
-    return len(shapes) == 2 and len(smaller) == 1
-
-
 def numbered(path: str) -> Iterator[str]:
     """The prefixes of a module's path that end in a number ("layers.3", "stage2.b1"), shortest first."""
     parts = path.split(".")
@@ -401,25 +212,3 @@ def numbered(path: str) -> Iterator[str]:
 def _family(path: str) -> str:
     """A numbered path without its number: what its sisters have in common."""
     return path.rstrip("0123456789")
-
-
-def ahead(flow: Dataflow, start: int) -> list[int]:
-    """What reads a value, through pointwise ops and views, up to the next mixing ops, these included."""
-    found: dict[int, None] = {}
-    level = [start]
-    for _ in range(_REACH):
-        level = [r for r in dict.fromkeys(r for name in level for r in flow.readers[name]) if r not in found]
-        found |= dict.fromkeys(level)
-        level = [r for r in level if flow.values[r].role in (Role.TRANSPARENT, Role.POINTWISE)]
-    return list(found)
-
-
-def behind(flow: Dataflow, start: int) -> list[int]:
-    """What a value is computed from, down to the next mixing ops, these included."""
-    found: dict[int, None] = {}
-    level = [start]
-    for _ in range(_REACH):
-        level = [o for o in dict.fromkeys(o for name in level for o in flow.values[name].inputs) if o not in found and flow.values[o].data]
-        found |= dict.fromkeys(level)
-        level = [o for o in level if flow.values[o].role is not Role.MIXING]
-    return list(found)

@@ -169,7 +169,7 @@ def _joined(one: Sites, other: Sites, rows: list[_Row]) -> Sites:
         replace(v, index=v.index + n, inputs=tuple(i + n for i in v.inputs), call=None if v.call is None else v.call + calls)
         for v in other.flow.values
     ]
-    flow = Dataflow([*one.flow.values, *moved], one.flow.outputs | {i + n for i in other.flow.outputs})
+    flow = Dataflow([*one.flow.values, *moved], one.flow.outputs | {i + n for i in other.flow.outputs}, second=n)
     added = [replace(r, output=r.output + n, operands=tuple(i + n for i in r.operands)) for r in other.refusals]
     places = {(site.where, site.owner) for site in sites}
     known: set[tuple[str, str, str]] = {(r.where, r.owner, r.reason) for r in one.rejected}

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import fx
 
-from laurel_rewrite.detection.anatomy import Spot, between, spots_of
+from laurel_rewrite.detection.anatomy import Spot, spots_of
 from laurel_rewrite.detection.residuals import REASONS, Refusal, find_residuals
 from laurel_rewrite.detection.site import Binding, Rejected, Site
 from laurel_rewrite.detection.streams import find_places
+from laurel_rewrite.detection.ways import between
 from laurel_rewrite.errors import CaptureError, nearest
 from laurel_rewrite.graph.capture import Call, Capture, parameters_of
 from laurel_rewrite.graph.dataflow import Dataflow
@@ -87,13 +88,19 @@ class Sites:
         return call.owner if call is not None else self.flow.values[index].owner
 
     @cached_property
-    def by_name(self) -> dict[str, int]:
-        """The values of the dataflow by their names in the graph."""
-        return {value.name: value.index for value in self.flow.values}
+    def _by_name(self) -> dict[tuple[str, bool], int]:
+        return {(value.name, self._in_second(value.index)): value.index for value in self.flow.values}
+
+    def _in_second(self, index: int) -> bool:
+        return self.flow.second is not None and index >= self.flow.second
+
+    def named(self, name: str, site: Site) -> int:
+        """The value of a name in the graph that a site lies in."""
+        return self._by_name[name, self._in_second(self.bindings[site.id].residual.output)]
 
     def read_by(self, site: Site) -> int:
         """The value that a site's branch reads first: behind its norm, or the skip."""
-        return self.by_name[self.spots[site.id].reads]
+        return self.named(self.spots[site.id].reads, site)
 
     def way_in(self, site: Site, start: int) -> list[int]:
         """The values by which a branch comes from `start` to what it reads first, in order, without the former."""

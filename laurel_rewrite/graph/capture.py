@@ -41,14 +41,14 @@ class Capture:
 
     Attributes:
         graph: with shapes, source lines and module stacks in its nodes' metadata.
-        parameters: names of the placeholders that hold parameters, buffers and constants.
+        parameters: of the placeholders that hold parameters, buffers and constants, the names of parameters in the model; "" for others.
         train: in which mode it was made.
         by_values: it was made in one run on concrete values.
         sums: see `Recorder`.
     """
 
     graph: fx.Graph
-    parameters: frozenset[str]
+    parameters: Mapping[str, str]
     train: bool
     by_values: bool = False
     calls: list[Call] = field(default_factory=list)
@@ -151,7 +151,7 @@ class _Captor:
             return None
         return Capture(graph, parameters, train, way == "run", recorder.calls, recorder.sums)
 
-    def _export(self, recorder: Recorder) -> tuple[fx.Graph, frozenset[str]]:
+    def _export(self, recorder: Recorder) -> tuple[fx.Graph, dict[str, str]]:
         with torch.fx.traceback.preserve_node_meta(), recorder:
             program = torch.export.export(self.model, self.args, self.kwargs, dynamic_shapes=self.dynamic_shapes, strict=False)
         for node in program.graph.nodes:
@@ -234,9 +234,10 @@ class _Captor:
         return problem
 
 
-def parameters_of(program: torch.export.ExportedProgram) -> frozenset[str]:
-    """Names of the placeholders that hold parameters, buffers and constants rather than data."""
-    return frozenset(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT")
+def parameters_of(program: torch.export.ExportedProgram) -> dict[str, str]:
+    """The placeholders that hold parameters, buffers and constants rather than data, with the names of parameters in the model."""
+    given = (spec for spec in program.graph_signature.input_specs if spec.kind.name != "USER_INPUT")
+    return {spec.arg.name: (spec.target or "") if spec.kind.name == "PARAMETER" else "" for spec in given}
 
 
 def _has_sizes_by_value(graph: fx.Graph) -> bool:

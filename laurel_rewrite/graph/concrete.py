@@ -19,7 +19,7 @@ from laurel_rewrite.graph.recording import Recorder
 from laurel_rewrite.graph.snapshot import tensors_in
 
 
-def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], recorder: Recorder) -> tuple[fx.GraphModule, frozenset[str]]:
+def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], recorder: Recorder) -> tuple[fx.GraphModule, dict[str, str]]:
     """Run the model once and write down what it computes. The caller preserves the model.
 
     Args:
@@ -28,7 +28,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], reco
         recorder: is active meanwhile.
 
     Returns:
-        The graph, with shapes, and the names of the placeholders that hold parameters, buffers and other tensors of the model.
+        The graph, with shapes, and the placeholders that hold parameters, buffers and other tensors of the model, with the names of parameters there.
     """
     inputs = tensors_in(args, kwargs)
     given = {id(tensor) for tensor in inputs}
@@ -42,11 +42,13 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], reco
         graph = make_fx(
             run, tracing_mode="real", pre_dispatch=True, record_stack_traces=True, _error_on_data_dependent_ops=False
         )(*state, *inputs)  # fmt: skip
-    names = {id(p): f"p_{name}" for name, p in model.named_parameters()} | {id(b): f"b_{name}" for name, b in model.named_buffers()}
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node, tensor in zip(placeholders, state, strict=False):
-        node._rename(names.get(id(tensor), "c_tensor").replace(".", "_"))
-    return graph, frozenset(node.name for node in placeholders[: len(state)])
+        kind = "p_" if isinstance(tensor, nn.Parameter) else "b_"
+        node._rename(f"{kind}{names[id(tensor)]}".replace(".", "_") if id(tensor) in names else "c_tensor")
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    return graph, {node.name: own.get(id(tensor), "") for node, tensor in zip(placeholders, state, strict=False)}
 
 
 @contextlib.contextmanager

@@ -118,6 +118,7 @@ class Value:
         call: index of the recorded call in the capture, None where there is none.
         existing: the op lies inside a LAuReL module that the model already had.
         recorded: the op runs where gradients are recorded, not under no_grad.
+        weights: names of the parameters that it is, or that its op reads without operands, as a module does.
     """
 
     index: int
@@ -136,6 +137,7 @@ class Value:
     call: int | None = None
     existing: bool = False
     recorded: bool = True
+    weights: tuple[str, ...] = ()
 
     @property
     def role(self) -> Role:
@@ -147,12 +149,20 @@ class Dataflow:
     """The values of one graph, in topological order: `values[i].index == i` and operands come first.
 
     `outputs` are the graph's results, and what its inputs and buffers hold at the end where they were written into. `deployed` is a graph that
-    may be the deployed half of a trained model, whose results need not be those that it learned from.
+    may be the deployed half of a trained model, whose results need not be those that it learned from. Where two graphs lie in it, those of a
+    model's two modes, nothing leads from one to the other, and the second begins at `second`.
     """
 
     values: list[Value] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
     deployed: bool = False
+    second: int | None = None
+
+    def graph_of(self, index: int) -> list[Value]:
+        """The values of the graph that one of them lies in."""
+        if self.second is None:
+            return self.values
+        return self.values[self.second :] if index >= self.second else self.values[: self.second]
 
     def add(self, name: str, op: str, kind: OpKind, inputs: Sequence[int] = (), **attributes: object) -> Value:
         """Append a value whose operands are already there."""

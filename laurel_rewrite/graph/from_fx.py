@@ -5,8 +5,9 @@ Every node whose result is a tensor needs its shape, in `meta["val"]` (torch.exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,26 +49,26 @@ from laurel_rewrite.graph.ops.torch import (
 def dataflow_from_fx(
     graph: fx.Graph,
     modules: Callable[[str], torch.nn.Module] | None = None,
-    parameters: Iterable[str] = (),
+    parameters: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Dataflow, dict[fx.Node, int]]:
     """Read a graph.
 
     Args:
         graph: nodes with shapes in their metadata, and no regions (`regions.flattened`).
         modules: the module of a `call_module` target.
-        parameters: names of placeholders that hold parameters, buffers and constants rather than data.
+        parameters: of placeholders that hold parameters, buffers and constants rather than data, the names of parameters in the model.
 
     Returns:
         The dataflow, and the value that each node computed (before any later in-place change to it).
     """
-    return _Reader(graph, modules, frozenset(parameters)).read()
+    return _Reader(graph, modules, parameters).read()
 
 
 class _Reader:
     """Canonicalises while it reads: in-place ops become new values, a view that was taken before such a change is read anew, and two equal
     views of one value are one value. What leaves a no_grad region is detached there."""
 
-    def __init__(self, graph: fx.Graph, modules: Callable[[str], torch.nn.Module] | None, parameters: frozenset[str]) -> None:
+    def __init__(self, graph: fx.Graph, modules: Callable[[str], torch.nn.Module] | None, parameters: Mapping[str, str]) -> None:
         self.graph = graph
         self.modules = modules
         self.parameters = parameters
@@ -136,7 +137,7 @@ class _Reader:
         marks = node.meta.get("custom") or {}
         value = self.flow.add(
             node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
-            trace=node.meta.get("stack_trace") or "", run=run, 
+            trace=node.meta.get("stack_trace") or "", run=run, weights=self._weights(node),
             recorded=self.recording and "laurel_unrecorded" not in marks, call=marks.get("laurel_call") if op in SUMS else None,
         )  # fmt: skip
         if kind.role is Role.TRANSPARENT and inputs:
@@ -146,6 +147,16 @@ class _Reader:
         if writes and operands:
             self._mutate(operands[0], value)
         self._settle(node, op, value.index, operands)
+
+    def _weights(self, node: fx.Node) -> tuple[str, ...]:
+        """Names of the parameters that a node holds, or that the module has which it calls."""
+        target = str(node.target)
+        if node.op == "call_module" and self.modules is not None:
+            return tuple(f"{target}.{name}" for name, _ in self.modules(target).named_parameters())
+        if node.op == "get_attr" and self.modules is not None:
+            path, _, name = target.rpartition(".")
+            return (target,) if name in self.modules(path)._parameters else ()
+        return (name,) if (name := self.parameters.get(node.name, "")) else ()
 
     def _settle(self, node: fx.Node, op: str, index: int, operands: list[fx.Node]) -> None:
         """The node computed this value, in memory of its own or of its first operand."""

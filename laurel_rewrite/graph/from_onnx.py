@@ -94,8 +94,9 @@ class _Reader(OnnxFlow):
     def source(self, value: ir.Value, *, data: bool) -> None:
         if value not in self.index:
             self.index[value] = self.flow.add(
-                value.name or "", "input" if data else "initializer", SOURCE, shape=sizes_of(value), floating=_floating(value), data=data
-            ).index
+                value.name or "", "input" if data else "initializer", SOURCE, shape=sizes_of(value), floating=_floating(value), data=data,
+                weights=() if data else (value.name or "",),
+            ).index  # fmt: skip
 
     def read(self, value: ir.Value) -> int:
         if value not in self.index:  # of an outer graph

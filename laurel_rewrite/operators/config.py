@@ -62,6 +62,22 @@ class Option:
         return f"{name} must be a {'whole ' if whole else ''}number{' ' + ' and '.join(bounds) if bounds else ''}, not {shown(value)}."
 
 
+@dataclass(frozen=True)
+class BranchMap:
+    """A linear map over the features in a branch, as an operator is asked about it.
+
+    Attributes:
+        index, count: it is the number `index` of `count`, in the order in which they run.
+        projection: which of "q", "k" and "v" it makes for an attention ("qkv" where it makes all); "" for none.
+        last: a factor on its weight and bias is one on the branch (the norm at the end of a branch counts as such a map, too).
+    """
+
+    index: int
+    count: int
+    projection: str
+    last: bool
+
+
 class SiteConfig:
     """What the connection of one site is built from; it does not change. The options are attributes beside the facts: `config.rank`.
 

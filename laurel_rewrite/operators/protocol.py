@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from laurel_rewrite.errors import LaurelError
-from laurel_rewrite.operators.config import CONVOLUTIONS, Option, SiteConfig
+from laurel_rewrite.operators.config import CONVOLUTIONS, BranchMap, Option, SiteConfig
 from laurel_rewrite.operators.state import FED, Link, Slot
 from laurel_rewrite.operators.sums import add, laid_out, laid_out_like, state_like
 
@@ -134,6 +134,7 @@ class Connection(nn.Module):
         self.held = Slot()  # skip and branches of a sum whose outermost add comes later
         self.regrouped = False  # it takes the place of several adds, and sums the branches first
         self.plain = False  # x + f alone, for a while: what the insertion does without the operator
+        self.prepared: dict[str, tuple[float, Tensor]] = {}  # weights of the branch by name: their factor, and what they were
         meta = device is not None and torch.device(device).type == "meta"
         with torch.device("meta" if meta else "cpu"), self._own_draws(seed):
             self.build()
@@ -178,6 +179,11 @@ class Connection(nn.Module):
     def start_of(cls, config: SiteConfig) -> str:
         """The start, where it depends on the options."""
         return cls.start
+
+    @classmethod
+    def prepare_branch(cls, config: SiteConfig, place: BranchMap) -> float:
+        """A factor on the weight and bias of one linear map of the branch, once, when the operator is put in; 1 leaves it as it is."""
+        return 1.0
 
     @classmethod
     def flops(cls, config: SiteConfig) -> int | None:

@@ -93,6 +93,13 @@ class Operator:
         return self.connection.read is not Connection.read
 
     @property
+    def prepares(self) -> bool:
+        """Whether it changes the weights of its branch when it is put in."""
+        from laurel_rewrite.operators.protocol import Connection
+
+        return self.connection.prepare_branch.__func__ is not Connection.prepare_branch.__func__  # type: ignore[attr-defined]  # classmethods
+
+    @property
     def separate(self) -> bool:
         """Whether it gives queries, keys and values what they read apart."""
         return self.connection.separate

@@ -17,6 +17,7 @@ from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.config import SiteConfig
 from laurel_rewrite.plan.fitting import check_stream, is_unfit, places_beside, selected
+from laurel_rewrite.plan.preparing import factors_of
 from laurel_rewrite.plan.rows import HEAD, VERSION, Settings, common, label_of, site_of
 from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanSite
 
@@ -190,6 +191,11 @@ class Plan:
                 )
         for rows in self.streams():
             check_stream(rows, sites)
+        self.factors(sites)
+
+    def factors(self, sites: Sites) -> dict[str, dict[str, float]]:
+        """What the operators multiply weights of their branches by, once, by site and by the parameter's name; see `factors_of`."""
+        return factors_of(((row, self.config(row)) for row in self.sites), sites)
 
     def to_toml(self) -> str:
         """The plan as text."""

@@ -84,17 +84,17 @@ def link_end(sites: Sites, site: Site) -> str:
     """Where the norm or activation in front of a site ends: the innermost module, called once, whose result that is; the value's name in a
     graph. "" where there is none."""
     name = sites.spots[site.id].link_end
-    return _ends_in(sites, sites.by_name[name]) if name and sites.calls else name
+    return _ends_in(sites, sites.named(name, site)) if name and sites.calls else name
 
 
 def projections_of(sites: Sites, site: Site) -> tuple[str, ...]:
     """The modules, or in a graph the values, of q, k and v that all read what a site's branch reads; none where it has no such."""
     spot, read = sites.spots[site.id], sites.read_by(site)
-    maps = [sites.by_name[name] for name in spot.maps]
+    maps = [sites.named(name, site) for name in spot.projected]
     if any(read not in sites.flow.values[index].inputs for index in maps):
         return ()
     if not sites.calls:
-        return spot.maps
+        return spot.projected
     if any(_ends_in(sites, index) != path for index, path in zip(maps, spot.projections, strict=True)):
         return ()
     try:
@@ -108,7 +108,9 @@ def _ends_in(sites: Sites, index: int) -> str:
     """The innermost module, called once, that computes a value as its last; "" where there is none."""
     path = sites.owner(index)
     while path:
-        inside = [value for value in sites.flow.values if (owner := sites.owner(value.index)) == path or owner.startswith(f"{path}.")]
+        inside = [
+            value for value in sites.flow.graph_of(index) if (owner := sites.owner(value.index)) == path or owner.startswith(f"{path}.")
+        ]
         own = [value for value in inside if sites.owner(value.index) == path]
         if inside[-1].index == index and len({value.run for value in own or inside}) == 1:
             return path
@@ -122,12 +124,13 @@ def read_by_branch(sites: Sites, site: Site, calls: int) -> str:
     Raises:
         ConfigError: no module of its own gives it.
     """
-    values, index = sites.flow.values, sites.read_by(site)
+    index = sites.read_by(site)
+    values = sites.flow.values
     skip = sites.bindings[site.id].residual.skip
     if index == skip or not sites.calls:
         return ""
     owner, why = sites.owner(index), ""
-    inside = [value for value in values if (path := sites.owner(value.index)) == owner or path.startswith(f"{owner}.")]
+    inside = [value for value in sites.flow.graph_of(index) if (path := sites.owner(value.index)) == owner or path.startswith(f"{owner}.")]
     if values[index].shape != values[skip].shape:
         why = "it is of another shape than the stream"
     elif not owner or owner == site.owner or any(value.index > index and value.run == values[index].run for value in inside):

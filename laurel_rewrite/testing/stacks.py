@@ -17,7 +17,7 @@ Place = tuple[Any, "Branch", nn.Module | None]
 
 
 class Branch(nn.Module):
-    """What is added at a site: a map behind a norm, or without."""
+    """What is added at a site: a map behind a norm, or without one."""
 
     def __init__(self, *, normed: bool = True) -> None:
         super().__init__()
@@ -34,7 +34,8 @@ class Branch(nn.Module):
 
     def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same, where queries, keys and values read the stream apart; this branch has none, and they are equal."""
-        return torch.tanh(self.linear(self.normed(q)))
+        out: Tensor = self.linear(torch.tanh(self.normed(q)))
+        return out
 
 
 class Attention(Branch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from laurel_rewrite.graph.capture import quiet, training, without_caches
 from laurel_rewrite.graph.snapshot import preserved
 from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.operators.prepared import plain_start
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.sources.inputs import copied_inputs, copied_tensor
 from laurel_rewrite.verification.checks import Check, tensors_of
@@ -144,19 +145,6 @@ def compare_runs(before: Run, after: Run, *, train: bool, declared: str = "", al
     if any(tensor.is_meta for tensor in before.tensors.values()) and worst == 0:
         detail += ", of which the meta device knows shapes alone"
     return Check(name, worst == 0.0, worst, allowed.words, detail + declared)
-
-
-@contextlib.contextmanager
-def plain_start(model: nn.Module) -> Iterator[None]:
-    """Connections whose start is declared to be another function add plainly for a while, which shows what the insertion alone does."""
-    changed = [module for module in sites_of(model).values() if module.start_of(module.config) != "exact"]
-    try:
-        for module in changed:
-            module.plain = True
-        yield
-    finally:
-        for module in changed:
-            module.plain = False
 
 
 def declared(model: nn.Module) -> str:

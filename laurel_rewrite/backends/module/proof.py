@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from laurel_rewrite.errors import TooManyTurnsError
 from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
 from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.operators.prepared import plain_start
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.verification.checks import Check
-from laurel_rewrite.verification.runs import SCALE_FREE, Run, Watch, allowed, compare_runs, declared, plain_start, run_once
+from laurel_rewrite.verification.runs import SCALE_FREE, Run, Watch, allowed, compare_runs, declared, run_once
 
 _MODES = (False, True)
 _MODES_OF_CHECKS = (*_MODES, None, False)  # the two starts, the calls, the start of operators for readers without a scale

@@ -20,6 +20,7 @@ from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, LaurelError, NoSiteError, RewriteError, VerificationError
 from laurel_rewrite.operators.connections import refuse_second_time, sites_of
+from laurel_rewrite.operators.prepared import prepare
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import Check
@@ -205,6 +206,7 @@ class _Application:
     def _installed(self, target: nn.Module, plan: Plan, owners: Owners) -> Evidence:
         """Install, and write the classes in another way where the runs show that one is needed."""
         install(target, plan, _classes(owners))
+        prepare(target, plan.factors(self.sites))
         for row in plan.sites:
             connection: Any = target.get_submodule(row.id)
             connection.regrouped = not row.operator.additive and len(self.sites.bindings[row.id].adds) > 1

@@ -316,7 +316,7 @@ def _own_origin(model: nn.Module) -> Origin:
 
 def _skeleton(model: nn.Module) -> nn.Module:
     """A copy of the base model whose parameters hold one element each."""
-    from laurel_rewrite.backends.module.surgery import remove
+    from laurel_rewrite.backends.module.surgery import take_out
 
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -326,7 +326,9 @@ def _skeleton(model: nn.Module) -> nn.Module:
             else parameter.detach()
         )
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    return remove(copy.deepcopy(model, memo), inplace=True)
+    skeleton = copy.deepcopy(model, memo)
+    take_out(skeleton)
+    return skeleton
 
 
 def _base(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Module:

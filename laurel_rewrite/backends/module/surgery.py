@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 
 from laurel_rewrite.backends.module.functions import BASE, Rewritten
 from laurel_rewrite.errors import ConfigError, RewriteError
+from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.plain import PlainResidual
+from laurel_rewrite.operators.prepared import restore
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.state import AtEnd, Fed, Link, Slot, Stream, Tap
 from laurel_rewrite.operators.turns import Turns
@@ -148,6 +150,17 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 "undo that before LAuReL is removed."
             )
     model = model if inplace else copied(model)
+    connections = sites_of(model)
+    restore(model, connections.values())
+    kept = [name for name, module in connections.items() if not module.prepared and registry.operator(module.config.variant).prepares]
+    if kept:
+        _log.warning("the weights of %d branches, that of %s first, stay as their operator left them", len(kept), kept[0])
+    take_out(model)
+    return model
+
+
+def take_out(model: nn.Module) -> None:
+    """Take the connections, their hooks and the owners' classes out of a model; its weights stay as they are."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Connection | Turns):
@@ -158,7 +171,6 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             object.__setattr__(module, "__class__", base)
     for name in (RECORD, _SAVE_PRETRAINED):
         vars(model).pop(name, None)
-    return model
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.operators.onnx_function import DOMAIN, IR_VERSION, MADE_IN, Call, step_function
 from laurel_rewrite.operators.plain import Plain
 from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.passes.algebra import scaled
 from laurel_rewrite.passes.insert_laurel_onnx import Feed, InsertLaurelOnnx
 from laurel_rewrite.plan import LaurelConfig, Plan, PlanSite
 from laurel_rewrite.verification.checks import require
@@ -173,23 +174,28 @@ class GraphRewrite:
             feeds = self._read_apart(by_id[row.id], values) if connection.config.fed else ()
             rewriter.site(row.id, residual, connection, before.id if before is not None else "", reads, feeds)
             if connection.config.linked:
-                end = self.sites.by_name[row.behind]
+                end = self.sites.named(row.behind, by_id[row.id])
                 values[end] = rewriter.at_end(row.id, connection, values[end])
         self.plan, self.exact, self.values = plan, rewriter.exact, rewriter.values
         InsertLaurelOnnx(rewriter.sites, __version__)(self.model)
+        for name, weights in plan.factors(self.sites).items():
+            for weight, factor in weights.items() if not isinstance(connections[name], Plain) else ():
+                value = self.model.graph.initializers[weight]
+                assert value.const_value is not None
+                value.const_value = scaled(value.const_value, factor)
 
     def _read_apart(self, site: Site, values: Mapping[int, ir.Value]) -> tuple[Feed, ...]:
         """q, k and v of a branch, which read what the connection before it leaves for each."""
         sites, before = self.sites, self.sites.after(site, -1)
         assert before is not None
         spot = sites.spots[site.id]
-        start = sites.by_name[spot.link_end] if spot.link_end else sites.bindings[before.id].residual.output
+        start = sites.named(spot.link_end, site) if spot.link_end else sites.bindings[before.id].residual.output
         made = [values.get(index) for index in (start, *sites.way_in(site, start))]
         norm = tuple(dict.fromkeys(node for value in made[1:] if value is not None and (node := value.producer()) is not None))
         if None in made:
             raise RewriteError(f"{site.id}: a fused node hides what its branch reads. Give the graph from before it was optimised.")
         read = values[sites.read_by(site)]
-        readers = [values[sites.by_name[name]].producer() for name in spot.maps]
+        readers = [values[sites.named(name, site)].producer() for name in spot.projected]
         return tuple(Feed(reader, read, norm, values[start]) for reader in readers if reader is not None)
 
     def _connection(self, plan: Plan, row: PlanSite) -> Connection:
