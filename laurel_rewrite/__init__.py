@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from laurel_rewrite.backends.module.rewriting import rewrite
     from laurel_rewrite.backends.module.saving import load, save
     from laurel_rewrite.backends.module.surgery import remove
     from laurel_rewrite.backends.onnx.surgery import rewrite_onnx
+    from laurel_rewrite.backends.rewriting import rewrite
     from laurel_rewrite.detection.detecting import detect
     from laurel_rewrite.detection.drawing import draw
     from laurel_rewrite.detection.explaining import explain
@@ -47,7 +47,7 @@ _HOMES = {
     "detect": "detection.detecting",
     "explain": "detection.explaining",
     "draw": "detection.drawing",
-    "rewrite": "backends.module.rewriting",
+    "rewrite": "backends.rewriting",
     "remove": "backends.module.surgery",
     "rewrite_onnx": "backends.onnx.surgery",
     "write_onnx": "files.onnx",

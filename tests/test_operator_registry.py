@@ -100,7 +100,7 @@ def test_a_start_for_readers_without_a_scale_is_held_to_that():
 
 
 def test_what_was_verified_of_another_start_is_said():
-    from laurel_rewrite.backends.module.rewriting import apply_plan
+    from laurel_rewrite.backends.rewriting import apply_plan
 
     base, x = Stack(), torch.randn(2, 5, D)
     sites = detect(base, (x,))

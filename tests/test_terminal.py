@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from laurel_rewrite.app import cli, terminal
-from laurel_rewrite.backends.module.owners import Skipped
+from laurel_rewrite.backends import Skipped
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.verification.checks import Check

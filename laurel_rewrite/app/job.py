@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from laurel_rewrite import targets
-from laurel_rewrite.backends.module.owners import Skipped
+from laurel_rewrite.backends import Skipped
 from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
 from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.sites import Sites
@@ -287,7 +287,7 @@ def _built(spec: str, settings: Mapping[str, Any] | None, seed: int) -> Built:
 
 def _rewritten(report: Report, built: Built, unsupported: str) -> nn.Module:
     """The rewritten model; the report says then what was done, and what was verified."""
-    from laurel_rewrite.backends.module.rewriting import apply_plan
+    from laurel_rewrite.backends.rewriting import apply_plan
 
     try:
         applied = apply_plan(built.model, report.sites, report.plan, built.args, built.kwargs, unsupported=unsupported)
@@ -297,7 +297,8 @@ def _rewritten(report: Report, built: Built, unsupported: str) -> nn.Module:
     report.plan, report.skipped = applied.plan, applied.skipped
     report.parameters = parameters(built.parameters, applied.plan)
     report.checks += applied.checks
-    return applied.model
+    rewritten: nn.Module = applied.model
+    return rewritten
 
 
 class _Exports:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from laurel_rewrite import targets
-from laurel_rewrite.backends.module.rewriting import rewrite
 from laurel_rewrite.backends.module.saving import load, save
 from laurel_rewrite.backends.module.surgery import remove
 from laurel_rewrite.backends.onnx.surgery import rewrite_onnx
+from laurel_rewrite.backends.rewriting import rewrite
 from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.exporting import export_onnx
 from laurel_rewrite.files.onnx import write_onnx

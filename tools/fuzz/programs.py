@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import laurel_rewrite
-from laurel_rewrite.backends.module.rewriting import apply_plan
 from laurel_rewrite.backends.module.saved_folder import importable
+from laurel_rewrite.backends.rewriting import apply_plan
 from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.laurel import Laurel

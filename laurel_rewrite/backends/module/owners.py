@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from laurel_rewrite.backends import Skipped
 from laurel_rewrite.backends.module.source import Change, Edited, rewrite_class
 from laurel_rewrite.backends.module.surgery import attribute
 from laurel_rewrite.detection.sites import Sites
@@ -16,20 +17,7 @@ from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.capture import Call
 from laurel_rewrite.plan import Plan, PlanSite
 
-UNSUPPORTED = ("refuse", "skip")
-"""What becomes of a site that cannot be rewritten: an error before anything is changed, or its plain sum stays."""
-
-
 _TORN = "its module is called in several streams in turns, so that PA would read the states of another one; use an operator without history"
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A site that kept its plain sum: its id, where it stands, and why."""
-
-    id: str
-    where: str
-    reason: str
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from laurel_rewrite.errors import TooManyTurnsError
+from laurel_rewrite.errors import TooManyTurnsError, VerificationError
 from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.prepared import plain_start
@@ -150,6 +150,18 @@ def first_wrong(count: int, wrong: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if wrong(middle) else (middle, high)
     return high
+
+
+def failure(evidence: Evidence, name: str) -> VerificationError:
+    """What is raised where a rewritten model is another one; `name` is the first site that makes it so, "" where that is not known."""
+    first = next(check for check in evidence.checks if check.failed)
+    place = f"The first site with which it differs is {name}. " if name else ""
+    error = VerificationError(
+        f"The rewritten model does not compute what the original does: {first.name}: {first.detail}, largest difference {first.difference:.3g}, "
+        f"allowed: {first.tolerance}. {place}The model is as it was. Leave that site out with exclude, and please report it."
+    )
+    error.checks = tuple(evidence.checks)
+    return error
 
 
 def _calls(plan: Plan, counts: Mapping[bool, Counter[str]]) -> Check:

@@ -18,9 +18,10 @@ import torch
 from onnx_ir import tensor_adapters
 
 from laurel_rewrite import __version__, targets
+from laurel_rewrite.backends import Applied, BackEnd
 from laurel_rewrite.backends.onnx.sums import SumRewriter
 from laurel_rewrite.detection.site import Site
-from laurel_rewrite.detection.sites import Sites, read_onnx_sites
+from laurel_rewrite.detection.sites import read_onnx_sites
 from laurel_rewrite.errors import CaptureError, ConfigError, ExportError, RewriteError, nearest
 from laurel_rewrite.files.onnx import external, read_onnx
 from laurel_rewrite.graph.capture import quiet
@@ -95,7 +96,7 @@ def check_form(target: str, functions: str) -> targets.Target:
     return chosen
 
 
-class GraphRewrite:
+class GraphRewrite(BackEnd):
     """One ONNX model on its way: detected, and then rewritten. The model that is given stays as it was.
 
     Args:
@@ -140,7 +141,6 @@ class GraphRewrite:
         self.notes += [undecided] if (undecided := self.sites.undecided()) else []
 
     def _read_sites(self, model: ir.Model) -> None:
-        self.sites: Sites
         self._read: OnnxFlow
         self.sites, self._read, self.model = read_onnx_sites(model, self._feeds)
 
@@ -148,8 +148,11 @@ class GraphRewrite:
         """The same model before its rewrite."""
         return GraphRewrite(self.given, self._feeds, plain=self.plain)
 
-    def apply(self, plan: Plan, *, split: bool = False) -> None:
-        """Insert the LAuReL nodes of a plan, at their start.
+    def check(self, plan: Plan) -> None:
+        plan.check(self.sites)
+
+    def apply(self, plan: Plan, *, split: bool = False) -> Applied:
+        """Insert the LAuReL nodes of a plan, at their start. What that computes, others verify (`laurel_rewrite.backends.onnx.proof`).
 
         Args:
             plan: for these sites.
@@ -160,7 +163,7 @@ class GraphRewrite:
             RewriteError: a sum cannot be replaced.
             ExportError: the graph's opset must be raised, and cannot be.
         """
-        plan.check(self.sites)
+        self.check(plan)
         connections = self.connections = {row.id: self._connection(plan, row) for row in plan.sites}
         if self.model.opset_imports.get("", 0) < MADE_IN or self.model.ir_version < IR_VERSION:
             self._raise_versions(self._opset(plan, connections))
@@ -183,6 +186,7 @@ class GraphRewrite:
                 value = self.model.graph.initializers[weight]
                 assert value.const_value is not None
                 value.const_value = scaled(value.const_value, factor)
+        return Applied(self.model, plan)
 
     def _read_apart(self, site: Site, values: Mapping[int, ir.Value]) -> tuple[Feed, ...]:
         """q, k and v of a branch, which read what the connection before it leaves for each."""
