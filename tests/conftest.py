@@ -35,7 +35,8 @@ from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.operators import registry
 from laurel_rewrite.profiling.sessions import session_of, settings
-from laurel_rewrite.sources.models import build, declare_torchvision_ops
+from laurel_rewrite.sources.built import declare_torchvision_ops
+from laurel_rewrite.sources.models import build
 from laurel_rewrite.verification.onnx import run_onnx
 
 collect_ignore = ["operators.py"]

@@ -236,7 +236,7 @@ def test_a_loaded_model_pickles(tmp_path):
     shutil.rmtree(tmp_path / "saved")
     code = (
         "import sys, torch, warnings; warnings.simplefilter('ignore');"
-        "from laurel_rewrite.sources.models import declare_torchvision_ops; declare_torchvision_ops();"
+        "from laurel_rewrite.sources.built import declare_torchvision_ops; declare_torchvision_ops();"
         "model, inputs = (torch.load(f'{sys.argv[1]}/{n}.pt', weights_only=False) for n in ('model', 'inputs'));"
         "torch.save(model(**inputs).logits, f'{sys.argv[1]}/logits.pt')"
     )

@@ -92,7 +92,7 @@ def test_the_module_can_be_imported_in_a_fresh_process(name, tmp_path):
     text, names = source_of(rewriting_of(rewrite(model, args, kwargs, rank=4)), "model")
     (tmp_path / "modeling_laurel.py").write_text(text)
     path = [str(tmp_path), str(importlib.util.find_spec("toys").origin.rsplit("/", 1)[0])]
-    stub = "from laurel_rewrite.sources.models import declare_torchvision_ops; declare_torchvision_ops()"
+    stub = "from laurel_rewrite.sources.built import declare_torchvision_ops; declare_torchvision_ops()"
     code = f"import sys, warnings; warnings.simplefilter('ignore'); sys.path[:0] = {path}; {stub}; import modeling_laurel as m; print([m.{next(iter(names.values()))}.__mro__[1].__name__])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -101,7 +101,7 @@ def line(spec: str, variant: str, kind: str, row: Row, baseline: Row) -> str:
 @click.option("--out", type=click.Path(path_type=Path), help="The table's file; by default dated, under tools/results/.")
 def main(models: tuple[str, ...], seconds: float, threads: int, out: Path | None) -> None:
     from laurel_rewrite.profiling import processor
-    from laurel_rewrite.sources.models import declare_torchvision_ops
+    from laurel_rewrite.sources.built import declare_torchvision_ops
 
     declare_torchvision_ops()
     lines = [

@@ -23,7 +23,8 @@ PLANTED = ("layer3.*",)
 def cases(folder: Path) -> Iterator[tuple[str, Path]]:
     """A vision model of 30 ms and a language model of 10 ms a run, roughly."""
     from laurel_rewrite import export_onnx
-    from laurel_rewrite.sources.models import build, declare_torchvision_ops
+    from laurel_rewrite.sources.built import declare_torchvision_ops
+    from laurel_rewrite.sources.models import build
 
     declare_torchvision_ops()
     for name, spec, settings in (

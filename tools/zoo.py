@@ -159,7 +159,7 @@ def main(models: tuple[str, ...], sample: bool, out: Path | None) -> None:
 
     import torch
 
-    from laurel_rewrite.sources.models import declare_torchvision_ops
+    from laurel_rewrite.sources.built import declare_torchvision_ops
 
     warnings.simplefilter("ignore")  # of the libraries that are surveyed
     logging.disable(logging.WARNING)

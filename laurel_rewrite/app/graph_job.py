@@ -15,6 +15,7 @@ from laurel_rewrite.backends.module.saved_folder import PLAN
 from laurel_rewrite.backends.module.saving import save_graph
 from laurel_rewrite.backends.onnx.surgery import GraphRewrite, away_from_start, inline_laurel
 from laurel_rewrite.errors import ConfigError, ExportError
+from laurel_rewrite.files.checked import require_file
 from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.onnx import external, place_onnx, read_onnx, weight_count
 from laurel_rewrite.graph.feeds import check_feeds, read_feeds
@@ -24,7 +25,6 @@ from laurel_rewrite.profiling import profile
 from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.report import HTML, JSON
 from laurel_rewrite.report.words import count
-from laurel_rewrite.sources.models import require_file
 from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, write_in_float32
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, 
 from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, VerificationError
+from laurel_rewrite.files.checked import require_file
 from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.graph.feeds import read_feeds
@@ -26,7 +27,9 @@ from laurel_rewrite.profiling.sessions import has_provider
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report.words import count as number
-from laurel_rewrite.sources.models import Built, build, require_file
+from laurel_rewrite.sources import is_graph, is_onnx
+from laurel_rewrite.sources.built import Built
+from laurel_rewrite.sources.models import build
 from laurel_rewrite.verification.checks import Check, check_gradients, failure, randomized
 from laurel_rewrite.verification.export import array_of, check_export, widened
 from laurel_rewrite.verification.onnx import check_moves
@@ -104,7 +107,7 @@ class Report:
 
 def find_sites(spec: str, settings: Mapping[str, Any], inputs: Path | None = None) -> Sites:
     """The sites of what a MODEL names: Python, an architecture, or a graph in a file, whose inputs may lie in an .npz file."""
-    if Path(spec).suffix not in (".onnx", ".pt2"):
+    if not is_graph(spec):
         return _build_and_detect(spec, settings)[1]
     return detect(graph_file(spec, settings), None if inputs is None else read_feeds(inputs))
 
@@ -161,7 +164,7 @@ def plan_only(
     """Detection and plan, nothing more; `inputs` of an ONNX file are an .npz file."""
     given = read_plan(plan)
     with listener("detect") as stage:
-        if spec.endswith(".onnx"):
+        if is_onnx(spec):
             from laurel_rewrite.files.onnx import read_onnx, weight_count
 
             model = read_onnx(graph_file(spec, settings or {}))
@@ -420,11 +423,7 @@ def lowered(path: Path) -> str:
 def parameters(model: int, plan: Plan) -> dict[str, int]:
     """What the plan adds to a model of so many parameters."""
     flops = sum(s.operator.flops(plan.config(s)) * s.calls for s in plan.sites)
-    return {
-        "model": model,
-        "added": plan.parameters(),
-        "added_flops_per_position": flops,
-    }
+    return {"model": model, "added": plan.parameters(), "added_flops_per_position": flops}
 
 
 def insertion(report: Report) -> str:

@@ -14,6 +14,7 @@ from laurel_rewrite.app.operator_options import OPERATORS, OperatorCommand, give
 from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PRECISION, SET, common, operator_options, seconds_of
 from laurel_rewrite.app.running import check_limits, console, only_for_onnx, print_json, start, stop_if_exceeded
 from laurel_rewrite.errors import ConfigError, VerificationError
+from laurel_rewrite.sources import is_onnx
 from laurel_rewrite.targets import DEFAULT, targets
 from laurel_rewrite.targets import target as find_target
 
@@ -144,7 +145,7 @@ def _check(context: click.Context, model: str, given: Mapping[str, Any]) -> None
     if not made_for.keeps_functions and said("functions"):
         raise ConfigError(f"--onnx-functions is for --target {_KEPT}.")
     only_for_onnx(model, *said(*_GRAPH_OPTIONS))
-    if given["train"] and model.endswith(".onnx"):
+    if given["train"] and is_onnx(model):
         raise ConfigError("--train is for models in PyTorch, and an ONNX file is none.")
 
 
@@ -181,7 +182,7 @@ def _main_job(model: str, config: LaurelConfig, given: Mapping[str, Any], listen
     settings = parse_settings(given["settings"])
     effort = Effort(given["profile_seconds"], precision=given["precision"], max_seconds=given["max_seconds"])
     shared = {name: given[name] for name in ("plan", "functions", "target", "skip", "force")}
-    if model.endswith(".onnx"):
+    if is_onnx(model):
         own = {name: given[name] for name in _GRAPH_OPTIONS}
         return graph_job.run(job.graph_file(model, settings), config, given["out"], effort=effort, listener=listener, **shared, **own)
     own = {name: given[name] for name in ("train", "unsupported")}

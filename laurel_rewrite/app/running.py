@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from laurel_rewrite.errors import ConfigError, LimitError
+from laurel_rewrite.sources import is_onnx
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,5 +67,5 @@ def stop_if_exceeded(limits: Sequence[str], result: Profile | None, skipped: int
 
 
 def only_for_onnx(model: str, *given: str) -> None:
-    if any(given) and not model.endswith(".onnx"):
+    if any(given) and not is_onnx(model):
         raise ConfigError(f"--{given[0].replace('_', '-')} is for ONNX files, and {model} is none.")

@@ -98,6 +98,13 @@ def rewrite(
     if plan is None:
         plan = Plan.from_sites(sites, config)
     applied = apply_plan(model, sites, plan, args, kwargs, inplace=inplace, unsupported=unsupported, verify=verify)
+    _warn(sites, applied)
+    rewritten: nn.Module = applied.model
+    return rewritten
+
+
+def _warn(sites: Sites, applied: Applied) -> None:
+    """Log what was not seen, not verified and not rewritten."""
     for note in sites.notes:
         _log.warning("%s", note)
     for check in applied.checks:
@@ -105,8 +112,6 @@ def rewrite(
             _log.warning("not verified: %s: %s", check.name, check.detail)
     for site in applied.skipped:
         _log.warning("skipped: %s (%s): %s", site.id, site.where, site.reason)
-    rewritten: nn.Module = applied.model
-    return rewritten
 
 
 def _refuse_distributed(model: nn.Module) -> None:

@@ -189,3 +189,17 @@ def _no_twice(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {shown(key)} stands twice")
         found[key] = value
     return found
+
+
+def require_file(path: Path) -> None:
+    """Raise ConfigError unless there is this file; the message lists the nearest of its kind."""
+    try:
+        if path.is_file():
+            return
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory, not a file.")
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = nearest(path.name, (p.name for p in folder.glob("*") if p.suffix == path.suffix and p.is_file()))
+    except OSError as error:
+        raise ConfigError(f"The file {str(path)[:80]}... cannot be read: {error.strerror}.") from error
+    raise ConfigError(f"There is no file {path}. {near}")

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from laurel_rewrite.backends.onnx.surgery import away_from_start
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError
+from laurel_rewrite.files.checked import require_file
 from laurel_rewrite.files.onnx import external, read_onnx, write_onnx
 from laurel_rewrite.graph.feeds import Guess, check_feeds, fitting_feeds, shape_grid
 from laurel_rewrite.profiling import latency
@@ -28,7 +29,6 @@ from laurel_rewrite.profiling.memory import Memory, memory_of, resident_bytes
 from laurel_rewrite.profiling.one_more_layer import one_more_layer
 from laurel_rewrite.profiling.sessions import CPU, Settings, check_runs, conditions, processor, session_of, settings
 from laurel_rewrite.profiling.traces import graph_of_run, record
-from laurel_rewrite.sources.models import require_file
 
 __all__ = ["Profile", "Row", "processor", "profile"]
 

@@ -16,7 +16,7 @@ from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.checked import INNER_NAME, anything, checked, list_of, mapping, optional, read_json, shown, text, whole
 from laurel_rewrite.files.manifest import MANIFEST, Manifest
 from laurel_rewrite.plan import MOST_SEED, Plan
-from laurel_rewrite.sources import models
+from laurel_rewrite.sources.code import is_installed
 
 MODELING, WEIGHTS, PLAN, CONFIG = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json"
 _log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class importable:
     def __enter__(self) -> None:
         self.hidden = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in self.own}
         for name, module in self.hidden.items():
-            if models.is_installed(name.partition(".")[0], getattr(module, "__file__", None)):
+            if is_installed(name.partition(".")[0], getattr(module, "__file__", None)):
                 raise ConfigError(f"{self.folder} has a file of the name {name!r}, which is an installed module's; rename it.")
         for name in self.hidden:
             del sys.modules[name]

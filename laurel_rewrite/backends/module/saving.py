@@ -42,8 +42,9 @@ from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.files.pickling import MODULE
 from laurel_rewrite.operators import registry
 from laurel_rewrite.plan import Plan
-from laurel_rewrite.sources import models
-from laurel_rewrite.sources.models import Built
+from laurel_rewrite.sources.built import Built, require
+from laurel_rewrite.sources.code import check_offered
+from laurel_rewrite.sources.models import build
 
 SKELETON = "skeleton.pt"
 GRAPH = "model.pt"
@@ -91,7 +92,7 @@ def save(model: nn.Module, folder: Path | str, *, built: Built | None = None, fa
     folder = Path(folder)
     origin = attribute(model, _ORIGIN) if built is None else _origin(built)
     if factory is not None:
-        models.check_offered(factory)
+        check_offered(factory)
         origin = Origin({"kind": "spec", "spec": factory, "settings": {}})
     if origin is None:
         origin = _own_origin(model)
@@ -341,7 +342,7 @@ def _base(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Module:
             if file not in recipe["files"]:
                 raise ConfigError(f"{folder / CONFIG} names the model {shown(spec)}, which is none of its files.")
             spec = str(folder / spec)
-        return models.build(spec, recipe["settings"], device="meta" if meta else "cpu", offered=True).model
+        return build(spec, recipe["settings"], device="meta" if meta else "cpu", offered=True).model
     if kind == "transformers":
         return _from_transformers(folder, recipe, meta=meta)
     if kind == "skeleton" and SKELETON in recipe["files"]:
@@ -350,7 +351,7 @@ def _base(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Module:
 
 
 def _from_transformers(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Module:
-    models.require("transformers")
+    require("transformers")
     import transformers
 
     config_class, cls = _named(recipe["config"], transformers.PreTrainedConfig), _named(recipe["class"], transformers.PreTrainedModel)

@@ -86,7 +86,7 @@ def to_torch(model: ir.Model, plan: Plan) -> fx.GraphModule:
 
 def onnx2torch() -> Any:
     """The package; MissingPackageError where it is not installed."""
-    from laurel_rewrite.sources.models import declare_torchvision_ops
+    from laurel_rewrite.sources.built import declare_torchvision_ops
 
     if importlib.util.find_spec("onnx2torch") is None:
         raise MissingPackageError(
