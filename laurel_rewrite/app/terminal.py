@@ -20,9 +20,11 @@ from laurel_rewrite.detection.explaining import Explanation
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.profiling import Profile
+from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
+from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
-from laurel_rewrite.report.words import count, part, shortened, size, skipped_of
+from laurel_rewrite.report.words import figure, shortened, size, skipped_of
 
 
 class Stages:
@@ -176,16 +178,9 @@ def show_profile(console: Console, profile: Profile) -> None:
         f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}"
     )
     _show(console, "Profile in onnxruntime", ("model", *_TIMED), times, caption)
-    costs = [
-        (
-            shortened(row.name, 60),
-            f"{'at least ' if row.costs.uncounted else ''}{count(row.costs.flops)}\n{part(row.costs.flops, baseline.costs.flops)}",
-            f"{count(row.costs.parameters)}\n{part(row.costs.parameters, baseline.costs.parameters)}",
-            size(row.memory.activation_bytes), size(row.resident_bytes), size(row.file_bytes),
-        )
-        for row in profile.rows
-    ]  # fmt: skip
-    _show(console, "Cost", ("model", "FLOPs>", "parameters>", "activations\npeak>", "resident\npeak>", "file>"), costs)
+    brief = [one for one in FIGURES if one.brief]
+    costs = [(shortened(row.name, 60), *(_figure(one, row, baseline) for one in brief)) for row in profile.rows]
+    _show(console, "Cost", ("model", *(f"{one.heading}>" for one in brief)), costs)
     for row in profile.rows:
         line = f"{shortened(row.name, 60)}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
         console.print(Text(line if row is baseline else f"{line}; fusions {row.ops.against(baseline.ops)}"))
@@ -209,6 +204,12 @@ def show_training(console: Console, training: Training) -> None:
     _show(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
     for note in training.notes:
         console.print(Text(note, style="yellow"))
+
+
+def _figure(one: Figure, row: Row, baseline: Row) -> str:
+    ratio = one.against(row, baseline)
+    least = "at least " if one.least(row) else ""
+    return f"{least}{figure(one.value(row, baseline), one.form)}" + ("" if ratio is None else f"\n{ratio:.3f}")
 
 
 _TIMED = ("median ms\n(p10-p90)>", "ratio\n[95 %]>", "verdict")

@@ -7,7 +7,7 @@ import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from laurel_rewrite.files.checked import require_file
 from laurel_rewrite.files.onnx import external, read_onnx, write_onnx
 from laurel_rewrite.graph.feeds import Guess, check_feeds, fitting_feeds, shape_grid
 from laurel_rewrite.profiling import latency
-from laurel_rewrite.profiling.attribution import Attribution, against, attribute
-from laurel_rewrite.profiling.costs import Costs, costs_of
+from laurel_rewrite.profiling.attribution import against, attribute
+from laurel_rewrite.profiling.costs import costs_of
+from laurel_rewrite.profiling.figures import figures_of
 from laurel_rewrite.profiling.flops import count_flops
-from laurel_rewrite.profiling.fusions import Ops, count_ops
+from laurel_rewrite.profiling.fusions import count_ops
 from laurel_rewrite.profiling.latency import MOST_SECONDS, RESOLVED, Effort, Latency
-from laurel_rewrite.profiling.memory import Memory, memory_of, resident_bytes
+from laurel_rewrite.profiling.memory import memory_of, resident_bytes
 from laurel_rewrite.profiling.one_more_layer import one_more_layer
+from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.sessions import CPU, Settings, check_runs, conditions, processor, session_of, settings
 from laurel_rewrite.profiling.traces import graph_of_run, record
 
@@ -36,66 +38,6 @@ ONE_MORE = "one more layer"
 ITSELF = "the same again"
 _USUAL = Guess(batch=1, length=128)
 _TRACED = 0.2  # of the time, for profiled runs
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model's figures. Where several shapes of inputs were asked for, all but `latencies` are those of the first.
-
-    Attributes:
-        name: of the file, or what it is.
-        path: of the file; "" for what was only made to be measured.
-        latencies: for each shape.
-        load_ms: median time to make a session, onnxruntime's optimisation included, milliseconds.
-        memory: see `Memory`.
-        resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it; 0 where the system has
-            no such figure.
-        file_bytes: the file and its external data.
-        ops: before and after onnxruntime's optimisation, and what it fused.
-        costs: FLOPs and the like.
-        attribution: where the time goes.
-        providers: number of nodes by the execution provider that ran them.
-    """
-
-    name: str
-    path: str
-    latencies: tuple[Latency, ...]
-    load_ms: float
-    memory: Memory
-    resident_bytes: int
-    file_bytes: int
-    ops: Ops
-    costs: Costs
-    attribution: Attribution
-    providers: dict[str, int]
-
-    @property
-    def latency(self) -> Latency:
-        """For the first shape of inputs."""
-        return self.latencies[0]
-
-    def to_dict(self, baseline: Row) -> dict[str, Any]:
-        nodes = [vars(node) for node in self.attribution.nodes]
-        return {
-            "name": self.name,
-            "path": self.path,
-            "latencies": [asdict(one) for one in self.latencies],
-            "load_ms": self.load_ms,
-            "memory": asdict(self.memory) | {"resident_bytes": self.resident_bytes},
-            "file_bytes": self.file_bytes,
-            "ops": vars(self.ops),
-            "fusions": vars(self.ops.against(baseline.ops)),
-            "costs": vars(self.costs) | {"sites": {site: vars(costs) for site, costs in self.costs.sites.items()}},
-            "time": {
-                "overhead": self.attribution.overhead,
-                "by_op": self.attribution.by("op"),
-                "by_module": self.attribution.by("module"),
-                "sites": [vars(site) for site in self.attribution.sites],
-                "left_over_ms": self.attribution.left_over_ms,
-                "nodes": nodes,
-            },
-            "providers": self.providers,
-        }
 
 
 @dataclass(frozen=True)
@@ -116,7 +58,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "rows": [row.to_dict(self.rows[0]) for row in self.rows],
+            "rows": [{**row.to_dict(self.rows[0]), "figures": figures_of(row, self.rows[0])} for row in self.rows],
             "shapes": list(self.shapes),
             "conditions": self.conditions,
             "warnings": list(self.warnings),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from laurel_rewrite.errors import ConfigError, nearest
-from laurel_rewrite.profiling import ITSELF, ONE_MORE, Profile, Row
+from laurel_rewrite.profiling import ITSELF, ONE_MORE, Profile
+from laurel_rewrite.profiling.figures import FIGURES
 from laurel_rewrite.profiling.latency import VERDICTS, Latency
+from laurel_rewrite.profiling.rows import Row
 
 _COMPARED = {
     ast.Lt: operator.lt,
@@ -29,35 +31,21 @@ SKIPPED = "skipped"
 VERDICT = "verdict"
 
 
+_LATENCY: dict[str, Callable[[Latency], Any]] = {
+    VERDICT: lambda time: time.verdict,
+    "latency_ratio": lambda time: time.ratio,
+    "latency_low": lambda time: time.low,
+    "latency_high": lambda time: time.high,
+    "latency_ms": lambda time: time.median_ms,
+}
+NAMES = [*_LATENCY, *(figure.limit for figure in FIGURES)]
+"""What a limit can name beside `skipped`."""
+
+
 def figures(row: Row, baseline: Row, time: Latency) -> dict[str, Any]:
     """What a limit can name, for one model at one shape of inputs: ratios to the baseline, counts, and the verdict."""
-    fusions = row.ops.against(baseline.ops)
-
-    def ratio(mine: float, theirs: float) -> float:
-        return mine / theirs if theirs else 1.0
-
-    return {
-        VERDICT: time.verdict,
-        "latency_ratio": time.ratio,
-        "latency_low": time.low,
-        "latency_high": time.high,
-        "latency_ms": time.median_ms,
-        "activation_ratio": ratio(row.memory.activation_bytes, baseline.memory.activation_bytes),
-        "resident_ratio": ratio(row.resident_bytes, baseline.resident_bytes),
-        "file_ratio": ratio(row.file_bytes, baseline.file_bytes),
-        "flops_ratio": ratio(row.costs.flops, baseline.costs.flops),
-        "parameter_ratio": ratio(row.costs.parameters, baseline.costs.parameters),
-        "moved_ratio": ratio(row.costs.moved_bytes, baseline.costs.moved_bytes),
-        "load_ratio": ratio(row.load_ms, baseline.load_ms),
-        "fusions_lost": fusions.lost.total(),
-        "ops": row.ops.after.total(),
-    }
-
-
-NAMES = (
-    "verdict latency_ratio latency_low latency_high latency_ms activation_ratio resident_ratio file_ratio flops_ratio parameter_ratio moved_ratio "
-    "load_ratio fusions_lost ops"
-).split()
+    found = {figure.limit: figure.against(row, baseline) if figure.ratio else figure.value(row, baseline) for figure in FIGURES}
+    return {name: of(time) for name, of in _LATENCY.items()} | found
 
 
 def check_limit(text: str) -> None:

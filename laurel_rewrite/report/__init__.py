@@ -13,7 +13,7 @@ from typing import Any
 
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.site import short
-from laurel_rewrite.report.words import breakable, count, part, settings, shortened, size, skipped_of
+from laurel_rewrite.report.words import breakable, count, figure, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
@@ -66,11 +66,11 @@ def page(report: Mapping[str, Any]) -> str:
         "place": lambda where: breakable(short(where)),
         "name": breakable,
     }
-    environment.globals |= {"part": part, "skipped_of": skipped_of}
+    environment.globals |= {"figure": figure, "skipped_of": skipped_of}
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}
     rows = profile["rows"]
-    drawn = {name: _for_script(figure.to_json()) for name, figure in figures(report).items()}
+    drawn = {name: _for_script(drawing.to_json()) for name, drawing in figures(report).items()}
     return template.render(
         report=report, figures=drawn, plotly=get_plotlyjs(), style=_resource("page.css"), script=_resource("page.js"), today=date.today(),
         planned={site["id"]: site for site in report["plan"]["sites"]} if report["plan"] else {},

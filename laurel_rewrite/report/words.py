@@ -41,14 +41,16 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def figure(number: float, form: str) -> str:
+    """A figure in its form: see `laurel_rewrite.profiling.figures.Figure`."""
+    if form in ("ms", "number"):
+        return f"{number:.0f}"
+    return size(number) if form == "size" else count(number)
+
+
 def skipped_of(skipped: int, rewritten: int) -> str:
     """How many of the planned sites kept their plain sum, in words."""
     return f"{skipped} of {skipped + rewritten} sites skipped: they keep their plain sum."
-
-
-def part(number: float, whole: float) -> str:
-    """A ratio to the baseline."""
-    return f"{number / whole:.3f}" if whole else "-"
 
 
 def settings(site: Mapping[str, Any]) -> str:
