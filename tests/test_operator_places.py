@@ -64,7 +64,7 @@ def test_separate_reads_are_the_formula():
         q, k, v = (linear(layer, norm(block.f.norm, r)) for layer, r in zip((block.f.q, block.f.k, block.f.v), reads, strict=True))
         f = linear(block.f.linear, torch.softmax(q @ k.transpose(1, 2) / D**0.5, -1) @ v)
         past, value = value, value + f
-        f = linear(block.g.linear, torch.tanh(norm(block.g.norm, value)))
+        f = linear(block.g.linear, torch.tanh(linear(block.g.inner, norm(block.g.norm, value))))
         new = value + f
         c = block.laurel_1
         if block is not model.blocks[-1]:
@@ -84,7 +84,7 @@ def test_reads_behind_a_norm_are_the_formula():
     values = [value]
     for block in model.blocks:
         for branch, after, c in ((block.f, block.after_f, block.laurel_0), (block.g, block.after_g, block.laurel_1)):
-            value = value + linear(branch.linear, torch.tanh(value))
+            value = value + linear(branch.linear, torch.tanh(linear(branch.inner, value)))
             last = c is model.blocks[-1].laurel_1  # behind it there is no other connection: its sum itself is weighted
             values.append(value if last else norm(after, value))
             value = sum(a * old for a, old in zip(c.a, values, strict=True))
@@ -297,7 +297,9 @@ def shrunk_resnet() -> tuple[nn.Module, Tensor, dict[str, float]]:
 
 
 def shrunk_attention() -> tuple[nn.Module, Tensor, dict[str, float]]:
-    factors = {f"blocks.{b}.{name}": c for b in range(3) for name, c in (("f.v", 0.25), ("f.linear", 0.5), ("g.linear", 0.5))}
+    factors = {
+        f"blocks.{b}.{name}": c for b in range(3) for name, c in (("f.v", 0.25), ("f.linear", 0.5), ("g.inner", 0.25), ("g.linear", 0.5))
+    }
     return AttentionStack(), torch.randn(3, 4, D), factors
 
 

@@ -17,7 +17,7 @@ Place = tuple[Any, "Branch", nn.Module | None]
 
 
 class Branch(nn.Module):
-    """What is added at a site: a map behind a norm, or without one."""
+    """What is added at a site: it ends in a linear map, and begins with a norm or without one."""
 
     def __init__(self, *, normed: bool = True) -> None:
         super().__init__()
@@ -25,16 +25,27 @@ class Branch(nn.Module):
         self.linear = nn.Linear(D, D)
 
     def normed(self, x: Tensor) -> Tensor:
-        """What the map reads."""
+        """What its first map reads."""
         out: Tensor = x if self.norm is None else self.norm(x)
         return out
+
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The branch, where queries, keys and values read the stream apart; equal where it has none."""
+        raise NotImplementedError
+
+
+class FeedForward(Branch):
+    """Two maps with an activation between them."""
+
+    def __init__(self, *, normed: bool = True) -> None:
+        super().__init__(normed=normed)
+        self.inner = nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.by_hand(x, x, x)
 
     def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same, where queries, keys and values read the stream apart; this branch has none, and they are equal."""
-        out: Tensor = self.linear(torch.tanh(self.normed(q)))
+        out: Tensor = self.linear(torch.tanh(self.inner(self.normed(q))))
         return out
 
 
@@ -61,9 +72,12 @@ class Attention(Branch):
 class Block(nn.Module):
     """Two residual connections, behind the norms of their branches."""
 
+    f: Branch
+    g: Branch
+
     def __init__(self) -> None:
         super().__init__()
-        self.f, self.g = Branch(), Branch()
+        self.f, self.g = FeedForward(), FeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.f(x)
@@ -89,7 +103,7 @@ class PostNormBlock(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.f, self.g = Branch(normed=False), Branch(normed=False)
+        self.f, self.g = FeedForward(normed=False), FeedForward(normed=False)
         self.after_f, self.after_g = nn.LayerNorm(D), nn.LayerNorm(D)
 
     def forward(self, x: Tensor) -> Tensor:
