@@ -18,6 +18,7 @@ from laurel_rewrite import (
     register_operator,
     rewrite,
 )
+from laurel_rewrite.operators.config import SiteConfig
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.testing import Stack, check_operator, equal, gradients_of, moved, near
@@ -128,6 +129,21 @@ def test_a_random_operator_is_the_source_with_its_own_draws():
             f = branch(value)
             value = value + f * (torch.rand(3, 1, 1, dtype=torch.float64) < 0.5) / 0.5
     near(found, model.head(model.norm(value)), 1e-12)
+
+
+def test_what_a_position_costs_is_counted():
+    """In multiples of D: f*a reads and writes, the sum reads two and writes one; two lanes are left, and so is the whole history."""
+    place = {"ndim": 3, "lags": 3, "leaves": None, "position": 2}
+
+    def counts(name: str):
+        operator = registry.operator(name)
+        return operator.counts(operator.prepare(SiteConfig(name, D, **place)))
+
+    gate = counts("toy-gate")
+    assert (gate.flops, gate.moved, gate.state) == (2 * D, 5 * D, 0)
+    assert counts("toy-shrunk").moved == 3 * D
+    assert counts("toy-lanes").state == 2 * D
+    assert counts("toy-dense").state == 4 * D
 
 
 class Sums(nn.Module):

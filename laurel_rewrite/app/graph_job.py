@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from laurel_rewrite import targets
 from laurel_rewrite.app import job
+from laurel_rewrite.app.wording import counts, not_timed, verdict, verified_elsewhere
 from laurel_rewrite.backends.module.saved_folder import PLAN
 from laurel_rewrite.backends.module.saving import save_graph
 from laurel_rewrite.backends.onnx.surgery import GraphRewrite, away_from_start, inline_laurel
@@ -86,7 +87,7 @@ def run(
         stage.done(f"{len(model.graph):,} nodes, {count(weight_count(model))} weights")
     with listener("detect") as stage:
         rewrite = GraphRewrite(model, given)
-        stage.done(job.counts(rewrite.sites))
+        stage.done(counts(rewrite.sites))
     with listener("rewrite") as stage:
         chosen = job.make_plan(rewrite.sites, config, wanted, str(path))
         rewrite.apply(chosen)
@@ -157,7 +158,7 @@ class _Work:
         self.proof = GraphProof(self.path, self.rewrite, self.report.checks, inputs=inputs, seed=seed, verify=verify)
         with self.listener("verify") as stage:
             self.proof.start(self.file)
-            stage.done(job.verdict(self.report.checks))
+            stage.done(verdict(self.report.checks))
         job.stop_if_failed(self.report)
 
     def load(self, weights: Path, plan: Path | None) -> None:
@@ -206,13 +207,13 @@ class _Work:
         """Measure the result beside the original, on the target's provider; or say why not."""
         original, notes = self.proof.original, self.report.notes
         feeds = given or (original.draws[0] if original is not None else None)
-        notes += job.verified_elsewhere(self.target) if verify and feeds is not None else []
+        notes += verified_elsewhere(self.target) if verify and feeds is not None else []
         if effort.seconds <= 0:
             return
         if verify and feeds is None:
             notes.append("Not profiled, for the graph was not run.")
             return
-        if missing := job.not_timed(self.target):
+        if missing := not_timed(self.target):
             notes.append(missing)
             return
         with self.listener("profile") as stage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from laurel_rewrite import targets
+from laurel_rewrite.app.wording import counts, not_timed, verdict, verified_elsewhere
 from laurel_rewrite.backends import Skipped
 from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
 from laurel_rewrite.detection.detecting import detect
@@ -23,7 +23,6 @@ from laurel_rewrite.operators import registry
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.latency import USUAL, Effort
-from laurel_rewrite.profiling.sessions import has_provider
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report.words import count as number
@@ -33,7 +32,7 @@ from laurel_rewrite.sources.models import build
 from laurel_rewrite.verification.checks import Check, check_gradients, failure, randomized
 from laurel_rewrite.verification.export import array_of, check_export, widened
 from laurel_rewrite.verification.onnx import check_moves
-from laurel_rewrite.verification.onnx_runs import FLOAT32, IN_FLOAT32, session_of, write_in_float32
+from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, session_of, write_in_float32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -356,24 +355,6 @@ def add_report(report: Report, draft: Path) -> None:
     write_report(report.to_dict(), draft)
 
 
-def not_timed(target: targets.Target) -> str:
-    """Why a graph for a target is not timed here, in a sentence for the user; "" where it is."""
-    if has_provider(target.provider):
-        return ""
-    return f"Not timed: {target.name} is for the {target.provider}, which this onnxruntime has not, and another's times would say nothing of it."
-
-
-def verified_elsewhere(target: targets.Target) -> list[str]:
-    """What the checks leave open of a target that is meant for another provider than they ran on."""
-    if target.on_cpu:
-        return []
-    rtol, atol = target.tolerance or FLOAT32
-    return [
-        f"Verified on the {targets.CPU}. In float32 the {target.provider} may differ from it by {rtol:g} of a number and {atol:g} of the largest "
-        "of its tensor."
-    ]
-
-
 def stop_if_failed(report: Report) -> None:
     """Raise VerificationError with the report where a check failed."""
     failed = [check for check in report.checks if check.failed]
@@ -422,8 +403,13 @@ def lowered(path: Path) -> str:
 
 def parameters(model: int, plan: Plan) -> dict[str, int]:
     """What the plan adds to a model of so many parameters."""
-    flops = sum(s.operator.flops(plan.config(s)) * s.calls for s in plan.sites)
-    return {"model": model, "added": plan.parameters(), "added_flops_per_position": flops}
+    places = [(site, plan.config(site)) for site in plan.sites]
+    return {
+        "model": model,
+        "added": plan.parameters(),
+        "added_flops_per_position": sum(site.operator.flops(config) * site.calls for site, config in places),
+        "state_per_position": max((site.operator.counts(config).state for site, config in places), default=0),
+    }
 
 
 def insertion(report: Report) -> str:
@@ -431,17 +417,3 @@ def insertion(report: Report) -> str:
     added = report.parameters["added"]
     share = 100 * added / max(report.parameters["model"], 1)
     return f"{len(report.plan.sites)} LAuReL modules, {number(added)} parameters more (+{share:.2f} %)"
-
-
-def counts(sites: Sites) -> str:
-    """The kinds of sites, in words."""
-    kinds = Counter(site.kind for site in sites)
-    streams = len({site.stream for site in sites})
-    return f"{len(sites)} sites ({', '.join(f'{n} {k}' for k, n in kinds.items()) or 'none'}), {streams} streams, {len(sites.rejected)} other additions"
-
-
-def verdict(checks: list[Check]) -> str:
-    """How many checks had each outcome, or which failed."""
-    failed = [check.name for check in checks if check.failed]
-    outcomes = Counter(check.outcome for check in checks)
-    return f"FAILED: {', '.join(failed)}" if failed else ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())

@@ -109,13 +109,14 @@ def rewrite(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
 
     options = given_options(context, given)
     config = LaurelConfig(given["variant"], include=given["include"], exclude=given["exclude"], seed=given["seed"], **options)
-    from laurel_rewrite.app import job, terminal
+    from laurel_rewrite.app import terminal
+    from laurel_rewrite.app.wording import not_timed
 
     listener = terminal.Stages(console(stderr=True), quiet=quiet)
     if given["dry_run"] or given["plan_out"] is not None:
         _plan_only(model, config, given, listener, as_json=as_json)
         return
-    if measured and (missing := job.not_timed(find_target(given["target"]))):
+    if measured and (missing := not_timed(find_target(given["target"]))):
         raise ConfigError(f"--fail-if needs a profile. {missing}")
     try:
         report = _main_job(model, config, given, listener)

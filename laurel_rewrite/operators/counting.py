@@ -1,37 +1,61 @@
-"""What a connection computes, counted by running it without values: FLOPs for operators that do not declare them."""
+"""What a connection costs, counted by running it without values."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.operators.state import FED
 
 _MOVES = frozenset(
     "aten::" + name for name in "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias".split()
 )
 
 
+@dataclass(frozen=True)
+class Counts:
+    """For one position (token, pixel) of one site.
+
+    Attributes:
+        flops: products as torch counts them (a multiply and an add are two), and one for each element that another op computes.
+        moved: elements of activations that its ops read and write, each for itself; those of the plain sum are 3 D.
+        state: elements that it leaves for the next connection.
+    """
+
+    flops: int
+    moved: int
+    state: int
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    def __init__(self) -> None:
+    def __init__(self, parameters: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.total = 0
+        self.parameters = parameters  # by their memory: they are read once for all positions
+        self.flops = 0
+        self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func._schema.name in _MOVES:
+            return out
         packet = func._overloadpacket
         if packet in flop_registry:
-            self.total += int(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
-        elif isinstance(out, torch.Tensor) and func._schema.name not in _MOVES:
-            self.total += out.numel()
+            self.flops += int(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
+        elif isinstance(out, torch.Tensor):
+            self.flops += out.numel()
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        self.moved += sum(tensor.numel() for tensor in tensors if tensor.untyped_storage()._cdata not in self.parameters)
         return out
 
 
-def count_flops(connection: Connection) -> int:
-    """FLOPs of one position (token, pixel): products as torch counts them, and one for each element that another op computes.
+def counted(connection: Connection) -> Counts:
+    """What a connection costs.
 
     Args:
         connection: on the meta device.
@@ -40,12 +64,13 @@ def count_flops(connection: Connection) -> int:
     shape = [1] * config.ndim
     shape[config.axis] = config.dim
     x, f = (torch.empty(shape, device="meta") for _ in range(2))
-    state: tuple[torch.Tensor, ...] = ()
+    state: tuple[torch.Tensor, ...] = (x,) * (FED if config.fed else 0)
+    own = {value.untyped_storage()._cdata for value in connection.state_dict(keep_vars=True).values()}
     with torch.no_grad():
         for _ in range(max(config.lags - 1, 0)):  # the state that its stream would have brought it
             _, state = connection.connect(x, f, state=state, n=x)
-        with _Counter() as counter:
+        with _Counter(own) as counter:
             _, left = connection.connect(x, f, state=state, n=x)
             if config.linked:
-                connection.connect_behind(x, left)
-    return int(counter.total)
+                _, left = connection.connect_behind(x, left)
+    return Counts(counter.flops, counter.moved, sum(value.numel() for value in left))

@@ -24,6 +24,7 @@ from laurel_rewrite.operators.config import FACTS, SiteConfig
 
 if TYPE_CHECKING:
     from laurel_rewrite.operators.config import Option
+    from laurel_rewrite.operators.counting import Counts
     from laurel_rewrite.operators.protocol import Connection
 
 FAMILIES = ("laurel",)
@@ -120,9 +121,13 @@ class Operator:
 
     def flops(self, config: SiteConfig) -> int:
         """FLOPs (a multiply and an add are two) for one position (token, pixel) of one site."""
+        declared = self.connection.flops(config)
+        return self.counts(config).flops if declared is None else declared
+
+    def counts(self, config: SiteConfig) -> Counts:
+        """What its ops compute, move and leave for the next connection, counted."""
         connection: Any = self.connection
-        declared: int | None = connection.flops(config)
-        return _counted_flops(connection, config) if declared is None else declared
+        return _counted(connection, config)
 
 
 @cache
@@ -131,10 +136,10 @@ def _parameters(connection: type[Connection], config: SiteConfig) -> int:
 
 
 @cache
-def _counted_flops(connection: type[Connection], config: SiteConfig) -> int:
-    from laurel_rewrite.operators.counting import count_flops
+def _counted(connection: type[Connection], config: SiteConfig) -> Counts:
+    from laurel_rewrite.operators.counting import counted
 
-    return count_flops(connection(config, device="meta").eval())
+    return counted(connection(config, device="meta").eval())
 
 
 _registry: dict[str, Operator] = {}
