@@ -182,7 +182,7 @@ def example_inputs():
 
 @pytest.mark.parametrize("kind", ["graph", "model"])
 def test_what_cannot_be_timed_here_is_verified_and_said(kind, here, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "has_provider", lambda name: name == CPU)
+    monkeypatch.setattr(wording, "has_provider", lambda name: name == CPU)
     if kind == "graph":
         write_onnx(convolution(), tmp_path / "net.onnx")
     (tmp_path / "net.py").write_text(MODEL)
@@ -211,7 +211,7 @@ def test_what_can_be_timed_is_timed_on_the_provider_it_is_for(here, tmp_path, mo
         asked.append(options["provider"])
         raise ConfigError("timed")
 
-    monkeypatch.setattr(job, "has_provider", lambda name: True)
+    monkeypatch.setattr(wording, "has_provider", lambda name: True)
     monkeypatch.setattr(graph_job, "profile", profile)
     write_onnx(convolution(), tmp_path / "net.onnx")
     for name in (CUDA, DEFAULT):
