@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite import ConfigError, export_onnx, rewrite_onnx, write_onnx
-from laurel_rewrite.app import graph_job, job
+from laurel_rewrite.app import graph_job, wording
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.targets import CPU, DEFAULT, target, targets
 
