@@ -32,7 +32,7 @@ from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.sources.models import build
-from laurel_rewrite.testing import equal, gradients_of, moved, near
+from laurel_rewrite.testing import check_operator, equal, gradients_of, moved, near
 from laurel_rewrite.testing.stacks import AttentionStack, PostNormStack, Stack
 from laurel_rewrite.verification.onnx import run_onnx
 
@@ -388,6 +388,48 @@ def test_branches_that_cannot_be_scaled_are_refused():
         rewrite(Curved(), (x,), variant="toy-shrunk")
 
 
+# All of it together
+
+
+class WideApart(Connection):
+    """Two lanes, which queries, keys and values read in shares of their own, also behind norms between the sums."""
+
+    name = "toy-wide-apart"
+    formula = "H' = H + b f; x' = mean of H', q, k, v read c_j H'_0 + (1 - c_j) H'_1"
+    reader = "toy-wide-apart"
+    lead = 1
+    separate = True
+    start = "inexact"
+    needs = frozenset({"whole stream", "plain links"})
+
+    def build(self) -> None:
+        self.b = nn.Parameter(torch.ones(2))
+        if self.config.separate:
+            self.c = nn.Parameter(torch.full((3,), 0.5))
+
+    def step(self, x: Tensor, f: Tensor, *state: Tensor):
+        wide = state[0] if state else torch.stack([x, x])
+        wide = wide + self.b.to(x.dtype).view(2, *(1,) * x.ndim) * f
+        return (wide.mean(0), wide) if self.config.linked else self.apart(wide.mean(0), wide)
+
+    def read(self, y: Tensor, *state: Tensor):
+        return self.apart(y, state[0] + (y - state[0].mean(0)))
+
+    def apart(self, value: Tensor, wide: Tensor):
+        if not self.config.separate:
+            return value, wide
+        shares = [c.to(value.dtype) * wide[0] + (1 - c.to(value.dtype)) * wide[1] for c in self.c]
+        return Reads(value, *shares), wide
+
+
+def test_a_wide_stream_that_is_read_apart_behind_norms():
+    try:
+        laws = check_operator(WideApart)
+        assert len(laws) == 4 * 15
+    finally:
+        registry.forget(["toy-wide-apart"])
+
+
 # What an operator may not do
 
 
@@ -398,6 +440,8 @@ def test_what_cannot_be_declared_or_returned():
             register_operator(cls)
 
     refused("with separate it must see its whole stream", separate=True)
+    halves = {"skip": lambda self, x: x, "branch": lambda self, f: f, "step": Connection.step}
+    refused("it gives no Reads", separate=True, reader="it", needs={"whole stream"}, **halves)
     refused("with read it must see its whole stream", read=lambda self, y: y, reader="it")
 
     class Unasked(Connection):

@@ -220,6 +220,8 @@ def _problem(operator: Operator) -> str:
         return "it defines neither step nor skip and branch"
     if cls.step is not Connection.step and any(halves):
         return "it defines both step and one of skip and branch"
+    if operator.separate and all(halves):
+        return "it gives no Reads (separate): skip and branch are added, and only step can return them"
     if (operator.reads_links or operator.separate) and not (operator.reader and "whole stream" in operator.needs):
         what = "read" if operator.reads_links else "separate"
         return f'with {what} it must see its whole stream: needs has "whole stream", and reader says what reads the state'

@@ -111,9 +111,11 @@ class Fed:
         """The hook before the call."""
         if self.holder._modules.get(self.name) is not module:  # a LoRA around it would read the value itself, beside this
             raise LaurelError(f"{self.connection.site}: {self.name} was wrapped or replaced after the rewrite. Rewrite the model last.")
-        given: Tensor = next(iter((*args, *kwargs.values())))
+        named = next(iter(kwargs), "") if not args else ""
+        given = args[0] if args else kwargs[named]
         read = state_like(self.connection.link.take(self.place), given, 0, self.connection.reader)
-        return (read if self.norm is None else self.norm.forward(read),), {}
+        read = read if self.norm is None else self.norm.forward(read)
+        return ((read, *args[1:]), kwargs) if args else (args, {**kwargs, named: read})
 
 
 class _Pass(threading.local):
@@ -328,9 +330,7 @@ class Link:
         """
         slot = self.slot
         if slot is None or slot.value is None or not slot.fresh or slot.at_end or self._of_another_pass():
-            raise self._not_run(
-                "the norm or activation behind it", "it ran without this connection before it, or twice", stream=self.stream.holder
-            )
+            raise self._not_run("the norm or activation behind it", "it ran without this connection before it, or twice", whole=True)
         return slot.value
 
     def write_at_end(self, state: States) -> None:
@@ -349,7 +349,7 @@ class Link:
         there = before is not None and before.value is not None and before.fresh and (before.at_end or not self.behind)
         again = not torch.compiler.is_compiling() and running_backward() != OUTSIDE
         if before is None or before.value is None or not there or self._of_another_pass() or (again and not before.graded):
-            raise self._not_run("a projection of its branch", "what it reads is gone, or was never there", stream=self.stream.holder)
+            raise self._not_run("a projection of its branch", "what it reads is gone, or was never there", whole=True)
         before.taken += 1
         if not torch.compiler.is_compiling() and _records_again():
             before.again = True  # the branch alone may be run again
@@ -359,10 +359,10 @@ class Link:
         """Whether the slots hold states of another pass than the one that runs now."""
         return not torch.compiler.is_compiling() and self.stream.local.backward != running_backward()
 
-    def _not_run(self, what: str, why: str, stream: str = "") -> LaurelError:
-        whole = f" Call {stream or 'the model'} as a whole, and keep a block inside one checkpoint." if stream or not why else ""
+    def _not_run(self, what: str, why: str, *, whole: bool = False) -> LaurelError:
+        hint = f" Call {self.stream.holder or 'the model'} as a whole, and keep a block inside one checkpoint." if whole else ""
         return LaurelError(
-            f"{self.site}: {self.reader} and {what} do not fit together: {why}.{whole} A module that was replaced or wrapped after the rewrite "
+            f"{self.site}: {self.reader} and {what} do not fit together: {why}.{hint} A module that was replaced or wrapped after the rewrite "
             "has lost its hook: rewrite the model last."
         )
 

@@ -52,8 +52,8 @@ class FeedForward(Branch):
 class Attention(Branch):
     """An attention with maps of their own for queries, keys and values."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, normed: bool = True) -> None:
+        super().__init__(normed=normed)
         self.q, self.k, self.v = (nn.Linear(D, D) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +116,14 @@ class PostNormBlock(Block):
         yield self.laurel_1, self.g, self.after_g
 
 
+class PostNormAttentionBlock(PostNormBlock):
+    """The same with an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Attention(normed=False)
+
+
 class Stack(nn.Module):
     """Blocks, a norm and a head: every reader of the stream is a normalisation."""
 
@@ -147,6 +155,12 @@ class PostNormStack(Stack):
     block = PostNormBlock
 
 
+class PostNormAttentionStack(Stack):
+    """Blocks with an attention, and norms between the sums."""
+
+    block = PostNormAttentionBlock
+
+
 def stacks_for(operator: Operator) -> dict[str, type[Stack]]:
     """What an operator is tried in, in words."""
     found: dict[str, type[Stack]] = {} if "projections" in operator.needs else {"": Stack}
@@ -154,6 +168,8 @@ def stacks_for(operator: Operator) -> dict[str, type[Stack]]:
         found["with attention"] = AttentionStack
     if operator.reads_links:
         found["with norms between the sums"] = PostNormStack
+    if operator.separate and operator.reads_links:
+        found["with attention, and norms between the sums"] = PostNormAttentionStack
     return found
 
 
