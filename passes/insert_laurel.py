@@ -102,11 +102,13 @@ class InsertLaurel(Pass[fx.GraphModule]):
         read = nodes[values[sites.read_by(site)].name]
         old = nodes[name]
         for place, target in enumerate(sites.spots[site.id].projected):
-            reader = nodes[target]
+            reader, current = nodes[target], replaced.get(read, read)
+            if current not in reader.all_input_nodes:
+                raise RewriteError(f"{site.id}: {target} does not read {read.name} in this graph")
             with reader.graph.inserting_before(reader):
                 value = reader.graph.call_function(operator.getitem, (state, place))
                 made = _copied(norm, {old: value, replaced.get(old, old): value})
-            reader.replace_input_with(read, made.get(read, value))
+            reader.replace_input_with(current, made.get(read, value))
 
     def ensures(self, result: PassResult[fx.GraphModule]) -> None:
         present = {str(n.target) for n in result.graph_module.graph.nodes if n.op == "call_module"}

@@ -223,9 +223,11 @@ def _feed(model: ir.Model, feed: Feed, old: ir.Value, value: ir.Value) -> None:
             output.type, output.shape = source.type, source.shape
             made[source] = output
         model.graph.insert_before(feed.reader, copy)
-    for place, operand in enumerate(feed.reader.inputs):
-        if operand is feed.read or operand is old:
-            feed.reader.replace_input_with(place, made.get(feed.read, value))
+    places = [place for place, operand in enumerate(feed.reader.inputs) if operand is not None and operand in (feed.read, old)]
+    if not places:
+        raise ExportError(f"{feed.reader.name} does not read {feed.read.name} in this graph")
+    for place in places:
+        feed.reader.replace_input_with(place, made.get(feed.read, value))
 
 
 def _shaped(editor: Editor, site: OnnxSite, skip: ir.Value | None, place: int, state: ir.Value) -> ir.Value:

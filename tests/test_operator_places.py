@@ -1,11 +1,9 @@
-"""What an operator does beside the sum: it reads behind a norm or activation, gives queries, keys and values what they read apart, and scales
-the weights of its branch."""
+"""What an operator does beside the sum: it reads behind a norm or activation, and gives queries, keys and values what they read apart."""
 
 from __future__ import annotations
 
 import copy
 
-import onnx_ir as ir
 import pytest
 import torch
 from test_emit_torch import emitted
@@ -20,7 +18,6 @@ from laurel_rewrite import (
     Reads,
     detect,
     export_onnx,
-    load,
     register_operator,
     remove,
     rewrite,
@@ -33,7 +30,7 @@ from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.sources.models import build
 from laurel_rewrite.testing import check_operator, equal, gradients_of, moved, near
-from laurel_rewrite.testing.stacks import AttentionStack, PostNormStack, Stack
+from laurel_rewrite.testing.stacks import Attention, AttentionStack, PostNormStack, Stack
 from laurel_rewrite.verification.onnx import run_onnx
 
 D = 16
@@ -118,6 +115,49 @@ def test_reads_behind_an_activation_in_resnet():
     found = model(x)
     near(found, right, 1e-10)
     equal(gradients_of(model, found), gradients_of(model, right), 1e-10)
+
+
+class Bare(nn.Module):
+    """Attentions without norms: their projections read the stream itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(normed=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["module", "graph", "onnx"])
+def test_projections_that_read_the_stream_itself(way, tmp_path):
+    torch.manual_seed(0)
+    base, x = Bare().eval(), torch.randn(2, 5, D)
+    model = moved(rewrite(base, (x,), variant="toy-apart")).eval()
+    connections = [*sites_of(model).values()]
+    assert [c.config.separate for c in connections] == [True, True, False]
+    past, value, reads = None, x, (x, x, x)
+    for layer, c in zip(base.layers, connections, strict=True):
+        f = layer.by_hand(*reads)
+        new = value + f
+        if c.config.separate:
+            reads = (new + c.a * (value if past is None else past), new + c.b * f, new + c.c * value)
+        past, value = value, new
+    right = value.detach()
+    if way == "onnx":
+        given = export_onnx(base, (x,), None, tmp_path / "base.onnx")
+        save(model, tmp_path / "saved")
+        weights = tmp_path / "saved" / "model.safetensors"
+        path = write_onnx(rewrite_onnx(given, variant="toy-apart", weights=weights), tmp_path / "laurel.onnx")
+        near(torch.from_numpy(run_onnx(path, {"x": x.numpy()}, optimised=True)[0]), right, 1e-5)
+    elif way == "graph":
+        made = rewrite(torch.export.export(base, (x,)), variant="toy-apart").eval()
+        for target, source in zip(sites_of(made).values(), connections, strict=True):
+            target.load_state_dict(source.state_dict())
+        near(made(x).detach(), right, 1e-6)
+    else:
+        near(model(x).detach(), right, 1e-6)
 
 
 # Plans, graphs and files
@@ -272,120 +312,6 @@ def test_hooks_go_with_the_operator(stack, variant):
     assert not any(
         module._forward_hooks or module._forward_pre_hooks or module._forward_pre_hooks_with_kwargs for module in model.modules()
     )
-
-
-# The weights of the branch
-
-
-@torch.no_grad()
-def scaled(model: nn.Module, factors: dict[str, float]) -> nn.Module:
-    model = copy.deepcopy(model)
-    for name, factor in factors.items():
-        for parameter in (model.get_submodule(name).weight, model.get_submodule(name).bias):
-            if parameter is not None:
-                parameter.mul_(factor)
-    return model
-
-
-def shrunk_resnet() -> tuple[nn.Module, Tensor, dict[str, float]]:
-    """Its branches end in batch norms."""
-    model = build("torchvision:resnet18", {"num_classes": 10}).model
-    factors = {
-        f"layer{n}.{b}.{name}": c for n in (1, 2, 3, 4) for b in (0, 1) for name, c in (("conv1", 0.25), ("conv2", 0.25), ("bn2", 0.5))
-    }
-    return model, torch.randn(3, 3, 32, 32), factors
-
-
-def shrunk_attention() -> tuple[nn.Module, Tensor, dict[str, float]]:
-    factors = {
-        f"blocks.{b}.{name}": c for b in range(3) for name, c in (("f.v", 0.25), ("f.linear", 0.5), ("g.inner", 0.25), ("g.linear", 0.5))
-    }
-    return AttentionStack(), torch.randn(3, 4, D), factors
-
-
-def shrunk_encoder() -> tuple[nn.Module, Tensor, dict[str, float]]:
-    """One matrix makes q, k and v, and parameters of a module that calls a function."""
-    return nn.TransformerEncoderLayer(D, 4, 32, batch_first=True, norm_first=True), torch.randn(3, 4, D), {
-        "self_attn.out_proj": 0.5,
-        "linear1": 0.25,
-        "linear2": 0.5,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("way", ["module", "in place", "graph", "onnx"])
-@pytest.mark.parametrize("made", [shrunk_resnet, shrunk_attention, shrunk_encoder])
-def test_weights_of_the_branch_are_scaled_once(made, way, tmp_path):
-    torch.manual_seed(0)
-    model, x, factors = made()
-    model.eval()
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)  # statistics that do something
-    right = scaled(model, factors)(x).detach()
-    if way == "onnx":
-        given = export_onnx(model, (x,), None, tmp_path / "base.onnx")
-        path = write_onnx(rewrite_onnx(given, variant="toy-shrunk"), tmp_path / "laurel.onnx")
-        near(torch.from_numpy(run_onnx(path, {ir.load(given).graph.inputs[0].name: x.numpy()}, optimised=True)[0]), right, 1e-5)
-        return
-    before = model(x).detach()
-    source = torch.export.export(model, (x,)).module(check_guards=False) if way == "graph" else model
-    made_of = rewrite(source, (x,), variant="toy-shrunk", inplace=way == "in place").eval()
-    near(made_of(x).detach(), right, 1e-6)
-    assert (made_of is model) == (way == "in place")
-    if way == "module":
-        assert torch.equal(model(x), before)
-    if way != "graph":
-        assert torch.equal(remove(made_of)(x), before)
-
-
-def test_a_factor_of_zero_and_the_way_back(tmp_path, caplog):
-    torch.manual_seed(0)
-    base, x = AttentionStack().eval(), torch.randn(3, 4, D)
-    model = rewrite(base, (x,), variant="toy-shrunk", end=0.0)
-    assert torch.equal(model(x), base.head(base.norm(x)))
-    with torch.no_grad():
-        model.blocks[0].f.linear.weight.add_(1.0)  # trained: it stays
-    back = remove(model)
-    assert torch.equal(back.blocks[0].f.linear.weight, torch.ones(D, D))
-    for name, parameter in base.named_parameters():
-        assert name == "blocks.0.f.linear.weight" or torch.equal(back.get_parameter(name), parameter), name
-    save(model, tmp_path / "saved")
-    loaded = load(tmp_path / "saved").eval()
-    assert torch.equal(loaded(x), model(x))
-    assert torch.equal(remove(loaded).blocks[1].f.linear.weight, torch.zeros(D, D))
-    assert "the weights of 6 branches, that of blocks.0.laurel_0 first, stay as their operator left them" in caplog.text
-
-
-class Tied(nn.Module):
-    """Two branches with one map."""
-
-    def __init__(self, *, twice: bool) -> None:
-        super().__init__()
-        self.f, self.g = nn.Linear(D, D), nn.Linear(D, D)
-        if twice:
-            self.g.weight = self.f.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.f(torch.tanh(x))
-        return x + self.g(torch.tanh(x))
-
-
-class Curved(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.f(x))
-
-
-def test_branches_that_cannot_be_scaled_are_refused():
-    x = torch.randn(2, 5, D)
-    rewrite(Tied(twice=False), (x,), variant="toy-shrunk")
-    with pytest.raises(ConfigError, match=r"laurel_0 .* toy-shrunk scales .\.weight, which linear_1 reads, too"):
-        rewrite(Tied(twice=True), (x,), variant="toy-shrunk")
-    with pytest.raises(ConfigError, match=r"laurel_0 .* toy-shrunk scales its branch, which ends in no linear map and in no norm"):
-        rewrite(Curved(), (x,), variant="toy-shrunk")
 
 
 # All of it together
