@@ -9,7 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from laurel_rewrite import ConfigError, export_onnx, load, remove, rewrite, rewrite_onnx, save, write_onnx
+from laurel_rewrite import (
+    ConfigError,
+    Connection,
+    VerificationError,
+    export_onnx,
+    load,
+    register_operator,
+    remove,
+    rewrite,
+    rewrite_onnx,
+    save,
+    write_onnx,
+)
+from laurel_rewrite.operators import registry
+from laurel_rewrite.operators.config import BranchMap, SiteConfig
 from laurel_rewrite.sources.models import build
 from laurel_rewrite.testing import near
 from laurel_rewrite.testing.stacks import AttentionStack
@@ -54,8 +68,28 @@ def shrunk_encoder() -> tuple[nn.Module, Tensor, dict[str, float]]:
     }  # fmt: skip
 
 
+def shrunk_bert() -> tuple[nn.Module, Tensor, dict[str, float]]:
+    """All biases are 0 at its start, and one constant in its ONNX graph."""
+    layers = {"attention.self.value": 0.25, "attention.output.dense": 0.5, "intermediate.dense": 0.25, "output.dense": 0.5}
+    model = build(
+        "hf:bert", {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    ).model.bert.encoder
+    return First(model), torch.randn(2, 5, 32), {f"model.layer.{n}.{name}": c for n in range(2) for name, c in layers.items()}
+
+
+class First(nn.Module):
+    """The first output of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[0]
+
+
 @pytest.mark.parametrize("way", ["module", "in place", "graph", "onnx"])
-@pytest.mark.parametrize("made", [shrunk_resnet, shrunk_attention, shrunk_encoder])
+@pytest.mark.parametrize("made", [shrunk_resnet, shrunk_attention, shrunk_encoder, shrunk_bert])
 def test_weights_of_the_branch_are_scaled_once(made, way, tmp_path):
     torch.manual_seed(0)
     model, x, factors = made()
@@ -128,3 +162,38 @@ def test_branches_that_cannot_be_scaled_are_refused():
         rewrite(Tied(twice=True), (x,), variant="toy-shrunk")
     with pytest.raises(ConfigError, match=r"laurel_0 .* toy-shrunk scales its branch, which ends in no linear map and in no norm"):
         rewrite(Curved(), (x,), variant="toy-shrunk")
+
+
+def test_a_start_that_the_factor_breaks_is_refused_and_undone():
+    class Claims(Connection):
+        name = "toy-claims"
+        formula = "x + f, f at half its size"
+
+        def step(self, x: Tensor, f: Tensor) -> Tensor:
+            return x + f
+
+        @classmethod
+        def prepare_branch(cls, config: SiteConfig, place: BranchMap) -> float:
+            return 0.5 if place.last else 1.0
+
+    class Mends(Claims):
+        """A power of two, so that not a bit is lost."""
+
+        name = "toy-mends"
+
+        def step(self, x: Tensor, f: Tensor) -> Tensor:
+            return x + 2 * f
+
+    for operator in (Claims, Mends):
+        register_operator(operator)
+    try:
+        torch.manual_seed(0)
+        base, x = AttentionStack().eval(), torch.randn(3, 4, D)
+        before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+        for inplace in (False, True):
+            with pytest.raises(VerificationError, match=r"exact start"):
+                rewrite(base, (x,), variant="toy-claims", inplace=inplace)
+            assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+        assert torch.equal(rewrite(base, (x,), variant="toy-mends").eval()(x), base(x))
+    finally:
+        registry.forget(["toy-claims", "toy-mends"])

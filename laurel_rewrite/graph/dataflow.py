@@ -150,13 +150,15 @@ class Dataflow:
 
     `outputs` are the graph's results, and what its inputs and buffers hold at the end where they were written into. `deployed` is a graph that
     may be the deployed half of a trained model, whose results need not be those that it learned from. Where two graphs lie in it, those of a
-    model's two modes, nothing leads from one to the other, and the second begins at `second`.
+    model's two modes, nothing leads from one to the other, and the second begins at `second`. `zeros` are the names of parameters that are 0
+    everywhere and stand in several places: exporters share equal constants, as biases are at their start.
     """
 
     values: list[Value] = field(default_factory=list)
     outputs: set[int] = field(default_factory=set)
     deployed: bool = False
     second: int | None = None
+    zeros: set[str] = field(default_factory=set)
 
     def graph_of(self, index: int) -> list[Value]:
         """The values of the graph that one of them lies in."""

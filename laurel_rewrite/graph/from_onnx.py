@@ -97,6 +97,8 @@ class _Reader(OnnxFlow):
                 value.name or "", "input" if data else "initializer", SOURCE, shape=sizes_of(value), floating=_floating(value), data=data,
                 weights=() if data else (value.name or "",),
             ).index  # fmt: skip
+            if not data and _is_shared_zero(value):
+                self.flow.zeros.add(value.name or "")
 
     def read(self, value: ir.Value) -> int:
         if value not in self.index:  # of an outer graph
@@ -226,6 +228,12 @@ def _captured(node: ir.Node) -> Iterator[ir.Value]:
 
 def _subgraphs(node: ir.Node) -> list[ir.Graph]:
     return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+
+
+def _is_shared_zero(value: ir.Value) -> bool:
+    """Whether a vector is 0 everywhere, and read by several nodes; larger weights are left unread."""
+    tensor = value.const_value
+    return tensor is not None and len(tensor.shape) == 1 and len(value.uses()) > 1 and not tensor.numpy().any()
 
 
 def _floating(value: ir.Value) -> bool:

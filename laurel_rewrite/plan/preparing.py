@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from laurel_rewrite.detection.branches import LinearMap
 from laurel_rewrite.detection.sites import Sites
@@ -32,6 +33,8 @@ def factors_of(rows: Iterable[tuple[PlanSite, SiteConfig]], sites: Sites) -> dic
             raise ConfigError(
                 f"{row.id} ({row.where}): {row.variant} scales its branch, which ends in no linear map and in no norm. {asked}"
             )
+        zeros = sites.flow.zeros  # a multiple of which is the same
+        maps = tuple(replace(m, weights=tuple(name for name in m.weights if name not in zeros)) for m in maps)
         changed = [(m, factor) for m, factor in zip(maps, factors, strict=True) if factor != 1.0]
         for linear, _ in changed:
             if not linear.weights:
