@@ -10,10 +10,11 @@ from test_residuals import grown
 from torch import nn
 from torch.nn import functional as F
 
-from laurel_rewrite import ConfigError, detect, rewrite
+from laurel_rewrite import ConfigError, LaurelConfig, detect, export_onnx, rewrite
 from laurel_rewrite.detection.anatomy import Spot, _Anatomist
 from laurel_rewrite.detection.sites import _sites, sites_of_onnx
 from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.plan import Plan
 
 KNOWN = {
     # link, role, normed, scale-free, block without its number; site by site of one block
@@ -178,3 +179,27 @@ def test_the_work_grows_with_the_graph():
     anatomist._between = lambda source, target: looked.append(whole(source, target)) or looked[-1]
     anatomist.spots()
     assert sum(map(len, looked)) < 25 * len(long.flow.values)
+
+
+def test_selection_by_class_and_range_of_layers(tmp_path):
+    """From Python and in a plan's rules, of a module and of its graph."""
+    case = real("llama")
+    sites = detect(case.model, case.args, case.kwargs)
+
+    def chosen(found, **given) -> list[str]:
+        return [row.id for row in Plan.from_sites(found, LaurelConfig("rw", **given)).sites]
+
+    layers = {n: [f"model.layers.{n}.laurel_0", f"model.layers.{n}.laurel_1"] for n in range(3)}
+    assert chosen(sites, include="LlamaDecoderLayer") == layers[0] + layers[1] + layers[2]
+    assert chosen(sites, include="model.layers.{1..2}") == layers[1] + layers[2]
+    assert chosen(sites, exclude="model.layers.{0..1}.laurel_{1..9}") == [layers[0][0], layers[1][0], *layers[2]]
+    assert chosen(sites, include="Llama*", exclude="model.layers.{00..01}") == layers[2]
+    for wrong, nearest in (("LlamaLayer", "LlamaDecoderLayer"), ("model.layers.{3..9}", "model.layers")):
+        with pytest.raises(ConfigError, match=rf"matches no site.*{nearest}"):
+            chosen(sites, include=wrong)
+    text = Plan.from_sites(sites, LaurelConfig("rw")).to_toml()
+    rule = '[[rule]]\nmatch = "model.layers.{1..2}"\nnormalize = "sigmoid"\n\n[[site]]'
+    read = Plan.from_toml(text.replace("\n[[site]]", f"\n{rule}", 1))
+    assert [row.id for row in read.sites if row.options["normalize"] == "sigmoid"] == layers[1] + layers[2]
+    path = export_onnx(case.model, case.args, case.kwargs, tmp_path / "base.onnx")
+    assert len(chosen(detect(path), include="LlamaDecoderLayer")) == 6

@@ -107,7 +107,21 @@ def test_sites(net, here):
     data = json.loads(here("sites", "net.py", "--json").stdout)
     assert set(data) == {"sites", "rejected", "notes"}
     place = {"id", "kind", "owner", "where", "shape", "axis", "dim", "stream", "index"}
-    spot = {"link", "length", "block", "ends_block", "role", "evidence", "reads", "normed", "projections", "maps", "link_end", "scale_free"}
+    spot = {
+        "link",
+        "length",
+        "block",
+        "ends_block",
+        "role",
+        "evidence",
+        "reads",
+        "normed",
+        "projections",
+        "maps",
+        "link_end",
+        "scale_free",
+        "owner_class",
+    }
     assert set(data["sites"][0]) == place | spot
     table = here("sites", "torchvision:resnet18")
     assert "torchvision:resnet18: 8 residual connections" in table.stdout

@@ -37,7 +37,7 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )
 @operator_options
-@click.option("--include", multiple=True, metavar="PATTERN", help="Only sites whose id, owner, kind, block or role (attention) matches.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only sites whose id, owner, its class, kind, block or role matches.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No sites whose id, owner, kind, block or role matches.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Carry out an edited plan.")
 @click.option("--plan-out", type=click.Path(path_type=Path), help="Write the plan to this file, and stop.")

@@ -30,6 +30,7 @@ class Spot:
             casts alone), "norm" or "activation" (one stands between), "other".
         link_end: name of the value in the graph that a norm or activation there gives; "" for other links.
         length: how many connections the stream has.
+        owner_class: name of the class of the module whose code adds; "" where the graph does not say.
         block: path of the repeated module that the site lies in ("layers.3"), "" where there is none.
         ends_block: the site is the last of its stream in the block.
         role: what the branch does: one of `ROLES`; several with "+" where the sum has branches of several roles.
@@ -45,6 +46,7 @@ class Spot:
     link: str
     link_end: str
     length: int
+    owner_class: str
     block: str
     ends_block: bool
     role: str
@@ -93,6 +95,7 @@ class _Anatomist:
             branches_of[site.id] = [part for branch in residual.branches for part in self._parts(site, residual, branch)]
         roles = {name: "+".join(dict.fromkeys(branch.role for branch in branches)) for name, branches in branches_of.items()}
         blocks = self._blocks(roles)
+        classes = {value.owner: value.owner_class for value in self.values if value.owner_class}
         last = {(site.stream, blocks[site.id]): site.id for site in self.sites}
         found = {}
         for site in self.sites:
@@ -103,6 +106,7 @@ class _Anatomist:
                 link=link,
                 link_end=link_end,
                 length=len(self.streams[site.stream]),
+                owner_class=classes.get(site.owner, ""),
                 block=blocks[site.id],
                 ends_block=bool(blocks[site.id]) and last[site.stream, blocks[site.id]] == site.id,
                 role=roles[site.id],

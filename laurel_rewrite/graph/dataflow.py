@@ -112,6 +112,7 @@ class Value:
         data: whether the value depends on a model input, not on parameters, constants and shapes alone.
         axes: for a transparent op, the operand's dimension behind each dimension of the result, None where lost.
         owner: module path of the op.
+        owner_class: name of that module's class, where the graph says so.
         where: "file:line" of the op, or "".
         trace: the calls that led to it, in the words of the source graph, or ""; the same for every turn of a loop.
         run: in which call of its owner the op ran, from 0, where the graph says so.
@@ -131,6 +132,7 @@ class Value:
     data: bool = False
     axes: tuple[int | None, ...] | None = None
     owner: str = ""
+    owner_class: str = ""
     where: str = ""
     trace: str = ""
     run: int = 0

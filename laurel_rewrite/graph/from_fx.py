@@ -134,9 +134,10 @@ class _Reader:
             self._settle(node, op, self.views[view], operands)
             return
         owner, run, existing = owner_of(node)
+        owner_class = class_of(node)
         marks = node.meta.get("custom") or {}
         value = self.flow.add(
-            node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, existing=existing, where=where_of(node),
+            node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, owner_class=owner_class, existing=existing, where=where_of(node),
             trace=node.meta.get("stack_trace") or "", run=run, weights=self._weights(node),
             recorded=self.recording and "laurel_unrecorded" not in marks, call=marks.get("laurel_call") if op in SUMS else None,
         )  # fmt: skip
@@ -367,10 +368,21 @@ def discrete(node: fx.Node) -> bool:
     return getattr(val, "dtype", None) in (torch.int64, torch.int32, torch.bool)
 
 
+def _modules_around(node: fx.Node) -> list[tuple[Any, Any]]:
+    """The modules that ran the node, from the model inwards: a key of the call, and path and class."""
+    stack = node.meta.get("nn_module_stack")
+    return [(key, entry) for key, entry in stack.items() if node.op != "call_module" or str(key) != str(node.target)] if stack else []
+
+
+def class_of(node: fx.Node) -> str:
+    """Name of the class of the module that ran the node; "" where the graph does not say."""
+    entries = _modules_around(node)
+    return str(entries[-1][1][1]).rpartition(".")[2].removesuffix("'>") if entries else ""
+
+
 def owner_of(node: fx.Node) -> tuple[str, int, bool]:
     """Path of the module that ran the node, in which of its calls, and whether one of the modules around is a LAuReL of the model's own."""
-    stack = node.meta.get("nn_module_stack")
-    entries = [(key, entry) for key, entry in stack.items() if node.op != "call_module" or str(key) != str(node.target)] if stack else []
+    entries = _modules_around(node)
     if not entries:
         return "", 0, False
     existing = any("laurel" in str(cls).rpartition(".")[2].lower() for _, (_, cls) in entries)

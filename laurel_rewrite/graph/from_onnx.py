@@ -149,12 +149,14 @@ class _Reader(OnnxFlow):
 
     def _add(self, node: ir.Node, name: str, op: str, kind: OpKind, inputs: list[int], like: ir.Value) -> Value:
         owner, existing = _owner(node)
+        classes = _list(node.metadata_props, _CLASSES)
         existing = existing or f"{METADATA}site" in node.metadata_props
         data = any(self.flow.values[i].data for i in inputs) and node.op_type not in SHAPE_ONLY
         if like.dtype in (ir.DataType.INT64, ir.DataType.BOOL):  # narrower integers stand for real numbers in quantised graphs
             kind = cut(kind)
         return self.flow.add(
             name, op, kind, inputs, shape=sizes_of(like), floating=_floating(like), data=data, owner=owner, existing=existing,
+            owner_class=classes[-2].rpartition(".")[2] if len(classes) > 1 else "",
             where=innermost_frame(node.metadata_props.get(_TRACE, "")), trace=node.metadata_props.get(_TRACE, ""),
         )  # fmt: skip
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["MOST_SEED", "MOST_TURNS", "LaurelConfig", "Plan", "PlanSite", "check_plan_file"]
 _HEADER = """\
 # A plan of laurel-rewrite. Every [[site]] gets the operator of [defaults], unless a [[stream]] (stream = 0, variant = ...), a [[rule]]
-# (match = "attention", a pattern of ids, owners, kinds or blocks, or the role of a branch) or the site itself says another variant or option.
-# Delete a site to leave that connection as it is. Its other keys say what was found, and must stay.
+# (match = "attention", a role, or a pattern of ids, owners, their classes, kinds or blocks, where {3..7} are numbers) or the site itself says
+# another variant or option. Delete a site to leave that connection as it is. Its other keys say what was found, and must stay.
 """
 
 
@@ -171,6 +171,7 @@ class Plan:
                 "repeats": repeats[site.module, site.stream], "variant": config.variant, "options": options,
                 **places_beside(sites, site, operator, calls[site.module]),
                 "role": sites.spots[site.id].role, "block": sites.spots[site.id].block,
+                "owner_class": sites.spots[site.id].owner_class,
             }  # fmt: skip
             rows.append(PlanSite(**{**asdict(site), **found}))
         plan = Plan(tuple(rows), config.seed, extra_turns=config.extra_turns, left_out=tuple(left_out), narrowed=tuple(narrowed))

@@ -151,11 +151,14 @@ _LINKS = {"norm": "a normalisation", "activation": "an activation"}
 def selected(found: Sites, sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
     def fits(site: Site, pattern: str) -> bool:
         spot = found.spots[site.id]
-        return matches({**asdict(site), "role": spot.role, "block": spot.block}, pattern)
+        return matches({**asdict(site), "role": spot.role, "block": spot.block, "owner_class": spot.owner_class}, pattern)
 
     for pattern in (*config.include, *config.exclude):
         if not any(fits(site, pattern) for site in sites):
-            names: Iterable[str] = [*(name for site in sites for name in (site.id, site.owner, site.kind)), *ROLES]
+            names: Iterable[str] = [
+                *(name for site in sites for name in (site.id, site.owner, site.kind, found.spots[site.id].owner_class)),
+                *ROLES,
+            ]
             raise ConfigError(f"The selector {pattern!r} matches no site. {nearest(pattern, dict.fromkeys(filter(None, names)))}")
     chosen = [s for s in sites if (any(fits(s, p) for p in config.include) if config.include else s.kind in ("identity", "projection"))]
     chosen = [s for s in chosen if not any(fits(s, p) for p in config.exclude)]

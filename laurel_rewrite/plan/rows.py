@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -15,6 +16,8 @@ from laurel_rewrite.operators.turns import EXTRA_TURNS
 from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanSite
 
 VERSION = 2
+_RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_NUMBER = re.compile(r"\d{1,9}")
 _SIZE = whole(-1)  # -1 where an old exporter left a size open
 _ROW = {
     "id": text(r"(.+\.)?laurel_[0-9]{1,9}(\.[0-9]{1,9})?(@[0-9]{1,9})?", "the owner's path, a dot, and laurel_ with a number"),
@@ -37,6 +40,7 @@ _ROW = {
     "projections": optional(list_of(text(), most=3), []),
     "role": optional(text(), "unknown"),
     "block": optional(text(), ""),
+    "owner_class": optional(text(), ""),
 }
 HEAD = {
     "version": one_of(1, VERSION),
@@ -104,9 +108,20 @@ class Settings:
 
 
 def matches(row: dict[str, Any], pattern: str) -> bool:
-    """Whether a pattern is that of a site: of its id, owner, kind or block, or the role of its branch."""
-    texts = [str(row.get(name, "")) for name in ("id", "owner", "kind", "block")]
-    return pattern in str(row.get("role", "")).split("+") or any(fnmatchcase(text, pattern) for text in texts)
+    """Whether a pattern is that of a site: of its id, owner, the owner's class, kind or block, or the role of its branch. `{3..7}` in it stands
+    for each of these numbers."""
+    texts = [str(row.get(name, "")) for name in ("id", "owner", "owner_class", "kind", "block")]
+    return pattern in str(row.get("role", "")).split("+") or any(_fits(text, pattern) for text in texts)
+
+
+def _fits(text: str, pattern: str) -> bool:
+    found = _RANGE.search(pattern)
+    if found is None:
+        return fnmatchcase(text, pattern)
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    low, high = int(found[1]), int(found[2])
+    numbers = dict.fromkeys(number for number in _NUMBER.findall(text) if low <= int(number) <= high)
+    return any(_fits(text, f"{before}{number}{after}") for number in numbers)
 
 
 def label_of(row: Any, number: int) -> str:

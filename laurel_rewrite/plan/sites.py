@@ -32,8 +32,9 @@ class LaurelConfig:
             init_down: start of V: "orthogonal" (the paper's for LLMs) or "xavier" (its for ResNet).
             history_map: h of PA without LR: "low-rank", one map shared by the lags, or "identity".
         extra_turns: what turns of a loop beyond those that were seen do: "refuse", or "share" the last turn's LAuReL.
-        include: patterns over site ids, owners, kinds or blocks, or the role of a branch ("attention"); a site must match one. Empty: every
-            identity and projection site. See `laurel_rewrite.detection.anatomy.Spot`.
+        include: patterns over site ids, owners, their classes, kinds or blocks, or the role of a branch ("attention"); a site must match
+            one. `{3..7}` stands for these numbers: "model.layers.{3..7}". Empty: every identity and projection site. See
+            `laurel_rewrite.detection.anatomy.Spot`.
         exclude: patterns; a site must match none.
         seed: of the initialisation; each site draws from (seed, site id).
 
@@ -115,7 +116,7 @@ class PlanSite(Site):
         behind: path of the module (in a graph, name of the value) that ends the norm or activation between this connection and the next, for
             operators that are asked again there; "" where they follow each other directly.
         projections: the same of q, k and v of its branch, for operators that give these what they read apart; empty where it has none.
-        role, block: of its place; see `laurel_rewrite.detection.anatomy.Spot`.
+        role, block, owner_class: of its place; see `laurel_rewrite.detection.anatomy.Spot`.
     """
 
     dim: int
@@ -131,6 +132,7 @@ class PlanSite(Site):
     projections: tuple[str, ...] = ()
     role: str = "unknown"
     block: str = ""
+    owner_class: str = ""
 
     def __getattr__(self, name: str) -> Any:
         return _option(self, name)
