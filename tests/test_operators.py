@@ -116,6 +116,22 @@ def test_outputs_and_gradients_are_the_formulas(name):
     equal(gradients_of(model, found), gradients_of(model, right), 1e-10)
 
 
+def test_what_the_branch_reads_is_in_the_formula():
+    torch.manual_seed(0)
+    model = moved(rewrite(Stack(), (torch.randn(2, 5, D),), variant="toy-reader")).double().eval()
+    x = torch.randn(3, 7, D, dtype=torch.float64)
+    value = x
+    for block in model.blocks:
+        for branch, connection in ((block.f, block.laurel_0), (block.g, block.laurel_1)):
+            n = nn.functional.layer_norm(value, (D,), branch.norm.weight, branch.norm.bias, branch.norm.eps)
+            f = branch.linear.forward(torch.tanh(branch.inner.forward(n)))
+            value = value + f + connection.c * n
+    right = model.head(nn.functional.layer_norm(value, (D,), model.norm.weight, model.norm.bias, model.norm.eps))
+    found = model(x)
+    near(found, right, 1e-10)
+    equal(gradients_of(model, found), gradients_of(model, right), 1e-10)
+
+
 def test_a_random_operator_is_the_source_with_its_own_draws():
     torch.manual_seed(0)
     model = rewrite(Stack(), (torch.randn(2, 5, D),), variant="toy-depth", keep=0.5).double().train()
@@ -128,7 +144,9 @@ def test_a_random_operator_is_the_source_with_its_own_draws():
         for branch in (block.f, block.g):
             f = branch(value)
             value = value + f * (torch.rand(3, 1, 1, dtype=torch.float64) < 0.5) / 0.5
-    near(found, model.head(model.norm(value)), 1e-12)
+    right = model.head(model.norm(value))
+    near(found, right, 1e-12)
+    equal(gradients_of(model, found), gradients_of(model, right), 1e-10)
 
 
 def test_what_a_position_costs_is_counted():
@@ -197,7 +215,9 @@ def test_an_exact_operator_that_regroups_a_sum_says_so():
         registry.forget(["toy-whole"])
 
 
-@pytest.mark.parametrize("name", ["toy-vector", "toy-echo", "toy-dense", "toy-lanes", "toy-ladder", "toy-apart"])
+@pytest.mark.parametrize(
+    "name", ["toy-vector", "toy-echo", "toy-dense", "toy-lanes", "toy-ladder", "toy-apart", "toy-behind", "toy-reader"]
+)
 def test_generate_with_a_cache_is_generate_without(name):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
