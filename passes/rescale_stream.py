@@ -28,15 +28,14 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from laurel_rewrite.graph.ops.onnx import OPS, SKIP_NORMS
 from laurel_rewrite.operators.affine import Affine, same
 from laurel_rewrite.passes.algebra import Editor, bears, constant_of, is_homogeneous, is_homogeneous_activation
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.evaluate_laurel import Forms
 from laurel_rewrite.passes.onnx_pass import OnnxPass, subgraphs
 
-_NORMS = frozenset(
-    "LayerNormalization RMSNormalization SimplifiedLayerNormalization GroupNormalization InstanceNormalization GroupNorm".split()
-)
+_NORMS = frozenset(op for op, kind in OPS.items() if kind.scaleless and op not in SKIP_NORMS) | {"GroupNorm"}
 _EPSILON = 1e-5  # their default
 _SKIP_NORMS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Normalisations of a sum of their first two operands and of a bias, here with its position; the fourth output is the sum."""

@@ -203,3 +203,33 @@ def test_selection_by_class_and_range_of_layers(tmp_path):
     assert [row.id for row in read.sites if row.options["normalize"] == "sigmoid"] == layers[1] + layers[2]
     path = export_onnx(case.model, case.args, case.kwargs, tmp_path / "base.onnx")
     assert len(chosen(detect(path), include="LlamaDecoderLayer")) == 6
+
+
+class PreActivation(nn.Module):
+    """Every reader of the stream is a norm of one kind."""
+
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(norm() for _ in range(3))
+        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        for norm, convolution in zip(self.norms, self.convolutions, strict=False):
+            x = x + convolution(torch.relu(norm(x)))
+        return self.norms[2](x)
+
+
+@pytest.mark.parametrize(("norm", "known"), [(lambda: nn.GroupNorm(2, 8), True), (lambda: nn.BatchNorm2d(8), False)])
+def test_a_norm_with_statistics_of_its_own_knows_the_scale(norm, known, tmp_path):
+    """In eval mode it divides by what it was trained on."""
+    torch.manual_seed(0)
+    model, x = PreActivation(norm).eval(), torch.randn(2, 8, 6, 6)
+    graph = export_onnx(model, (x,), None, tmp_path / "base.onnx")
+    for sites in (detect(model, (x,)), detect(graph)):
+        assert [spot.scale_free for spot in sites.spots.values()] == [known, known]
+    right = model(x).detach()
+    with torch.no_grad():
+        for module in model.convolutions:  # twice the stream, at every sum
+            module.weight *= 2
+            module.bias *= 2
+    assert torch.allclose(model(2 * x), right, rtol=1e-3, atol=1e-3) == known

@@ -190,11 +190,13 @@ class _Anatomist:
                 return False
             for reader in flow.readers[name]:
                 value = self.values[reader]
+                if not value.data:  # its shape alone
+                    continue
                 if value.role is Role.TRANSPARENT or (value.kind.subtracts and is_scaled_by_position(flow, reader, axis)):
                     names.append(reader)
                 elif value.role is Role.SUM and name in self.skips:
                     continue
-                elif value.kind.norm or is_statistic(flow, reader, axis) or is_scaled_by_position(flow, reader, axis):
+                elif value.kind.scaleless or is_statistic(flow, reader, axis) or is_scaled_by_position(flow, reader, axis):
                     read = True
                 elif not self._only_measures(reader, axis):
                     return False

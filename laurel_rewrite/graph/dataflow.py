@@ -62,6 +62,7 @@ class OpKind:
         linear: a linear function of its data operand.
         wide: combines several positions by weights (a 3x3 convolution); a shortcut does that only where it changes the shape.
         norm: a normalisation; a stream passes through it.
+        scaleless: a factor on its operand makes no difference, its epsilon aside; not where it divides by what it was trained on.
         gated: a sum whose operands are weighted by tensors (lerp, addcmul).
         enclosed: a sum in the subgraph of a control-flow op, which is listed and left alone.
         upsample: enlarges positions; marks a lateral sum.
@@ -81,6 +82,7 @@ class OpKind:
     linear: bool = False
     wide: bool = False
     norm: bool = False
+    scaleless: bool = False
     gated: bool = False
     enclosed: bool = False
     upsample: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from laurel_rewrite.graph.dataflow import OpKind, Role
 from laurel_rewrite.graph.ops.rules import (
     ATTENTION,
+    BATCH_NORM,
     CHANNEL_NORM,
     CHOICE,
     CONV,
@@ -95,7 +96,8 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(("Gemm", "FusedGemm"), LINEAR),
     **dict.fromkeys(("Conv", "ConvInteger", "QLinearConv", "FusedConv"), CONV),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", *SKIP_NORMS), LAYER_NORM),
-    **dict.fromkeys(("BatchNormalization", "GroupNormalization", "InstanceNormalization"), CHANNEL_NORM),
+    "BatchNormalization": BATCH_NORM,
+    **dict.fromkeys(("GroupNormalization", "InstanceNormalization"), CHANNEL_NORM),
     "GroupNorm": OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=3),  # contrib: channels last
 }
 """Operator to its row."""

@@ -35,8 +35,9 @@ POOL = OpKind(Role.MIXING, linear=True, pools=True, axis=1, vote=1)
 MAX_POOL = OpKind(Role.MIXING, pools=True, axis=1, vote=1)
 UPSAMPLE = OpKind(Role.MIXING, upsample=True, axis=1, vote=1)
 CONV = OpKind(Role.MIXING, linear=True, axis=1, vote=2)
-CHANNEL_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3)
-LAYER_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=-1, vote=4)
+BATCH_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3)
+CHANNEL_NORM = replace(BATCH_NORM, scaleless=True)
+LAYER_NORM = OpKind(Role.MIXING, linear=True, norm=True, scaleless=True, axis=-1, vote=4)
 _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 

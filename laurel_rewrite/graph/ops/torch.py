@@ -8,6 +8,7 @@ from __future__ import annotations
 from laurel_rewrite.graph.dataflow import OpKind
 from laurel_rewrite.graph.ops.rules import (
     ATTENTION,
+    BATCH_NORM,
     CHANNEL_NORM,
     CHOICE,
     CONV,
@@ -142,7 +143,8 @@ OPS: dict[str, OpKind] = {
     **dict.fromkeys(("linear", "addmm"), LINEAR),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), CONV),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), LAYER_NORM),
-    **dict.fromkeys(("batch_norm", "group_norm", "instance_norm", "native_group_norm", "_native_batch_norm_legit"), CHANNEL_NORM),
+    **dict.fromkeys(("batch_norm", "instance_norm", "_native_batch_norm_legit"), BATCH_NORM),  # may divide by statistics that it keeps
+    **dict.fromkeys(("group_norm", "native_group_norm"), CHANNEL_NORM),
 }
 """Base name of an op to its row."""
 
