@@ -68,7 +68,6 @@ class InsertLaurel(Pass[fx.GraphModule]):
             module.sides = tuple(side for _, side, _ in self._sites.bindings[row.id].adds)
             module.regrouped = not module.additive and len(module.sides) > 1
             graph.add_submodule(row.id, module)
-        replaced: dict[fx.Node, fx.Node] = {}
         for site in self._sites:
             if site.module not in rows:
                 continue
@@ -76,14 +75,14 @@ class InsertLaurel(Pass[fx.GraphModule]):
             state, config = states.get(site.stream), self.plan.config(row)
             if config.fed:
                 assert state is not None
-                self._feed(site, nodes, replaced, state)
+                self._feed(site, nodes, state)
             binding, history = self._sites.bindings[site.id], self.plan.has_history(row.stream)
             read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if row.operator.needs_input else None
             made, left = _replace(graph, nodes, binding, site.module, state, read, history=history)
-            replaced[nodes[binding.adds[-1][0]]] = made
+            nodes[binding.adds[-1][0]] = made  # which is read in its place from here on
             if config.linked:
                 assert left is not None
-                replaced[nodes[row.behind]], left = _at_end(graph, nodes[row.behind], site.module, left)
+                nodes[row.behind], left = _at_end(graph, nodes[row.behind], site.module, left)
             if left is not None:
                 states[site.stream] = left
         prepare(graph, self.plan.factors(self._sites))
@@ -91,7 +90,7 @@ class InsertLaurel(Pass[fx.GraphModule]):
         graph.recompile()
         return PassResult(graph, tuple(row.id for row in self.plan.sites))
 
-    def _feed(self, site: Site, nodes: Mapping[str, fx.Node], replaced: Mapping[fx.Node, fx.Node], state: fx.Node) -> None:
+    def _feed(self, site: Site, nodes: Mapping[str, fx.Node], state: fx.Node) -> None:
         """Let q, k and v of a branch read what is left for them, behind the branch's norm."""
         sites = self._sites
         assert sites is not None
@@ -102,13 +101,13 @@ class InsertLaurel(Pass[fx.GraphModule]):
         read = nodes[values[sites.read_by(site)].name]
         old = nodes[name]
         for place, target in enumerate(sites.spots[site.id].projected):
-            reader, current = nodes[target], replaced.get(read, read)
-            if current not in reader.all_input_nodes:
+            reader = nodes[target]
+            if read not in reader.all_input_nodes:
                 raise RewriteError(f"{site.id}: {target} does not read {read.name} in this graph")
             with reader.graph.inserting_before(reader):
                 value = reader.graph.call_function(operator.getitem, (state, place))
-                made = _copied(norm, {old: value, replaced.get(old, old): value})
-            reader.replace_input_with(current, made.get(read, value))
+                made = _copied(norm, {old: value})
+            reader.replace_input_with(read, made.get(read, value))
 
     def ensures(self, result: PassResult[fx.GraphModule]) -> None:
         present = {str(n.target) for n in result.graph_module.graph.nodes if n.op == "call_module"}

@@ -88,10 +88,12 @@ class Dense(Connection):
         self.a[-1] = 1
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        values = (*(state or (x,)), x + f)
-        out = self.a[-1:].to(x.dtype) * values[-1]
+        return self.mixed(*(state or (x,)), x + f)
+
+    def mixed(self, *values: Tensor) -> tuple[Tensor, ...]:
+        out = self.a[-1:].to(values[-1].dtype) * values[-1]
         for place, value in enumerate(values[:-1]):
-            out = out + self.a[place : place + 1].to(x.dtype) * value
+            out = out + self.a[place : place + 1].to(value.dtype) * value
         return out, *values
 
 
@@ -226,31 +228,18 @@ class Apart(Connection):
 
 
 @register_operator
-class Behind(Connection):
+class Behind(Dense):
     """Whole history, also where norms stand between the sums: what is behind them is weighted then."""
 
     name = "toy-behind"
     formula = "sum_j a_j X_j, X_i = x + f, or the norm of it"
     reader = "toy-behind"
-    grows = True
-    needs = frozenset({"whole stream", "plain links"})
-
-    def build(self) -> None:
-        self.a = nn.Parameter(torch.zeros(self.config.position + 2))
-
-    def initialise(self) -> None:
-        self.a.zero_()
-        self.a[-1] = 1
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        values = state or (x,)
-        return (x + f, *values) if self.config.linked else self.read(x + f, *values)
+        return (x + f, *(state or (x,))) if self.config.linked else super().step(x, f, *state)
 
     def read(self, y: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        out = self.a[-1:].to(y.dtype) * y
-        for place, value in enumerate(state):
-            out = out + self.a[place : place + 1].to(y.dtype) * value
-        return out, *state, y
+        return self.mixed(*state, y)
 
 
 @register_operator

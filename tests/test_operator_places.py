@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from test_emit_torch import emitted
+from test_operator_registry import PostNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -160,6 +161,20 @@ def test_projections_that_read_the_stream_itself(way, tmp_path):
         near(model(x).detach(), right, 1e-6)
 
 
+def test_an_input_without_a_norm_is_the_stream_itself_in_a_graph():
+    """The sum that it was is another node by then."""
+    torch.manual_seed(0)
+    base, x = Bare().eval(), torch.randn(2, 5, D)
+    model = moved(rewrite(base, (x,), variant="toy-reader")).eval()
+    made = rewrite(torch.export.export(base, (x,)), variant="toy-reader").eval()
+    value = x
+    for layer, target, source in zip(base.layers, sites_of(made).values(), sites_of(model).values(), strict=True):
+        target.load_state_dict(source.state_dict())
+        value = value + layer(value) + source.c * value
+    near(made(x).detach(), value.detach(), 1e-6)
+    near(model(x).detach(), value.detach(), 1e-6)
+
+
 # Plans, graphs and files
 
 
@@ -222,23 +237,11 @@ def test_what_has_no_separate_projections_is_refused():
         registry.forget(["toy-strict"])
 
 
-class SharedNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
-        self.norm = nn.LayerNorm(D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = self.norm(x + torch.tanh(layer(x)))
-        return x
-
-
 def test_a_norm_that_is_called_again_and_again_is_refused_as_a_module_and_works_as_a_graph():
     x = torch.randn(2, 5, D)
     with pytest.raises(ConfigError, match="and no module that is called once gives it"):
-        rewrite(SharedNorm(), (x,), variant="toy-behind")
-    base = SharedNorm().eval()
+        rewrite(PostNorm(), (x,), variant="toy-behind")
+    base = PostNorm().eval()
     graph = torch.export.export(base, (x,)).module(check_guards=False)
     model = moved(rewrite(graph, (x,), variant="toy-behind")).eval()
     value, values = x, [x]
@@ -282,27 +285,16 @@ def test_a_norm_that_is_replaced_is_an_error():
         model(torch.randn(2, 5, D, dtype=torch.float64))
 
 
-def test_only_the_attention_is_checkpointed():
-    """Its projections run again in backward, and read what they read."""
-    model = rewritten(AttentionStack(), "toy-apart")
+@pytest.mark.parametrize(("stack", "variant", "part"), [(AttentionStack, "toy-apart", "f"), (PostNormStack, "toy-behind", "after_f")])
+def test_only_a_part_is_checkpointed(stack, variant, part):
+    """Projections that run again in backward read what they read; what a norm gives is read outside of its checkpoint."""
+    model = rewritten(stack(), variant)
     x = torch.randn(2, 5, D, dtype=torch.float64)
     right = gradients_of(model, model(x))
     twin = copy.deepcopy(model)
     for block in twin.blocks:
-        inner = block.f.forward
-        block.f.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
-    equal(gradients_of(twin, twin(x)), right, 1e-12)
-
-
-def test_only_the_norm_is_checkpointed():
-    """What it gives is read outside of the checkpoint."""
-    model = rewritten(PostNormStack(), "toy-behind")
-    x = torch.randn(2, 5, D, dtype=torch.float64)
-    right = gradients_of(model, model(x))
-    twin = copy.deepcopy(model)
-    for block in twin.blocks:
-        inner = block.after_f.forward
-        block.after_f.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
+        module = block.get_submodule(part)
+        module.forward = lambda x, inner=module.forward: checkpoint(inner, x, use_reentrant=False)
     equal(gradients_of(twin, twin(x)), right, 1e-12)
 
 

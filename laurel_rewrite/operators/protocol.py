@@ -159,16 +159,16 @@ class Connection(nn.Module):
 
     def skip(self, x: Tensor, *state: Tensor) -> Any:
         """What the skip brings to the sum, and the state; of an operator that is a sum of this and of `branch`."""
-        raise NotImplementedError
+        raise NotImplementedError  # nobody asks an operator that does not define it
 
     def branch(self, f: Tensor) -> Tensor:
         """What a branch brings to the sum."""
-        raise NotImplementedError
+        raise NotImplementedError  # nobody asks an operator that does not define it
 
     def read(self, y: Tensor, *state: Tensor) -> Any:
         """What everything reads behind the norm or activation that follows, of what that gave and of the state that `step` left; and the state
         for the next connection. Its operator sees its whole stream."""
-        raise NotImplementedError
+        raise NotImplementedError  # nobody asks an operator that does not define it
 
     def affine(self, states: int) -> Affine | None:
         """The linear form of one branch, the skip and so many states, for the lowering, where there are maps over the features; None to have

@@ -31,7 +31,7 @@ class Branch(nn.Module):
 
     def by_hand(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The branch, where queries, keys and values read the stream apart; equal where it has none."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of branch has its own
 
 
 class FeedForward(Branch):
