@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laurel_rewrite import VerificationError, rewrite
-from laurel_rewrite.backends.module.proof import first_wrong
+from laurel_rewrite.backends.proof import first_wrong
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.laurel import Laurel
 
@@ -99,7 +99,7 @@ def test_a_model_that_differs_from_itself_is_not_verified_and_that_is_said(caplo
 
 
 def test_a_model_that_does_not_fit_twice_is_not_verified_and_that_is_said(caplog, monkeypatch):
-    monkeypatch.setattr("laurel_rewrite.backends.module.proof.fits_twice", lambda model: False)
+    monkeypatch.setattr("laurel_rewrite.backends.proof.fits_twice", lambda model: False)
     with caplog.at_level(logging.WARNING):
         rewrite(Net(), (torch.randn(4, D),), rank=4)
     assert "the model's 0.0 GiB do not fit into memory twice" in caplog.text

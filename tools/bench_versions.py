@@ -55,8 +55,7 @@ MODELS: dict[str, list[str]] = {
 """MODEL -> settings: the depth of real models, and widths at which torch's own work does not hide ours."""
 STEPS = {
     "original and rewritten compared": [
-        "laurel_rewrite.backends.module.proof:Proof.__init__",
-        "laurel_rewrite.backends.module.proof:Proof.of",
+        *(f"laurel_rewrite.backends.{home}:Proof.{name}" for home in ("proof", "module.proof") for name in ("__init__", "of")),
     ],
     "gradients": ["laurel_rewrite.verification.checks:check_gradients"],
     "the other mode rehearsed": ["laurel_rewrite.graph.capture:_Captor._rehearse"],

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from torch import fx
 
-from laurel_rewrite.backends import Applied, BackEnd
-from laurel_rewrite.backends.module.proof import Evidence, Proof, failure
+from laurel_rewrite.backends import Applied
 from laurel_rewrite.backends.module.surgery import copied
-from laurel_rewrite.detection.sites import Sites
+from laurel_rewrite.backends.proof import Evidence, TorchBackEnd, failure
 from laurel_rewrite.passes.insert_laurel import InsertLaurel
 from laurel_rewrite.plan import Plan
 
 
-class FxBackEnd(BackEnd):
-    """An `fx.GraphModule` whose nodes carry shapes.
+class FxBackEnd(TorchBackEnd):
+    """An `fx.GraphModule` whose nodes carry shapes."""
 
-    Args:
-        model: the graph.
-        sites: of it.
-        args, kwargs: inputs of its forward, for the proof.
-        inplace: change the graph itself; else a copy.
-        verify: whether to prove the result.
-    """
-
-    def __init__(
-        self,
-        model: fx.GraphModule,
-        sites: Sites,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        inplace: bool = False,
-        verify: bool = True,
-    ) -> None:
-        self.model, self.sites, self.args, self.kwargs = model, sites, args, dict(kwargs or {})
-        self.inplace, self.verify = inplace, verify
+    model: fx.GraphModule
 
     def check(self, plan: Plan) -> None:
         InsertLaurel(plan).requires(self.model)
 
     def apply(self, plan: Plan) -> Applied:
         self.check(plan)
-        proof = Proof(self.model, self.args, self.kwargs, plan.seed) if self.verify else None
+        proof = self.proof(plan)
         target = copied(self.model)
         assert isinstance(target, fx.GraphModule)
         InsertLaurel(plan)(target)

@@ -6,17 +6,16 @@ connection as a child. Parameter names, hooks, keyword arguments, caches and che
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from laurel_rewrite.backends import Applied, BackEnd, Skipped
+from laurel_rewrite.backends import Applied, Skipped
 from laurel_rewrite.backends.module.owners import Owners, rewritten_owners
-from laurel_rewrite.backends.module.proof import Evidence, Proof, failure, first_wrong
 from laurel_rewrite.backends.module.surgery import Rewriting, change_classes, copied, install, keep_record, remove
-from laurel_rewrite.detection.sites import Sites
+from laurel_rewrite.backends.proof import Evidence, Proof, TorchBackEnd, failure, first_wrong
 from laurel_rewrite.errors import LaurelError, NoSiteError, RewriteError
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.prepared import prepare
@@ -25,31 +24,16 @@ from laurel_rewrite.plan import Plan
 _ATTEMPTS = 4  # ways to write a class: adds in place or not, turns counted in one way or the other
 
 
-class ModuleBackEnd(BackEnd):
+class ModuleBackEnd(TorchBackEnd):
     """A live module: owners' classes change, and connections become their children.
 
     Args:
-        model: the module.
-        sites: of it.
-        args, kwargs: inputs of its forward, for the proof.
-        inplace: change the module itself; else a copy.
-        skip: let sites that cannot be rewritten keep their plain sum.
-        verify: whether to prove the result.
+        skip: let sites that cannot be rewritten keep their plain sum; the others are those of `TorchBackEnd`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sites,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        inplace: bool = False,
-        skip: bool = False,
-        verify: bool = True,
-    ) -> None:
-        self.model, self.sites, self.args, self.kwargs = model, sites, args, dict(kwargs or {})
-        self.inplace, self.skip, self.verify = inplace, skip, verify
+    def __init__(self, *given: Any, skip: bool = False, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.skip = skip
 
     def check(self, plan: Plan) -> None:
         plan.check(self.sites)
@@ -60,8 +44,7 @@ class ModuleBackEnd(BackEnd):
 
     def apply(self, plan: Plan) -> Applied:
         plan.check(self.sites)
-        proof = Proof(self.model, self.args, self.kwargs, plan.seed) if self.verify else None
-        return _Application(self, plan, proof).run()
+        return _Application(self, plan, self.proof(plan)).run()
 
 
 class _Application:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from laurel_rewrite.backends import BackEnd
+from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import TooManyTurnsError, VerificationError
 from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
 from laurel_rewrite.operators.connections import sites_of
@@ -141,6 +143,35 @@ class Proof:
             yield
         except (MemoryError, torch.OutOfMemoryError) as error:
             self.why_not = f"there is not enough memory to run both models ({type(error).__name__})"
+
+
+class TorchBackEnd(BackEnd):
+    """What the back ends of modules and of fx graphs share: the model, and inputs to prove the result with.
+
+    Args:
+        model: the module or graph.
+        sites: of it.
+        args, kwargs: inputs of its forward, for the proof.
+        inplace: change the model itself; else a copy.
+        verify: whether to prove the result.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        inplace: bool = False,
+        verify: bool = True,
+    ) -> None:
+        self.model, self.sites, self.args, self.kwargs = model, sites, args, dict(kwargs or {})
+        self.inplace, self.verify = inplace, verify
+
+    def proof(self, plan: Plan) -> Proof | None:
+        """The original's runs, where the result is to be proved."""
+        return Proof(self.model, self.args, self.kwargs, plan.seed) if self.verify else None
 
 
 def first_wrong(count: int, wrong: Callable[[int], bool]) -> int:
