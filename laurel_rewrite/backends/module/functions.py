@@ -296,7 +296,7 @@ def _code(function: Function, original: FunctionType, scope: list[str]) -> CodeT
     module = compile(ast.Module(body=[outer], type_ignores=[]), filename, "exec", flags=flags, dont_inherit=True)
     text = "\n" * (first - 1) + function.text
     linecache.cache[filename] = (len(text), None, [line + "\n" for line in text.split("\n")], filename)
-    found = next((code for code in _codes(module) if code.co_name == node.name and code.co_firstlineno >= first), None)
+    found = next((code for code in codes_of(module) if code.co_name == node.name and code.co_firstlineno >= first), None)
     assert found is not None
     return found.replace(co_qualname=original.__code__.co_qualname)
 
@@ -307,18 +307,17 @@ def _at(node: Any, line: int) -> Any:
     return node
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code objects inside one, outer ones first."""
+def codes_of(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those inside it, outer ones first."""
     queue = [code]
     for outer in queue:
-        inner = [constant for constant in outer.co_consts if isinstance(constant, CodeType)]
-        yield from inner
-        queue += inner
+        yield outer
+        queue += [constant for constant in outer.co_consts if isinstance(constant, CodeType)]
 
 
 def contains(outer: CodeType, inner: CodeType) -> bool:
     """Whether a code object is another or stands inside it: a nested function, a lambda, a comprehension."""
-    return outer is inner or (outer.co_filename == inner.co_filename and any(code is inner for code in _codes(outer)))
+    return outer is inner or (outer.co_filename == inner.co_filename and any(code is inner for code in codes_of(outer)))
 
 
 def mangled(name: str, owner: str | None) -> str:
