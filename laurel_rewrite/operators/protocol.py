@@ -142,7 +142,7 @@ class Connection(nn.Module):
                 self.initialise()
         for child in self.modules():
             if child is not self and hasattr(child, "reset_parameters"):  # which sharding asks modules for, one by one
-                child.reset_parameters = self.reset_parameters
+                vars(child)["reset_parameters"] = self.reset_parameters
         self.to(device=device or torch.get_default_device(), dtype=dtype or torch.get_default_dtype())
         mark_started(self)
 

@@ -30,6 +30,8 @@ from laurel_rewrite.errors import RewriteError
 
 BASE = "_laurel_base"
 """Attribute of a rewritten class: the class it was made from."""
+RECIPE = "_laurel_recipe"
+"""Attribute of a class that no module holds: a thing that pickles, and whose `cls` it is."""
 _FUTURE = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
 _TYPED: dict[str, Any] = {"type_params": []} if "type_params" in ast.ClassDef._fields else {}  # since Python 3.12
 
@@ -151,19 +153,24 @@ def _class_of(rewritten: Rewritten) -> type:
         else:  # beside the original, under a name of its own
             kind = type(held) if isinstance(held, staticmethod | classmethod) else None
             namespace[mangled(method.name, method.owner)] = kind(function) if kind is not None else function
-    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    namespace[BASE] = base
-    namespace["__reduce_ex__"] = picklable(rewritten, base)
     namespace |= without_fast_path(base) | methods_of(base)
-    return _quietly(base, namespace)
+    namespace[BASE] = base
+    return made_quietly(base.__name__, (base,), namespace, rewritten)
 
 
-def _quietly(base: type, namespace: dict[str, Any]) -> type:
-    """A subclass of the base that is made without the base's own hooks."""
+def made_quietly(name: str, bases: tuple[type, ...], namespace: dict[str, Any], recipe: Any) -> type:
+    """A subclass that looks like the last of its bases, and is made without that one's own hooks.
+
+    Args:
+        recipe: by which its instances pickle; see `picklable`.
+    """
+    base = bases[-1]
+    shown: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    shown |= {"__reduce_ex__": picklable(recipe, base), RECIPE: recipe}
     kind = type(base)
     make = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
     with unheard([base]):
-        return make(kind, base.__name__, (base,), namespace)
+        return make(kind, name, bases, {**shown, **namespace})
 
 
 @contextlib.contextmanager
@@ -238,6 +245,7 @@ def adopt(cls: type, recipe: Written) -> type:
     cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
     setattr(cls, BASE, base)
     cls.__reduce_ex__ = picklable(recipe, base)  # type: ignore[method-assign]  # as `Rewritten` has it from the start
+    setattr(cls, RECIPE, recipe)
     _adopted[recipe] = cls
     return cls
 

@@ -17,23 +17,35 @@ from torch import nn
 from laurel_rewrite.backends.module.functions import Place, codes_of, find_in_class, find_in_module
 from laurel_rewrite.backends.module.source import Change, Edited, rewrite_class
 from laurel_rewrite.backends.module.wrappers import chains
+from laurel_rewrite.detection.site import path_moved
 from laurel_rewrite.errors import ConfigError, RewriteError, nearest
-from laurel_rewrite.files.checked import anything, checked, list_of, mapping, optional, shown, text, whole
+from laurel_rewrite.files.checked import anything, checked, list_of, optional, shown, text, whole
 from laurel_rewrite.graph.capture import Call, Span
 from laurel_rewrite.text.source_file import SourceFile
 
 _NAME = text(r"\w+", "a name")
 _PATH = text(r"[\w.<>]*", "a dotted name")
-_CLASS = {"class": text(), "owners": list_of(text(r"[\w.]*", "a module's path")), "changes": list_of(anything(dict)), "ways": anything(list)}
-_FUNCTION = {"module": _PATH, "attribute": _PATH, "name": text(r"[\w<>]+", "a function's name"), "digest": text(r"[0-9a-f]{64}", "a digest")}
+_CLASS = {
+    "class": text(),
+    "owners": list_of(text(r"[\w.]*", "a module's path")),
+    "changes": list_of(anything(dict)),
+    "ways": anything(list),
+}
+_FUNCTION = {
+    "module": _PATH,
+    "attribute": _PATH,
+    "name": text(r"[\w<>]+", "a function's name"),
+    "digest": text(r"[0-9a-f]{64}", "a digest"),
+}
 _CHANGE = {
     "name": _NAME,
     "places": anything(list),
-    **{flag: optional(anything(bool), default) for flag, default in (("loop", False), ("by_turn", True), ("keep", False), ("additive", True))},
+    **{
+        flag: optional(anything(bool), default)
+        for flag, default in (("loop", False), ("by_turn", True), ("keep", False), ("additive", True))
+    },
 }
 _EDITS = {"functions": list_of(anything(dict)), "spans": list_of(list_of(whole())), "classes": list_of(anything(dict))}
-EDITS = mapping(text(), anything(list))
-"""What a file may hold, before `replayed` looks at it closely."""
 
 
 def recorded(owners: Mapping[str, Edited]) -> dict[str, Any]:
@@ -124,6 +136,11 @@ def replayed(data: Any, model: nn.Module, label: str) -> dict[str, Edited]:
     return owners
 
 
+def moved(data: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The same with another beginning of the owners' paths."""
+    return {**data, "classes": [{**row, "owners": [path_moved(owner, old, new) for owner in row["owners"]]} for row in data["classes"]]}
+
+
 def _class_again(reader: _Reader, entry: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> Edited:
     try:
         again = [
@@ -176,8 +193,9 @@ class _Reader:
         else:
             held = next((vars(cls)[row["attribute"]] for cls in self.base.__mro__ if row["attribute"] in vars(cls)), None)
         for chain in chains(held):
-            if chain[-1].__code__.co_name == row["name"] and _digest(chain[-1].__code__) == row["digest"]:
-                return chain[-1]
+            function: FunctionType = chain[-1]
+            if function.__code__.co_name == row["name"] and _digest(function.__code__) == row["digest"]:
+                return function
         place = f"{row['module'] or _named(self.base)}.{row['attribute']}"
         raise ConfigError(
             f"{self.label}: the installed {place} is not the one that was edited; it belongs to another version of its package. Install that "
