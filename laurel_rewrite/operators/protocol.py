@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from laurel_rewrite.operators.affine import Affine
 
 STARTS = ("exact", "scale-free", "inexact")
+_SHORT = 8
+"""Up to so many numbers of a parameter are logged one by one."""
 NEEDS = ("features", "maps", "plain links", "whole stream", "features last", "branch input", "projections")
 
 
@@ -203,6 +205,17 @@ class Connection(nn.Module):
     def additive(self) -> bool:
         """Whether a further branch can be added to what there is."""
         return type(self).branch is not Connection.branch
+
+    def learned(self) -> dict[str, Tensor]:
+        """What there is to log of its parameters, as scalars: small ones by their values, `a` or `g.0`, `g.1`, others by their root mean square."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            value = parameter.detach()
+            if value.numel() > _SHORT:
+                found[name] = value.float().square().mean().sqrt()
+            else:
+                found |= {f"{name}.{place}" if value.numel() > 1 else name: number for place, number in enumerate(value.flatten())}
+        return found
 
     @property
     def needs_input(self) -> bool:
