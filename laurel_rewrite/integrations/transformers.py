@@ -13,8 +13,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from laurel_rewrite.backends.module.pretrained import classes_beside, transformers
+from laurel_rewrite.backends.module.pretrained import classes_beside
 from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
+from laurel_rewrite.sources.built import require
+
+require("transformers")
+import transformers  # noqa: E402  # only now is its import of torchvision ready
 
 __all__ = ["LaurelCallback", "classes_beside"]
 
