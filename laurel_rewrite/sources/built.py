@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, nearest
+from laurel_rewrite.sources import libraries
 
 _stubs: list[Any] = []
 
@@ -29,6 +30,7 @@ class Built:
         spec: the MODEL it was built from.
         settings: what was set with `--set`.
         files: source files beside the model's own that its classes need, by path relative to the model's folder.
+        folder: of the checkpoint that its weights are from, where they are from one.
     """
 
     model: nn.Module
@@ -37,6 +39,14 @@ class Built:
     spec: str
     settings: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def weights(self) -> str:
+        """Where the weights are from, in words; "" where that is the model's own affair."""
+        if self.folder is not None:
+            return f"weights of {self.folder.name}"
+        return "random weights" if self.spec.partition(":")[0] in libraries() else ""
 
     @property
     def parameters(self) -> int:

@@ -44,7 +44,7 @@ def origin_of(model: nn.Module, built: Built | None = None, factory: str | None 
     if factory is not None:
         check_offered(factory)
         return Origin({"kind": "spec", "spec": factory, "settings": {}})
-    if built is not None:
+    if built is not None and built.folder is None:  # a checkpoint may lie elsewhere, or nowhere, when this is loaded
         return _of_built(built)
     known = attribute(model, _ORIGIN)
     return known if isinstance(known, Origin) else _own_origin(model)
