@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from laurel_rewrite.backends.module.pretrained import classes_beside
 from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
@@ -24,25 +25,48 @@ __all__ = ["LaurelCallback", "classes_beside"]
 
 
 class LaurelCallback(transformers.TrainerCallback):
-    """Logs what the connections learned, wherever the trainer logs: `laurel/SITE/a`, `b`, `g.0`, `uv` (the norm of U V), ...
+    """Logs what the connections learned when the trainer logs a loss, for its reporters and its history, not for the console:
+    `laurel/SITE/a`, `b`, `g.0`, `uv` (the norm of U V), ...
 
     It warns where training begins with an optimiser that decays mixing weights, or does not have them.
 
     Args:
-        every: steps between two logs; None for each time that the trainer logs a loss.
+        every: steps that lie at least between two logs.
     """
 
-    def __init__(self, every: int | None = None) -> None:
+    def __init__(self, every: int = 1) -> None:
         self.every = every
+        self._last = -every
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
+        _callbacks[model] = self
         if optimizer is not None:
             check_optimizer(model, optimizer)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Behind the reporters, and before the console."""
+        mine = {name: logs.pop(name) for name in list(logs or ()) if name.startswith(_PREFIX)}
+        if mine:
+            state.log_history[-1] |= mine
+
+    def values(self, state: Any, model: Any) -> dict[str, float]:
+        """What is due to be logged at this step."""
+        if state.global_step < self._last + self.every:
+            return {}
+        self._last = state.global_step
+        return {f"{_PREFIX}{site}/{name}": value for site, weights in learned(model).items() for name, value in weights.items()}
+
+
+_PREFIX = "laurel/"
+_callbacks: WeakKeyDictionary[Any, LaurelCallback] = WeakKeyDictionary()
+
+
+class _BeforeReporters(transformers.TrainerCallback):
+    """Trainer asks its reporters before any callback of the user's, and this before its reporters."""
+
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs or (self.every is not None and state.global_step % self.every):
-            return
-        logs |= {f"laurel/{site}/{name}": value for site, weights in learned(model).items() for name, value in weights.items()}
+        if model in _callbacks and logs is not None and "loss" in logs:
+            logs |= _callbacks[model].values(state, model)
 
 
 def _without_mixing_weights(decayed: Any) -> Any:
@@ -61,3 +85,4 @@ def _without_mixing_weights(decayed: Any) -> Any:
 _DECAYED = "get_decay_parameter_names"
 if not hasattr(getattr(transformers.Trainer, _DECAYED), "__wrapped__"):  # where this module is imported anew
     setattr(transformers.Trainer, _DECAYED, _without_mixing_weights(getattr(transformers.Trainer, _DECAYED)))
+    transformers.trainer.DEFAULT_CALLBACKS.append(_BeforeReporters)

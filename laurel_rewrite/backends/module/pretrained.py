@@ -94,6 +94,7 @@ class _Rewritten:
 
     def to_json_string(self, use_diff: bool = True) -> str:
         data = {**json.loads(super().to_json_string(use_diff)), "model_type": TYPE, _GUARD: _REFUSAL}  # type: ignore[misc]
+        data.pop("auto_map", None)
         if data[TYPE]["source"]:
             data["auto_map"] = _auto_map(_base_of(type(self)))
         return json.dumps(data, indent=2, sort_keys=True) + "\n"
@@ -126,7 +127,7 @@ def _as_base(data: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of ours holds, as the base's configuration would write it, and `laurel`."""
     if data.get("model_type") != TYPE:
         return dict(data)
-    return {**{key: value for key, value in data.items() if key not in (_GUARD, "auto_map")}, "model_type": _checked(data)["base_type"]}
+    return {**{key: value for key, value in data.items() if key != _GUARD}, "model_type": _checked(data)["base_type"]}
 
 
 def _base_of(cls: type) -> Any:

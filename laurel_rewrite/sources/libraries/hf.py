@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, nearest
+from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.sources.built import Built, made_on
 
 PACKAGE = "transformers"
@@ -66,12 +67,14 @@ def _from_config(config: Any, name: str, device: str) -> Any:
 
 def _from_folder(folder: Path, name: str, settings: dict[str, Any], device: str, batch: int) -> Built:
     """The model of a checkpoint with its weights; on the meta device without."""
-    from transformers import AutoConfig
-
-    import laurel_rewrite.backends.module.pretrained  # noqa: F401  # a checkpoint of a rewritten model is one, too
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if settings:
         raise ConfigError(f"hf:{name} has its configuration with its weights; --set is for architectures with random ones.")
+    kind = read_json(folder / "config.json", "The configuration").get("model_type")
+    if kind not in CONFIG_MAPPING:
+        hint = "; it was rewritten already" if kind == "laurel" else ""
+        raise ConfigError(f"hf:{name} has the model type {kind!r}, which transformers alone does not know{hint}.")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if device == "meta":
