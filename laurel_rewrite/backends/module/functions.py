@@ -11,6 +11,7 @@ import __future__
 
 import abc
 import ast
+import builtins
 import contextlib
 import functools
 import hashlib
@@ -163,20 +164,45 @@ def _quietly(base: type, namespace: dict[str, Any]) -> type:
     kind = type(base)
     make = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
     with unheard([base]):
-        return make(kind, base.__name__, (base,), namespace)
+        return make(_standing_in(kind), base.__name__, (base,), namespace)
+
+
+class _StandsIn(type):
+    """Class of rewritten classes, which stand for their base: what is of the base is of each of them. Blocks of one class may have several
+    (where a site is left out), and engines take the class of the first block that they find for that of all (FSDP's policies, by name or not)."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(instance) or (BASE in vars(cls) and isinstance(instance, vars(cls)[BASE]))
+
+
+@functools.cache
+def _standing_in(kind: type) -> type:
+    if kind is type:
+        return _StandsIn
+    return kind if issubclass(kind, _StandsIn) else type(f"_StandsIn{kind.__name__}", (_StandsIn, kind), {})
 
 
 @contextlib.contextmanager
 def unheard(bases: Iterable[type]) -> Iterator[None]:
-    """No `__init_subclass__` of these classes hears of subclasses that are made meanwhile: a registry would take them for the originals."""
+    """No `__init_subclass__` of these classes hears of subclasses that are made meanwhile: a registry would take them for the originals. Those
+    that class statements make, in saved source, stand in for the originals, too."""
     hook = "__init_subclass__"
     with _making:
         own = {base: vars(base).get(hook) for base in bases}
+        build: Any = builtins.__build_class__
+
+        def standing_in(body: Any, name: str, *bases: Any, **options: Any) -> Any:
+            if bases and bases[0] in own:
+                options.setdefault("metaclass", _standing_in(type(bases[0])))
+            return build(body, name, *bases, **options)
+
         try:
             for base in own:
                 type.__setattr__(base, hook, classmethod(lambda cls, **options: None))
+            builtins.__build_class__ = standing_in
             yield
         finally:
+            builtins.__build_class__ = build
             for base, before in own.items():
                 if before is None:
                     type.__delattr__(base, hook)
