@@ -159,8 +159,9 @@ def test_groups_come_back_from_a_distributed_checkpoint(flat):
     optimiser, fresh = (torch.optim.AdamW(param_groups(model, lr=lr, weight_decay=0.1, scalar_lr=0.5)) for lr in (1e-2, 1.0))
     model(X).square().mean().backward()
     optimiser.step()
+    model.zero_grad()  # torch makes the states to read into where there are no gradients alone
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    get_optimizer_state_dict(model, fresh, options=options)  # as loading does, which makes the states to read into
+    get_optimizer_state_dict(model, fresh, options=options)
     set_optimizer_state_dict(model, fresh, get_optimizer_state_dict(model, optimiser, options=options), options=options)
     assert [(g["name"], g["lr"]) for g in fresh.param_groups] == [(g["name"], g["lr"]) for g in optimiser.param_groups]
     for p in model.parameters():

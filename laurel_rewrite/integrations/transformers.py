@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from laurel_rewrite.backends.module.pretrained import classes_beside
+from laurel_rewrite.integrations import log_names
 from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
 from laurel_rewrite.sources.built import require
 
@@ -54,7 +55,7 @@ class LaurelCallback(transformers.TrainerCallback):
         if state.global_step < self._last + self.every:
             return {}
         self._last = state.global_step
-        return {f"{_PREFIX}{site}/{name}": value for site, weights in learned(model).items() for name, value in weights.items()}
+        return log_names(learned(model))
 
 
 _PREFIX = "laurel/"
@@ -85,4 +86,4 @@ def _without_mixing_weights(decayed: Any) -> Any:
 _DECAYED = "get_decay_parameter_names"
 if not hasattr(getattr(transformers.Trainer, _DECAYED), "__wrapped__"):  # where this module is imported anew
     setattr(transformers.Trainer, _DECAYED, _without_mixing_weights(getattr(transformers.Trainer, _DECAYED)))
-    transformers.trainer.DEFAULT_CALLBACKS.append(_BeforeReporters)
+    transformers.trainer.DEFAULT_CALLBACKS.append(_BeforeReporters)  # type: ignore[arg-type]  # inferred from its one element

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, nearest
+from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, missing, nearest
 from laurel_rewrite.sources import libraries
 
 _stubs: list[Any] = []
@@ -86,7 +86,7 @@ def near_argument(error: BaseException, known: Iterable[str]) -> str:
 def require(package: str) -> None:
     """Raise MissingPackageError unless a package is installed; torchvision's import is made ready."""
     if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(f'This needs {package}: pip install "laurel-rewrite[zoo]" or pip install {package}.')
+        raise missing(package, "zoo")
     if importlib.util.find_spec("torchvision") is not None:
         declare_torchvision_ops()
 

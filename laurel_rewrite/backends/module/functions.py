@@ -158,19 +158,37 @@ def _class_of(rewritten: Rewritten) -> type:
     return made_quietly(base.__name__, (base,), namespace, rewritten)
 
 
-def made_quietly(name: str, bases: tuple[type, ...], namespace: dict[str, Any], recipe: Any) -> type:
-    """A subclass that looks like the last of its bases, and is made without that one's own hooks.
+def made_quietly(name: str, bases: tuple[type, ...], namespace: dict[str, Any], recipe: Any, *, like: type | None = None) -> type:
+    """A subclass that is made without the hooks of the last of its bases.
 
     Args:
         recipe: by which its instances pickle; see `picklable`.
+        like: the class that it looks like and pickles as; None for the last of its bases.
     """
     base = bases[-1]
-    shown: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    shown |= {"__reduce_ex__": picklable(recipe, base), RECIPE: recipe}
-    kind = type(base)
+    shown = base if like is None else like
+    looks: dict[str, Any] = {"__module__": shown.__module__, "__qualname__": shown.__qualname__, "__doc__": shown.__doc__}
+    looks |= {"__reduce_ex__": picklable(recipe, shown), RECIPE: recipe}
+    kind: Any = type(base)
     make = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
     with unheard([base]):
-        return make(kind, name, bases, {**shown, **namespace})
+        made: type = make(_standing_in(kind) if len(bases) == 1 else kind, name, bases, {**namespace, **looks})
+        return made
+
+
+class _StandsIn(type):
+    """Class of rewritten classes, which stand for their base: what is of the base is of each of them. Blocks of one class may have several
+    (where a site is left out), and engines take the class of the first block that they find for that of all (FSDP's policies, by name or not)."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(instance) or (BASE in vars(cls) and isinstance(instance, vars(cls)[BASE]))
+
+
+@functools.cache
+def _standing_in(kind: type) -> type:
+    if kind is type:
+        return _StandsIn
+    return kind if issubclass(kind, _StandsIn) else type(f"_StandsIn{kind.__name__}", (_StandsIn, kind), {})
 
 
 @contextlib.contextmanager
@@ -242,12 +260,9 @@ def adopt(cls: type, recipe: Written) -> type:
         wrapped = None if held is None else wrapped_as(held, value)
         if wrapped is not None:
             setattr(cls, name, wrapped)
-    cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
-    setattr(cls, BASE, base)
-    cls.__reduce_ex__ = picklable(recipe, base)  # type: ignore[method-assign]  # as `Rewritten` has it from the start
-    setattr(cls, RECIPE, recipe)
-    _adopted[recipe] = cls
-    return cls
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    _adopted[recipe] = made_quietly(base.__name__, (cls,), {**own, BASE: base}, recipe, like=base)
+    return _adopted[recipe]
 
 
 def picklable(recipe: Any, base: type) -> Any:
