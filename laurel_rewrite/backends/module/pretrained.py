@@ -46,8 +46,9 @@ TYPE = "laurel"
 CONFIGURATION, PRETRAINED = transformers.PreTrainedConfig, transformers.PreTrainedModel
 BASE_CONFIG, GENERATION = "base_config.json", "generation_config.json"
 _PREFIX = "Laurel"
-_GUARD = "use_return_dict"
-"""A property of every configuration that cannot be set: a class without LAuReL that reads our file fails at it, and shows its value."""
+_GUARD = "without_laurel"
+"""Key of a table in `config.json` that a configuration class of the base's type takes for its own, and fails at: it has a value for a
+property that cannot be set. Nothing else looks at it."""
 _REFUSAL = (
     "The residual connections of this model were rewritten by laurel-rewrite. Import laurel_rewrite.integrations.transformers and load it "
     "with an Auto class, or give trust_remote_code=True."
@@ -93,7 +94,8 @@ class _Rewritten:
         return super().from_dict(_as_base(config_dict), **kwargs)  # type: ignore[misc]
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        data = {**json.loads(super().to_json_string(use_diff)), "model_type": TYPE, _GUARD: _REFUSAL}  # type: ignore[misc]
+        data = {**json.loads(super().to_json_string(use_diff)), "model_type": TYPE}  # type: ignore[misc]
+        data[_GUARD] = {"model_type": data[TYPE]["base_type"], "use_return_dict": _REFUSAL}
         data.pop("auto_map", None)
         if data[TYPE]["source"]:
             data["auto_map"] = _auto_map(_base_of(type(self)))
