@@ -87,22 +87,23 @@ def test_what_was_trained_is_saved_and_loaded(options, tmp_path):
 def test_what_was_learned_is_logged(tmp_path):
     from accelerate.tracking import GeneralTracker
 
+    found: list[tuple[int, dict[str, float]]] = []
+
     class Tracker(GeneralTracker):
         name = "list"
         requires_logging_directory = False
         tracker = None
-        found: list = []
 
         def store_init_configuration(self, values):
             pass
 
         def log(self, values, step=None, **options):
-            self.found.append((step, values))
+            found.append((step, values))
 
     job = Job(log_with=Tracker())
     job.accelerator.init_trackers("project")
     values = log_learned(job.accelerator, job.model, 7)
-    assert Tracker.found == [(7, values)]
+    assert found == [(7, values)]
     assert set(values) == {f"laurel/{b}.laurel_{n}/{key}" for b in range(3) for n in (0, 1) for key in ("a", "b", "uv")}
 
 
@@ -155,7 +156,6 @@ def test_policies_by_the_name_of_a_class_find_all_blocks(how, form, tmp_path):
 
 ONCE = {"step_scheduler_with_optimizer": False}
 """Or Accelerate moves the schedule on by as many steps as there are processes."""
-
 
 
 def trained_in_parts(folder: Path, rank: int) -> None:
