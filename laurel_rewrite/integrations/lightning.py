@@ -40,7 +40,7 @@ class LogLearned(Callback):
         if every < 1:
             raise ConfigError(f"every must be at least 1, not {every}.")
         self.every, self.prefix = every, prefix
-        self._last = -1
+        self._last = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what the optimisers would do to mixing weights."""
