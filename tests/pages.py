@@ -24,6 +24,10 @@ runpy.run_path("page.py", run_name="__main__")
 """
 
 
+FRESH = "a fresh process"
+"""Mark of the blocks that run behind all others, in a process of their own."""
+
+
 class Block(NamedTuple):
     """The test that it is marked for, or nothing; its language and its text."""
 
@@ -38,7 +42,7 @@ def blocks(page: Path, language: str, test: str = "") -> list[str]:
     return [block.text for block in found if (block.language, block.test) == (language, test)]
 
 
-def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The page's Python blocks as one script in a file, as a reader would have them, in an empty folder."""
-    (folder / "page.py").write_text("\n".join(blocks(page, "python")))
+def run(page: Path, folder: Path, test: str = "") -> subprocess.CompletedProcess[str]:
+    """The page's Python blocks as one script in a file, as a reader would have them, in a folder that is empty at first."""
+    (folder / "page.py").write_text("\n".join(blocks(page, "python", test)))
     return subprocess.run([sys.executable, "-c", _SCRIPT], cwd=folder, capture_output=True, text=True, check=False)

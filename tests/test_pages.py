@@ -9,7 +9,7 @@ import sys
 
 import click
 import pytest
-from pages import PAGES, ROOT, blocks, run
+from pages import FRESH, PAGES, ROOT, blocks, run
 
 from laurel_rewrite.app import cli
 
@@ -18,6 +18,7 @@ COMMANDS = {line for page in PAGES for text in blocks(page, "sh") for line in te
 PRINTS = {
     "README.md": ("x the baseline's latency", "layers.2.laurel_1 identity (2, 16, 64) stream 0, position 5"),
     "lightning.md": ("'laurel/model.layers.1.laurel_1/uv':",),
+    "transformers.md": ("{'laurel/transformer.h.1.laurel_1/a': ", "transformer.h.0.laurel_0"),
 }
 """What a page's blocks print among other things."""
 
@@ -28,6 +29,10 @@ def test_the_python_blocks_run(page, tmp_path):
     assert done.returncode == 0, done.stderr
     for text in PRINTS.get(page.name, ()):
         assert text in done.stdout
+    if blocks(page, "python", FRESH):
+        again = run(page, tmp_path, FRESH)
+        assert again.returncode == 0, again.stderr
+        assert again.stdout.startswith("the quick brown")
 
 
 def test_the_fragment_is_a_model_file(tmp_path):
