@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, apply_activation_checkpointing, checkpoint_wrapper
@@ -18,8 +19,13 @@ def checkpointed(case: Case, **options: object) -> Result:
     """Each block inside `torch.utils.checkpoint.checkpoint`."""
     model = case.model
     for block in model.model.layers:
-        block.forward = functools.partial(checkpoint, block.forward, **options)
+        block.forward = functools.partial(_again, block.forward, options)
     return trained(model, case.ids)
+
+
+def _again(forward: Callable[..., object], options: dict[str, object], hidden: object, **kwargs: object) -> object:
+    """The older form takes no keywords."""
+    return checkpoint(functools.partial(forward, **kwargs), hidden, **options)
 
 
 @engine("checkpoint, use_reentrant=False", "`torch.utils.checkpoint.checkpoint` of each block")

@@ -50,7 +50,9 @@ def by_blocks(case: Case, **options: object) -> tuple[torch.nn.Module, Graphs]:
     return model, graphs
 
 
-@engine("torch.compile, per block", "`block.compile(fullgraph=True)`, at most 3 graphs for 4 blocks; not of whole histories, which split graphs")
+@engine(
+    "torch.compile, per block", "`block.compile(fullgraph=True)`, at most 3 graphs for 4 blocks; not of whole histories, which split graphs"
+)
 def per_block(case: Case) -> Result:
     model, graphs = by_blocks(case)
     result = trained(model, case.ids)
