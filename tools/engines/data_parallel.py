@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 
 import torch
 from torch import distributed, nn
@@ -58,9 +59,17 @@ def fsdp2_checkpointed(case: Case) -> Result:
     return on_halves(sharded(model, mesh=init_device_mesh("cpu", (2,))), case)
 
 
-@engine("FSDP2, CPU offload", "`CPUOffloadPolicy`", processes=2)
+@engine("FSDP2, CPU offload", "`CPUOffloadPolicy`, one process", gpu=True)
 def fsdp2_offload(case: Case) -> Result:
-    return on_halves(sharded(case.model, mesh=init_device_mesh("cpu", (2,)), offload_policy=CPUOffloadPolicy(pin_memory=False)), case)
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            model = case.model
+            for buffer in model.buffers():
+                buffer.data = buffer.data.cuda()
+            return trained(sharded(model, mesh=init_device_mesh("cuda", (1,)), offload_policy=CPUOffloadPolicy()), case.ids.cuda())
+        finally:
+            distributed.destroy_process_group()
 
 
 @engine("FSDP1", "`FullyShardedDataParallel(use_orig_params=True)` per block", processes=2)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import tempfile
 import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from tools.engines.case import Case
 
 START, CELL = 120.0, 60.0
 """Seconds that the processes have to start, and for one cell: what takes longer hangs."""
@@ -25,6 +28,7 @@ class Ranks:
     def __init__(self, count: int = 2) -> None:
         self.count = count
         self.running: list[tuple[Any, Any]] = []
+        self.packed: set[str] = set()
 
     def run(self, engine: str, operator: str) -> list[tuple[str, object]]:
         """What each process came to; see `tools.engines.table.tried`.
@@ -34,8 +38,10 @@ class Ranks:
         """
         if not self.running:
             self._start()
+        packed = None if operator in self.packed else Case(operator).packed()
+        self.packed.add(operator)
         for _, pipe in self.running:
-            pipe.send((engine, operator))
+            pipe.send((engine, operator, packed))
         outcomes: list[tuple[str, object]] = []
         patience = CELL
         try:
@@ -80,7 +86,7 @@ class Ranks:
             pipe.close()
             process.kill()
             process.join()
-        self.running = []
+        self.running, self.packed = [], set()
 
 
 def _serve(rank: int, count: int, store: str, pipe: Any) -> None:
@@ -97,9 +103,11 @@ def _serve(rank: int, count: int, store: str, pipe: Any) -> None:
     pipe.send("ready")
     while True:
         try:
-            engine, operator = pipe.recv()
+            engine, operator, packed = pipe.recv()
         except (EOFError, OSError):
             return
+        if packed is not None:
+            Case(operator).unpack(packed)
         torch.manual_seed(0)
         torch._dynamo.reset()
         pipe.send(tried(known[engine], operator))
