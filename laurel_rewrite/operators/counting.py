@@ -61,16 +61,27 @@ def counted(connection: Connection) -> Counts:
         connection: on the meta device.
     """
     config = connection.config
-    shape = [1] * config.ndim
-    shape[config.axis] = config.dim
-    x, f = (torch.empty(shape, device="meta") for _ in range(2))
+    x = _position(connection)
     state: tuple[torch.Tensor, ...] = (x,) * (FED if config.fed else 0)
     own = {value.untyped_storage()._cdata for value in connection.state_dict(keep_vars=True).values()}
     with torch.no_grad():
         for _ in range(max(config.lags - 1, 0)):  # the state that its stream would have brought it
-            _, state = connection.connect(x, f, state=state, n=x)
+            _, state = connection.connect(x, torch.empty_like(x), state=state, n=x)
         with _Counter(own) as counter:
-            _, left = connection.connect(x, f, state=state, n=x)
-            if config.linked:
-                _, left = connection.connect_behind(x, left)
+            left = state_behind(connection, state)
     return Counts(counter.flops, counter.moved, sum(value.numel() for value in left))
+
+
+def state_behind(connection: Connection, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The state that a connection on the meta device leaves, for one position, of the state before it."""
+    x = _position(connection)
+    with torch.no_grad():
+        _, left = connection.connect(x, torch.empty_like(x), state=state, n=x)
+        return connection.connect_behind(x, left)[1] if connection.config.linked else left
+
+
+def _position(connection: Connection) -> torch.Tensor:
+    """A stream of one position."""
+    shape = [1] * connection.config.ndim
+    shape[connection.config.axis] = connection.config.dim
+    return torch.empty(shape, device="meta")

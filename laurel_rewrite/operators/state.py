@@ -413,6 +413,7 @@ def _probe(x: Tensor) -> Tensor:
     with _disable_current_modes(), torch.no_grad():
         if x.is_nested:
             return x.values()[:_PROBES].clone()
+        x = x.to_local() if hasattr(x, "to_local") else x  # of a DTensor, this device's part
         return x.detach().reshape(-1)[:: max(x.numel() // _PROBES, 1)].clone()
 
 

@@ -1,0 +1,1 @@
+"""What the engines that people train with need of a rewritten model."""
