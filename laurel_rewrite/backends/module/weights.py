@@ -43,7 +43,9 @@ def whole_weights(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str
     if given is None and is_sharded(model):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        # Flat parameters of FSDP1 that are on the CPU already end the process when they are to be offloaded there.
+        elsewhere = any(p.device.type != "cpu" for p in model.parameters())
+        gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=elsewhere))
         return {name: value for name, value in gathered.items() if isinstance(value, Tensor)}
     inner = unwrapped(model)
     found: dict[str, Any] = dict(inner.state_dict() if given is None else given)
