@@ -16,6 +16,7 @@ from torch import nn
 import laurel_rewrite
 from laurel_rewrite import ConfigError, remove, rewrite
 from laurel_rewrite.integrations.transformers import LaurelCallback, transformers
+from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.models import build
 
@@ -123,6 +124,54 @@ def test_an_edited_source_is_for_those_who_trust_it(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert same(again, trusted, example)
+
+
+OPERATOR = """
+import torch
+from torch import nn
+from laurel_rewrite import Connection, register_operator
+
+@register_operator
+class Halved(Connection):
+    name = "halved"
+    formula = "x + a*f"
+    start = "exact"
+
+    def build(self):
+        self.a = nn.Parameter(torch.ones(1))
+
+    def step(self, x, f):
+        return x + self.a * f
+"""
+KNOWN = """
+import sys
+from laurel_rewrite.sources.built import declare_torchvision_ops
+declare_torchvision_ops()
+import laurel_rewrite.integrations.transformers
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **({"trust_remote_code": True} if sys.argv[2] == "trusted" else {}))
+print(float(model.transformer.h[0].laurel_0.a))
+"""
+
+
+def test_an_operator_of_a_file_comes_with_the_model(tmp_path):
+    example = real("gpt2")
+    (tmp_path / "halved.py").write_text(OPERATOR)
+    laurel_rewrite.load_operators(tmp_path / "halved.py")
+    try:
+        model = rewrite(example.model, (), example.kwargs, variant="halved")
+        with torch.no_grad():
+            model.transformer.h[0].laurel_0.a.fill_(0.5)
+        model.save_pretrained(tmp_path / "saved")
+    finally:
+        registry.forget(["halved"])
+    (tmp_path / "halved.py").unlink()
+    trusted, not_trusted = (
+        subprocess.run([sys.executable, "-c", KNOWN, str(tmp_path / "saved"), how], capture_output=True, text=True, timeout=300)
+        for how in ("trusted", "not")
+    )
+    assert trusted.stdout.strip().endswith("0.5"), trusted.stderr
+    assert "the operator 'halved' is not known here" in not_trusted.stderr
 
 
 def edited(config: dict[str, Any], *path: Any, value: Any) -> None:

@@ -27,11 +27,12 @@ from laurel_rewrite import __version__
 from laurel_rewrite.backends.module.functions import BASE, RECIPE, made_quietly
 from laurel_rewrite.backends.module.modeling import source_of
 from laurel_rewrite.backends.module.replay import replayed
-from laurel_rewrite.backends.module.saved_folder import MODELING
+from laurel_rewrite.backends.module.saved_folder import MODELING, OPERATORS
 from laurel_rewrite.backends.module.surgery import Rewriting, hosts, install, keep_record, original_class, rewriting_of
 from laurel_rewrite.backends.module.written import check_owners, classes_of
 from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError, RewriteError
-from laurel_rewrite.files.checked import anything, checked, mapping, one_of, optional, read_json, read_text, text
+from laurel_rewrite.files.checked import INNER_NAME, anything, checked, mapping, one_of, optional, read_json, read_text, text
+from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.starting import not_started, put_start
 from laurel_rewrite.plan import Plan
@@ -62,6 +63,7 @@ _DATA = {
     "edits": anything(object),
     "classes": optional(mapping(text(), text(r"\w+", "the name of a class")), {}),
     "source": optional(text(r"[0-9a-f]*", "a digest"), ""),
+    "operators": optional(mapping(text(), INNER_NAME), {}),
 }
 _TAIL = """
 
@@ -206,8 +208,13 @@ class _Pretrained:
             source, names = "", {}
         model.config.laurel = {**model.config.laurel, "classes": names, "source": _digest(source) if source else ""}
         result = super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
-        if source and is_main_process:
-            Path(save_directory, MODELING).write_text(source, encoding="utf-8")
+        if is_main_process:
+            if source:
+                Path(save_directory, MODELING).write_text(source, encoding="utf-8")
+            for name, file in record.operator_files().items():
+                place = Path(save_directory, model.config.laurel["operators"][name])
+                place.parent.mkdir(exist_ok=True)
+                place.write_bytes(file.read_bytes())
         return result
 
 
@@ -249,6 +256,7 @@ def _put_in(model: Any, config: Any, code: str) -> None:
     """Install what a configuration says in a model that was just made from it."""
     label = f"{config._name_or_path or 'the configuration'}, {TYPE!r}"
     data = checked(config.laurel, _DATA, label)
+    _check_operators(config, data, label, trusted=bool(code))
     record = _seen_from(model, Rewriting(Plan.from_data(data["plan"], label), {}, data["edits"], names=data["classes"]))
     check_owners(model, (row.owner for row in record.plan.sites), label)
     if code:
@@ -263,6 +271,20 @@ def _put_in(model: Any, config: Any, code: str) -> None:
         classes = {owner: edit.rewritten.cls for owner, edit in edited.items()}
     install(model, record.plan, classes)
     keep_record(model, record)
+
+
+def _check_operators(config: Any, data: Mapping[str, Any], label: str, *, trusted: bool) -> None:
+    """Load the operators that were saved beside a model, where its code is trusted; else they must be known."""
+    for name, inner in data["operators"].items():
+        if name in registry.operators():
+            continue
+        file = Path(config._name_or_path, inner)
+        if not trusted or not file.is_file():
+            raise ConfigError(
+                f"{label}: the operator {name!r} is not known here. Import what registers it, or laurel_rewrite.load_operators(file), before "
+                f"the model is loaded; the file is saved as {inner} beside it, and is loaded with trust_remote_code=True."
+            )
+        registry.load_operators(file)
 
 
 def _check_unedited(config: Any, data: Mapping[str, Any], label: str) -> None:
@@ -321,6 +343,7 @@ class _Host:
             "edits": record.edits,
             "classes": record.names,
             "source": "" if record.text is None else _digest(record.text),
+            "operators": {name: f"{OPERATORS}/{file.name}" for name, file in record.operator_files().items()},
         }
 
     def release(self, module: nn.Module) -> None:

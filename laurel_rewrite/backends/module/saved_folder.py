@@ -16,6 +16,8 @@ from laurel_rewrite.plan import MOST_SEED, Plan
 from laurel_rewrite.sources.code import is_installed
 
 MODELING, WEIGHTS, PLAN, CONFIG = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json"
+OPERATORS = "operators"
+"""Folder of the files that operators were loaded from."""
 OPERATOR_WEIGHTS = "laurel.safetensors"
 KEPT = {"all": WEIGHTS, "operators": OPERATOR_WEIGHTS, "none": ""}
 """Which weights a folder may have, and the file that holds them."""

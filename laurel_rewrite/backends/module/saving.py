@@ -23,6 +23,7 @@ from laurel_rewrite.backends.module.saved_folder import (
     FORMAT,
     KEPT,
     MODELING,
+    OPERATORS,
     PLAN,
     check_size,
     check_whole,
@@ -51,8 +52,6 @@ from laurel_rewrite.plan import Plan
 from laurel_rewrite.sources.built import Built
 
 GRAPH = "model.pt"
-OPERATORS = "operators"
-"""Folder of the files that operators were loaded from."""
 _log = logging.getLogger(__name__)
 
 
@@ -99,7 +98,7 @@ def save(
     text, names = source_of(record, original_class(inner).__name__)
     folder = Path(folder)
     origin = origin_of(inner, built, factory)
-    own = {row.variant: row.operator.file for row in record.plan.sites if row.operator.file is not None}
+    own = record.operator_files()
     operators = {name: f"{OPERATORS}/{file.name}" for name, file in own.items()}
     origin = Origin(origin.recipe, {**origin.files, **{operators[name]: file.read_bytes() for name, file in own.items()}})
     check_names(origin.files)

@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +54,10 @@ class Rewriting:
     text: str | None = None
     names: dict[str, str] = field(default_factory=dict)
     factors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def operator_files(self) -> dict[str, Path]:
+        """The files that its operators were loaded from, by operator; the others come with this package or with a plugin."""
+        return {row.variant: row.operator.file for row in self.plan.sites if row.operator.file is not None}
 
     def below(self, path: str) -> Rewriting:
         """The same of a module inside the model, which holds all of its sites."""
