@@ -84,7 +84,7 @@ def alone(case: Case) -> Result:
     first, second = (Stage(case.model, *cut) for cut in CUTS)
     loss = loss_of(second(first(case.ids)), case.ids)
     loss.backward()
-    return Result(float(loss), of_stage(first) | of_stage(second))
+    return Result(loss.item(), of_stage(first) | of_stage(second))
 
 
 @engine(
