@@ -283,7 +283,7 @@ class Connection(nn.Module):
             cls._between_graphs = torch.compiler.disable(Connection._between_graphs)  # type: ignore[method-assign,no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self._leave_graphs()
 
     def _between_graphs(self, *operands: Tensor, n: Tensor | None = None) -> Any:

@@ -51,7 +51,7 @@ def scheduled(case: Case, module: nn.Module, stage: Any, schedule: type) -> Resu
     runs = schedule(stage, PARTS, loss_fn=loss_of)
     losses: list[Tensor] = []
     runs.step(*(() if distributed.get_rank() else (case.ids,)), target=case.ids, losses=losses)
-    return Result(float(torch.stack(losses).mean()) if losses else None, of_stage(module))
+    return Result(torch.stack(losses).mean().item() if losses else None, of_stage(module))
 
 
 def of_stage(module: nn.Module) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def ensemble(case: Case) -> Result:
 
     losses = vmap(one)(parameters)
     found = torch.autograd.grad(losses[1], list(parameters.values()))
-    return Result(float(losses[1]), {name: gradient[1] for name, gradient in zip(parameters, found, strict=True)})
+    return Result(losses[1].item(), {name: gradient[1] for name, gradient in zip(parameters, found, strict=True)})
 
 
 @engine("per-sample gradients", "`vmap(grad(...))` over the batch; their mean")
