@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from laurel_rewrite.exporting import export_onnx
     from laurel_rewrite.files.onnx import write_onnx
     from laurel_rewrite.operators.config import Option
-    from laurel_rewrite.operators.connections import param_groups
+    from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
     from laurel_rewrite.operators.protocol import Connection, Reads
     from laurel_rewrite.operators.registry import load_operators, register_operator
     from laurel_rewrite.plan import LaurelConfig
@@ -55,7 +55,7 @@ _HOMES = {
     "load": "backends.module.saving",
     "export_onnx": "exporting",
     "profile": "profiling",
-    "param_groups": "operators.connections",
+    **dict.fromkeys(("param_groups", "check_optimizer", "learned"), "operators.connections"),
     "Connection": "operators.protocol",
     "Reads": "operators.protocol",
     "Option": "operators.config",
@@ -90,10 +90,12 @@ __all__ = [
     "Reads",
     "RewriteError",
     "VerificationError",
+    "check_optimizer",
     "detect",
     "draw",
     "explain",
     "export_onnx",
+    "learned",
     "load",
     "load_operators",
     "param_groups",

@@ -72,6 +72,11 @@ class MissingPackageError(LaurelError):
     exit_code = 5
 
 
+def missing(package: str, extra: str) -> MissingPackageError:
+    """The error for an optional package that is absent, with the extra of ours that brings it."""
+    return MissingPackageError(f'This needs {package}: pip install "laurel-rewrite[{extra}]" or pip install {package}.')
+
+
 FOREIGN = (Exception, SystemExit)
 """What other people's code may raise when it is imported, called or unpickled: `sys.exit()` in a model must not end us as a success."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from laurel_rewrite import ConfigError, LaurelConfig, LaurelError, param_groups
+from laurel_rewrite import ConfigError, LaurelConfig, LaurelError
 from laurel_rewrite.operators.config import SiteConfig
 from laurel_rewrite.operators.laurel import Laurel
 from laurel_rewrite.operators.registry import canonical, operator, operators
@@ -248,17 +248,6 @@ def test_torchscript_is_refused_with_the_reason():
         warnings.simplefilter("ignore")  # torch would have us use another compiler
         with pytest.raises(LaurelError, match=r"torch\.jit\.script"):
             torch.jit.script(model)
-
-
-def test_param_groups_leave_scalars_without_decay():
-    module = torch.nn.Sequential(torch.nn.Linear(D, D), Laurel(site("rw+lr+pa")))
-    decayed, plain = param_groups(module, lr=1e-3, weight_decay=0.1)
-    assert decayed["weight_decay"] == 0.1
-    assert plain["weight_decay"] == 0
-    names = {id(p): n for n, p in module.named_parameters()}
-    assert {names[id(p)] for p in plain["params"]} == {"0.bias", "1.mix", "1.g"}
-    assert len(decayed["params"]) + len(plain["params"]) == len(names)
-    torch.optim.AdamW([decayed, plain])
 
 
 def test_canonical_names():

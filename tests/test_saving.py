@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 import shutil
@@ -12,7 +11,6 @@ import sys
 import pytest
 import torch
 from conftest import away_from_start, output, real
-from safetensors.torch import load_file
 from torch import nn
 from toys import CASES, D
 
@@ -47,25 +45,6 @@ def test_what_a_configuration_of_transformers_leaves_out_comes_back_too(tmp_path
     loaded = load(tmp_path)
     assert loaded.config._attn_implementation == "eager"
     assert loaded.generation_config.max_length == 77
-
-
-def test_what_from_pretrained_would_read_without_laurel_is_not_written(tmp_path, caplog):
-    example = real("gpt2")
-    better = away_from_start(rewrite(example.model, example.args, example.kwargs, rank=4))
-    save(better, tmp_path / "saved")
-    for model in (better, copy.deepcopy(better), pickle.loads(pickle.dumps(better)), load(tmp_path / "saved")):
-        with pytest.raises(ConfigError, match=r"without LAuReL\. Write it with laurel_rewrite\.save"):
-            model.save_pretrained(tmp_path / "pretrained")
-        assert model.save_pretrained.model is model
-    assert not (tmp_path / "pretrained").exists()
-    better.save_pretrained(tmp_path / "checkpoint", state_dict=None, is_main_process=True)  # as transformers' trainer does
-    assert "read its weights into a model that was rewritten in the same way" in caplog.text
-    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
-    assert {name for name in better.state_dict() if "laurel_" in name} <= set(weights)
-    remove(better).save_pretrained(tmp_path / "pretrained")
-    plain = type(example.model).from_pretrained(tmp_path / "pretrained")
-    expected = output(remove(better), example.other_args, example.other_kwargs)
-    assert torch.equal(output(plain, example.other_args, example.other_kwargs), expected)
 
 
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:vit_tiny_patch16_224", "hf:gptj"])

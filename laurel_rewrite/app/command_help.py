@@ -18,8 +18,8 @@ _MODELS = (
     ("model.py", "offers build_model() and example_inputs()"),
     ("model.py:FACTORY", "the same with another name"),
     ("package.module:FACTORY", "from an installed package"),
-    ("hf:NAME", "a transformers architecture, from its configuration"),
-    ("timm:NAME, torchvision:NAME", "an architecture with random weights"),
+    ("hf:FOLDER", "a transformers checkpoint, with its weights"),
+    ("hf:NAME, timm:NAME, torchvision:NAME", "an architecture, with random weights"),
     ("model.onnx", "a graph; the result is a graph too"),
 )
 _STATUS = (

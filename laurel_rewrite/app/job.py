@@ -227,7 +227,7 @@ def run(
     with listener("build") as stage:
         built = _built(spec, settings, config.seed)
         model, args, kwargs = built.model, built.args, built.kwargs
-        stage.done(f"{type(model).__name__}, {number(built.parameters)} parameters")
+        stage.done(", ".join(filter(None, (type(model).__name__, f"{number(built.parameters)} parameters", built.weights))))
     with listener("detect") as stage:
         sites = detect(model, args, kwargs)
         stage.done(counts(sites))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -140,6 +141,8 @@ def apply_plan(
     """Carry out a plan on the model that `sites` were found in; see `rewrite`. Everything is checked before anything changes."""
     if unsupported not in UNSUPPORTED:
         raise ConfigError(f"unsupported must be one of {', '.join(UNSUPPORTED)}, not {unsupported!r}.")
+    if "transformers" in sys.modules:
+        from laurel_rewrite.backends.module import pretrained  # noqa: F401  # whose models keep a record of their own
     if isinstance(model, fx.GraphModule):
         return FxBackEnd(model, sites, args, kwargs, inplace=inplace, verify=verify).apply(plan)
     return ModuleBackEnd(model, sites, args, kwargs, inplace=inplace, skip=unsupported == "skip", verify=verify).apply(plan)

@@ -88,6 +88,12 @@ def short(where: str) -> str:
     return "/".join(path.split("/")[-2:]) + colon + line if "/" in path else where
 
 
+def path_moved(path: str, old: str, new: str) -> str:
+    """A module's path with another beginning: seen from a module inside (old = "inside.", new = ""), or from one around (the reverse)."""
+    inside = f"{path}.".removeprefix(old) if path else ""
+    return f"{new}{inside}".removesuffix(".")
+
+
 def portable(where: str) -> str:
     """ "file:line" without what is true on one machine only: the path of the file's module, such as "timm/layers/mlp.py:40".
 

@@ -120,6 +120,16 @@ class Laurel(Connection):
         """a and b, tensors of shape (1,); see `weights`."""
         return weights(self.mix, self._normalize or "none")
 
+    def learned(self) -> dict[str, Tensor]:
+        """a, b, g by lag, and the Frobenius norm of U V, by lag where each has its own: |U V|^2 = tr(U'U V V'), of r x r matrices."""
+        found = dict(zip("ab", (weight.detach().view(()) for weight in self.weights()), strict=True)) if self._normalize is not None else {}
+        if self.config.lags:
+            found |= {f"g.{lag}": weight for lag, weight in enumerate(self.g.detach())}
+        for lag, (down, up) in enumerate(self.pairs()):
+            v, u = (layer.weight.detach().flatten(1).float() for layer in (down, up))
+            found[f"uv.{lag}" if self._per_lag else "uv"] = ((u.T @ u) * (v @ v.T)).sum().clamp_min(0).sqrt()
+        return found
+
     def affine(self, states: int) -> Affine | None:
         """b and g go into U and V. Where the lags share one map, U V sum_j g_j s_j is U sum_j (g_j V) s_j: all that is added has r features.
         Where each has its own, their inner features are concatenated, and one U serves them."""

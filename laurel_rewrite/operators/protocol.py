@@ -21,10 +21,8 @@ The command, the plan, the module, fx and ONNX back ends, lowering, saving, veri
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 
 from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.operators.config import CONVOLUTIONS, BranchMap, Option, SiteConfig
+from laurel_rewrite.operators.starting import built_in_float32, mark_started, own_draws, put_start
 from laurel_rewrite.operators.state import FED, Link, Slot
 from laurel_rewrite.operators.sums import add, laid_out, laid_out_like, state_like
 
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from laurel_rewrite.operators.affine import Affine
 
 STARTS = ("exact", "scale-free", "inexact")
+_SHORT = 8
+"""Up to so many numbers of a parameter are logged one by one."""
 NEEDS = ("features", "maps", "plain links", "whole stream", "features last", "branch input", "projections")
 
 
@@ -126,6 +127,7 @@ class Connection(nn.Module):
         missing = {name: option.default for name, option in self.declared.items() if name not in config.options}
         self.config = config.but(**missing) if missing else config
         self.site = site
+        self.seed = seed
         self.sides: tuple[int, ...] = (side,)  # and of each further branch's sum
         self.link: Link | None = None
         self.tap: Slot | None = None  # where the branch's input is left; None where that is the skip
@@ -134,13 +136,15 @@ class Connection(nn.Module):
         self.plain = False  # x + f alone, for a while: what the insertion does without the operator
         self.prepared: dict[str, tuple[float, Tensor]] = {}  # weights of the branch by name: their factor, and what they were
         meta = device is not None and torch.device(device).type == "meta"
-        with torch.device("meta" if meta else "cpu"), self._own_draws(seed):
+        with built_in_float32("meta" if meta else "cpu"), own_draws(site, seed), torch.no_grad():
             self.build()
-        if not meta:
-            self.reset_parameters(seed)
+            if not meta:
+                self.initialise()
+        for child in self.modules():
+            if child is not self and hasattr(child, "reset_parameters"):  # which sharding asks modules for, one by one
+                vars(child)["reset_parameters"] = self.reset_parameters
         self.to(device=device or torch.get_default_device(), dtype=dtype or torch.get_default_dtype())
-        for initialised in (*self.modules(), *self.parameters()):  # transformers' init_weights walks over modules, and would undo the start
-            setattr(initialised, "_is_hf_initialized", True)  # noqa: B010  # no module or tensor
+        mark_started(self)
 
     # What an operator defines
 
@@ -200,6 +204,17 @@ class Connection(nn.Module):
         """Whether a further branch can be added to what there is."""
         return type(self).branch is not Connection.branch
 
+    def learned(self) -> dict[str, Tensor]:
+        """What there is to log of its parameters, as scalars: small ones by their values, `a` or `g.0`, `g.1`, others by their root mean square."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            value = parameter.detach()
+            if value.numel() > _SHORT:
+                found[name] = value.float().square().mean().sqrt()
+            else:
+                found |= {f"{name}.{place}" if value.numel() > 1 else name: number for place, number in enumerate(value.flatten())}
+        return found
+
     @property
     def needs_input(self) -> bool:
         """Whether it reads what the branch reads."""
@@ -218,20 +233,18 @@ class Connection(nn.Module):
         """Whether it has the low-rank maps that its options give it."""
         return "rank" in self.declared and any(parameter.ndim > 1 for parameter in self.parameters())
 
-    @torch.no_grad()
-    def reset_parameters(self, seed: int = 0) -> None:
-        """Set the start, from (seed, site) alone."""
-        if any(p.is_meta for p in self.parameters()):
-            return
-        with self._own_draws(seed):
-            self.initialise()
+    def reset_parameters(self) -> None:
+        """Set the start, from configuration, site and seed alone; not before all parameters have left the meta device."""
+        if not any(p.is_meta for p in self.parameters()):
+            put_start(self)
 
-    @contextlib.contextmanager
-    def _own_draws(self, seed: int) -> Iterator[None]:
-        """The CPU's generator in a state of the site's own; afterwards it is as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(zlib.crc32(f"{seed}:{self.site}".encode()))
-            yield
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Connection:
+        """Of nn.Module; what leaves the meta device (`to_empty`) has no values, and gets its start at once: no engine knows how to."""
+        empty = any(p.is_meta for p in self.parameters())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch types it not
+        if empty:
+            self.reset_parameters()
+        return self
 
     def linear(self, inputs: int, outputs: int) -> nn.Module:
         """A map over the feature axis without bias, not initialised: Linear where it is last, a 1x1 convolution where it is axis 1."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laurel_rewrite.detection.site import portable
+from laurel_rewrite.detection.site import path_moved, portable
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, NoSiteError, nearest
 from laurel_rewrite.files.checked import checked, read_text, shown, toml_of
@@ -232,8 +232,12 @@ class Plan:
         Raises:
             ConfigError: not TOML, an unknown or missing key, a value out of range; the message names the site.
         """
-        data = toml_of(text, origin)
-        if "version" in data and data["version"] not in (1, VERSION):
+        return Plan.from_data(toml_of(text, origin), origin)
+
+    @staticmethod
+    def from_data(data: Any, origin: str) -> Plan:
+        """The same of the tables that a plan's text holds."""
+        if isinstance(data, dict) and "version" in data and data["version"] not in (1, VERSION):
             raise ConfigError(f"{origin} has version {shown(data['version'])}; this program reads versions 1 and {VERSION}.")
         head = checked(data, HEAD, origin)
         known = Settings(head, origin)
@@ -267,6 +271,27 @@ class Plan:
         streams = {row.stream for row in self.sites if row.id in ids and row.operator.uses_history}
         dropped = {row.id for row in self.sites if row.id in ids or (row.stream in streams and row.operator.uses_history)}
         return replace(self, sites=tuple(row for row in self.sites if row.id not in dropped))
+
+    def moved(self, old: str, new: str) -> Plan:
+        """The plan with another beginning of all modules' paths; what holds a pass of a stream and lies outside is the new root."""
+
+        def path(name: str) -> str:
+            return path_moved(name, old, new) if name else name
+
+        rows = [
+            replace(
+                row,
+                id=path_moved(row.id, old, new),
+                owner=path_moved(row.owner, old, new),
+                holder=path_moved(row.holder, old, new) if f"{row.holder}.".startswith(old) else "",
+                block=path(row.block),
+                reads=path(row.reads),
+                behind=path(row.behind),
+                projections=tuple(map(path, row.projections)),
+            )
+            for row in self.sites
+        ]
+        return replace(self, sites=tuple(rows))
 
     def with_model(self, model: str) -> Plan:
         """The plan with what the command built, without the folder of a file."""

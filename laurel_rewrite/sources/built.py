@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, nearest
+from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, missing, nearest
+from laurel_rewrite.sources import libraries
 
 _stubs: list[Any] = []
 
@@ -29,6 +30,7 @@ class Built:
         spec: the MODEL it was built from.
         settings: what was set with `--set`.
         files: source files beside the model's own that its classes need, by path relative to the model's folder.
+        folder: of the checkpoint that its weights are from, where they are from one.
     """
 
     model: nn.Module
@@ -37,6 +39,14 @@ class Built:
     spec: str
     settings: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def weights(self) -> str:
+        """Where the weights are from, in words; "" where that is the model's own affair."""
+        if self.folder is not None:
+            return f"weights of {self.folder.name}"
+        return "random weights" if self.spec.partition(":")[0] in libraries() else ""
 
     @property
     def parameters(self) -> int:
@@ -76,7 +86,7 @@ def near_argument(error: BaseException, known: Iterable[str]) -> str:
 def require(package: str) -> None:
     """Raise MissingPackageError unless a package is installed; torchvision's import is made ready."""
     if importlib.util.find_spec(package) is None:
-        raise MissingPackageError(f'This needs {package}: pip install "laurel-rewrite[zoo]" or pip install {package}.')
+        raise missing(package, "zoo")
     if importlib.util.find_spec("torchvision") is not None:
         declare_torchvision_ops()
 

@@ -15,7 +15,7 @@ from tools.engines.case import CLASSES, Case, Result
 
 EXACT = "float32 in another order of sums", 1e-4
 HALF = "bfloat16, which has 8 bits, and 12 sums after one another", 0.25
-MODULES = ("single", "precision", "checkpointing", "data_parallel", "tensor_parallel", "pipelines", "libraries", "checkpoints")
+MODULES = ("single", "precision", "checkpointing", "data_parallel", "tensor_parallel", "pipelines", "libraries", "checkpoints", "folders")
 """Modules beside this one that declare engines, in the order of the table."""
 GPU = "needs a GPU, and was not run"
 

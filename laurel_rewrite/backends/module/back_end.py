@@ -14,7 +14,7 @@ from torch import nn
 
 from laurel_rewrite.backends import Applied, Skipped
 from laurel_rewrite.backends.module.owners import Owners, rewritten_owners
-from laurel_rewrite.backends.module.surgery import Rewriting, change_classes, copied, install, keep_record, remove
+from laurel_rewrite.backends.module.surgery import change_classes, copied, install, keep_record, remove
 from laurel_rewrite.backends.proof import Evidence, Proof, TorchBackEnd, failure, first_wrong
 from laurel_rewrite.errors import LaurelError, NoSiteError, RewriteError
 from laurel_rewrite.operators.connections import sites_of
@@ -98,7 +98,7 @@ class _Application:
                 if owners.problems:
                     break
                 change_classes(target, _classes(owners))
-            keep_record(target, Rewriting(plan, {owner: edited.rewritten for owner, edited in owners.classes.items()}))
+            keep_record(target, replace(owners.record(plan), factors=plan.factors(self.sites)))
             if self.proof is None:
                 break
             loose = {name: self.sites.bindings[name].adds[0][1] for name in owners.sites_in(plan, "loose")}

@@ -30,6 +30,8 @@ from laurel_rewrite.errors import RewriteError
 
 BASE = "_laurel_base"
 """Attribute of a rewritten class: the class it was made from."""
+RECIPE = "_laurel_recipe"
+"""Attribute of a class that no module holds: a thing that pickles, and whose `cls` it is."""
 _FUTURE = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
 _TYPED: dict[str, Any] = {"type_params": []} if "type_params" in ast.ClassDef._fields else {}  # since Python 3.12
 
@@ -151,19 +153,42 @@ def _class_of(rewritten: Rewritten) -> type:
         else:  # beside the original, under a name of its own
             kind = type(held) if isinstance(held, staticmethod | classmethod) else None
             namespace[mangled(method.name, method.owner)] = kind(function) if kind is not None else function
-    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    namespace[BASE] = base
-    namespace["__reduce_ex__"] = picklable(rewritten, base)
     namespace |= without_fast_path(base) | methods_of(base)
-    return _quietly(base, namespace)
+    namespace[BASE] = base
+    return made_quietly(base.__name__, (base,), namespace, rewritten)
 
 
-def _quietly(base: type, namespace: dict[str, Any]) -> type:
-    """A subclass of the base that is made without the base's own hooks."""
-    kind = type(base)
+def made_quietly(name: str, bases: tuple[type, ...], namespace: dict[str, Any], recipe: Any, *, like: type | None = None) -> type:
+    """A subclass that is made without the hooks of the last of its bases.
+
+    Args:
+        recipe: by which its instances pickle; see `picklable`.
+        like: the class that it looks like and pickles as; None for the last of its bases.
+    """
+    base = bases[-1]
+    shown = base if like is None else like
+    looks: dict[str, Any] = {"__module__": shown.__module__, "__qualname__": shown.__qualname__, "__doc__": shown.__doc__}
+    looks |= {"__reduce_ex__": picklable(recipe, shown), RECIPE: recipe}
+    kind: Any = type(base)
     make = abc.ABCMeta.__new__ if issubclass(kind, abc.ABCMeta) else type.__new__
     with unheard([base]):
-        return make(kind, base.__name__, (base,), namespace)
+        made: type = make(_standing_in(kind) if len(bases) == 1 else kind, name, bases, {**namespace, **looks})
+        return made
+
+
+class _StandsIn(type):
+    """Class of rewritten classes, which stand for their base: what is of the base is of each of them. Blocks of one class may have several
+    (where a site is left out), and engines take the class of the first block that they find for that of all (FSDP's policies, by name or not)."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(instance) or (BASE in vars(cls) and isinstance(instance, vars(cls)[BASE]))
+
+
+@functools.cache
+def _standing_in(kind: type) -> type:
+    if kind is type:
+        return _StandsIn
+    return kind if issubclass(kind, _StandsIn) else type(f"_StandsIn{kind.__name__}", (_StandsIn, kind), {})
 
 
 @contextlib.contextmanager
@@ -235,11 +260,9 @@ def adopt(cls: type, recipe: Written) -> type:
         wrapped = None if held is None else wrapped_as(held, value)
         if wrapped is not None:
             setattr(cls, name, wrapped)
-    cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
-    setattr(cls, BASE, base)
-    cls.__reduce_ex__ = picklable(recipe, base)  # type: ignore[method-assign]  # as `Rewritten` has it from the start
-    _adopted[recipe] = cls
-    return cls
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    _adopted[recipe] = made_quietly(base.__name__, (cls,), {**own, BASE: base}, recipe, like=base)
+    return _adopted[recipe]
 
 
 def picklable(recipe: Any, base: type) -> Any:
@@ -296,7 +319,7 @@ def _code(function: Function, original: FunctionType, scope: list[str]) -> CodeT
     module = compile(ast.Module(body=[outer], type_ignores=[]), filename, "exec", flags=flags, dont_inherit=True)
     text = "\n" * (first - 1) + function.text
     linecache.cache[filename] = (len(text), None, [line + "\n" for line in text.split("\n")], filename)
-    found = next((code for code in _codes(module) if code.co_name == node.name and code.co_firstlineno >= first), None)
+    found = next((code for code in codes_of(module) if code.co_name == node.name and code.co_firstlineno >= first), None)
     assert found is not None
     return found.replace(co_qualname=original.__code__.co_qualname)
 
@@ -307,18 +330,17 @@ def _at(node: Any, line: int) -> Any:
     return node
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code objects inside one, outer ones first."""
+def codes_of(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those inside it, outer ones first."""
     queue = [code]
     for outer in queue:
-        inner = [constant for constant in outer.co_consts if isinstance(constant, CodeType)]
-        yield from inner
-        queue += inner
+        yield outer
+        queue += [constant for constant in outer.co_consts if isinstance(constant, CodeType)]
 
 
 def contains(outer: CodeType, inner: CodeType) -> bool:
     """Whether a code object is another or stands inside it: a nested function, a lambda, a comprehension."""
-    return outer is inner or (outer.co_filename == inner.co_filename and any(code is inner for code in _codes(outer)))
+    return outer is inner or (outer.co_filename == inner.co_filename and any(code is inner for code in codes_of(outer)))
 
 
 def mangled(name: str, owner: str | None) -> str:

@@ -11,10 +11,19 @@ from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
+from laurel_rewrite import __version__
 from laurel_rewrite.backends.module.containers import methods_of, view_of
 from laurel_rewrite.backends.module.functions import Function, Rewritten, mangled, without_fast_path
-from laurel_rewrite.errors import RewriteError
+from laurel_rewrite.backends.module.surgery import Rewriting
+from laurel_rewrite.errors import ConfigError, RewriteError
 
+_HEADER = '''"""{name} with LAuReL, written by laurel-rewrite {version}.
+
+Each class below is its base class with the sums of its residual connections replaced by calls of LAuReL modules; everything else is
+the original's own text. `laurel_rewrite.load(folder)` builds the model from it. Edit it as you like: this file is what is loaded.
+"""
+
+'''
 _Swap = tuple[int, int, int, str]  # line, column, length and new text, in UTF-8 bytes
 
 
@@ -32,6 +41,17 @@ def module_text(rewritten: Iterable[Rewritten], header: str) -> tuple[str, dict[
         blocks.append(text)
         names[item] = name
     return header + writer.imports() + "\n\n" + "\n\n\n".join(blocks), names
+
+
+def source_of(record: Rewriting, name: str) -> tuple[str, dict[str, str]]:
+    """The text of the rewritten classes, and the class of each owner in it."""
+    if record.text is not None:
+        return record.text, record.names
+    if not record.classes:
+        raise ConfigError("The source of the rewritten classes was lost, as it is in a pickled model.")
+    header = _HEADER.format(name=name, version=__version__)
+    text, by_class = module_text(dict.fromkeys(record.classes.values()), header)
+    return text, {owner: by_class[rewritten] for owner, rewritten in record.classes.items()}
 
 
 class _ModuleWriter:

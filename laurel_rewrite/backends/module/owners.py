@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,13 +11,15 @@ from typing import Any
 from torch import nn
 
 from laurel_rewrite.backends import Skipped
+from laurel_rewrite.backends.module.replay import recorded
 from laurel_rewrite.backends.module.source import Change, Edited, rewrite_class
-from laurel_rewrite.backends.module.surgery import attribute
+from laurel_rewrite.backends.module.surgery import Rewriting, attribute
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.capture import Call
 from laurel_rewrite.plan import Plan, PlanSite
 
+_log = logging.getLogger(__name__)
 _TORN = "its module is called in several streams in turns, so that PA would read the states of another one; use an operator without history"
 
 
@@ -31,6 +34,15 @@ class Owners:
 
     classes: dict[str, Edited] = field(default_factory=dict)
     problems: list[Skipped] = field(default_factory=list)
+
+    def record(self, plan: Plan) -> Rewriting:
+        """What a rewritten model keeps."""
+        try:
+            edits = recorded(self.classes)
+        except RewriteError as error:  # the classes are there, but nobody can make them again without a capture
+            _log.info("the edits cannot be kept as data: %s", error)
+            edits = None
+        return Rewriting(plan, {owner: edited.rewritten for owner, edited in self.classes.items()}, edits)
 
     def sites_in(self, plan: Plan, kind: str) -> set[str]:
         """Ids of the plan's sites whose change is of a kind: "loose" (an add in place that is none any more) or "by_turn"."""

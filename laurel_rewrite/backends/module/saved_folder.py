@@ -9,16 +9,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from laurel_rewrite.errors import ConfigError
-from laurel_rewrite.files.checked import INNER_NAME, anything, checked, list_of, mapping, optional, read_json, shown, text, whole
+from laurel_rewrite.files.checked import INNER_NAME, anything, checked, list_of, mapping, one_of, optional, read_json, shown, text, whole
 from laurel_rewrite.files.manifest import MANIFEST, Manifest
 from laurel_rewrite.plan import MOST_SEED, Plan
 from laurel_rewrite.sources.code import is_installed
 
 MODELING, WEIGHTS, PLAN, CONFIG = "modeling_laurel.py", "model.safetensors", "plan.toml", "laurel_config.json"
+OPERATORS = "operators"
+"""Folder of the files that operators were loaded from."""
+OPERATOR_WEIGHTS = "laurel.safetensors"
+KEPT = {"all": WEIGHTS, "operators": OPERATOR_WEIGHTS, "none": ""}
+"""Which weights a folder may have, and the file that holds them."""
+FORMAT = 2
+"""Of the configuration; 1 had no such number, no edits, and all weights."""
 _log = logging.getLogger(__name__)
 
 _TEXTS = ("laurel_rewrite", "torch", "python", "transformers", "timm", "torchvision")
@@ -31,6 +35,10 @@ _CONFIG = {
     "model": anything(dict),
     "classes": mapping(text(), text(r"\w+", "the name of a class")),
     "operators": optional(mapping(text(), text()), {}),
+    "format": optional(one_of(1, FORMAT), 1),
+    "weights": optional(one_of(*KEPT), "all"),
+    "edits": optional(anything(object), None),
+    "factors": optional(mapping(text(), mapping(text(), anything(float))), {}),
 }
 _RECIPES = {
     "spec": {"spec": text(), "settings": mapping(text(r"\w+", "a name"), anything(object))},
@@ -78,46 +86,16 @@ def check_whole(folder: Path, names: Sequence[str]) -> None:
             )
 
 
+def is_edited(folder: Path, name: str) -> bool:
+    """Whether a file is another than was written with the rest; also where nothing says so."""
+    manifest = Manifest.read(folder)
+    return manifest is None or not manifest.holds(folder, name)
+
+
 def check_size(plan: Plan, weights: Path) -> None:
     """Raise ConfigError where the plan has more parameters than the weights have bytes, before memory is taken for them."""
-    if plan.parameters() > weights.stat().st_size:
+    if weights.is_file() and plan.parameters() > weights.stat().st_size:
         raise ConfigError(f"{weights} does not fit the plan, which has {plan.parameters()} parameters in LAuReL modules alone.")
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_model
-
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    try:
-        with safe_open(str(path), "pt") as file:
-            for key in file.keys():  # noqa: SIM118  # not a dict
-                tensor = own.get(key)
-                given = file.get_slice(key)
-                wanted = _DTYPES.get(given.get_dtype())
-                if tensor is None or list(given.get_shape()) != list(tensor.shape):
-                    continue  # load_model says all of them
-                if wanted is None and tensor.dtype.is_floating_point:
-                    raise ConfigError(f"{path}: {key} is of type {given.get_dtype()}, and the model's of {tensor.dtype}.")
-                if wanted is not None and (tensor.dtype != wanted or not tensor.is_contiguous()):
-                    tensor.data = torch.empty(tensor.shape, dtype=wanted, device=tensor.device)
-        load_model(model, str(path))
-    except RuntimeError as error:
-        raise ConfigError(f"{path} does not fit the model: {str(error)[:600]}") from error
-    except ConfigError:
-        raise
-    except Exception as error:  # safetensors', whose exception has no public base class, and the file system's
-        raise ConfigError(f"{path} could not be read as safetensors: {type(error).__name__}: {str(error)[:300]}") from error
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 class importable:

@@ -48,9 +48,18 @@ class Change:
 
 @dataclass(frozen=True)
 class Edited:
-    """What became of a class: the rewritten class, the changes whose add in place is none any more, and those that count turns."""
+    """What became of a class.
+
+    Attributes:
+        rewritten: the class.
+        changes, calls: what it was made from.
+        loose: the changes whose add in place is none any more.
+        by_turn: those that count turns.
+    """
 
     rewritten: Rewritten
+    changes: tuple[Change, ...]
+    calls: tuple[Call, ...]
     loose: frozenset[str]
     by_turn: frozenset[str]
 
@@ -82,6 +91,7 @@ class _ClassEditor:
     def __init__(self, base: type, changes: tuple[Change, ...], calls: tuple[Call, ...]) -> None:
         self.base = base
         self.changes = changes
+        self.calls = calls
         self.ways: dict[Span, set[tuple[Span, ...]]] = {}
         for call in calls:
             self.ways.setdefault(call.steps[-1], set()).add(call.steps)
@@ -105,7 +115,7 @@ class _ClassEditor:
         rewritten = Rewritten(self.base, methods, tuple(ordered))
         _ = rewritten.cls  # compiled now, where a mistake can still be told
         loose = frozenset().union(*(editor.loose for editor in functions))
-        return Edited(rewritten, loose, frozenset(self.by_turn))
+        return Edited(rewritten, self.changes, self.calls, loose, frozenset(self.by_turn))
 
     def _apply(self, change: Change, steps: tuple[Span, ...], side: int, inner: bool, method: str) -> None:
         last = steps[-1]

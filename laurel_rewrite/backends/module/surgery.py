@@ -10,14 +10,17 @@ import copy
 import logging
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from laurel_rewrite.backends.module import replay
 from laurel_rewrite.backends.module.functions import BASE, Rewritten
+from laurel_rewrite.detection.site import path_moved
 from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
@@ -29,8 +32,7 @@ from laurel_rewrite.operators.turns import Turns
 from laurel_rewrite.plan import Plan
 
 RECORD = "_laurel_rewriting"
-"""Attribute of a rewritten model: its `Rewriting`."""
-_SAVE_PRETRAINED = "save_pretrained"
+"""Attribute of a rewritten model, and of what holds all of its sites inside it: its `Rewriting`."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,20 +42,52 @@ class Rewriting:
 
     Attributes:
         plan: what each site got.
-        classes: the class of each owner, where `rewrite` made it.
-        text, names: where `load` built the model: the file's text, and the owners' classes in it.
+        classes: the class of each owner, where they were made from its base's source.
+        edits: what these were made from, as data (`replay.recorded`).
+        text, names: where they come from a saved file: the file's text, and the owners' classes in it.
+        factors: what the operators multiplied weights of their branches by, by site and by the parameter's name.
     """
 
     plan: Plan
     classes: dict[str, Rewritten]
+    edits: dict[str, Any] | None = None
     text: str | None = None
     names: dict[str, str] = field(default_factory=dict)
+    factors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def operator_files(self) -> dict[str, Path]:
+        """The files that its operators were loaded from, by operator; the others come with this package or with a plugin."""
+        return {row.variant: row.operator.file for row in self.plan.sites if row.operator.file is not None}
+
+    def below(self, path: str) -> Rewriting:
+        """The same of a module inside the model, which holds all of its sites."""
+        return self if not path else self.moved(f"{path}.", "")
+
+    def moved(self, old: str, new: str) -> Rewriting:
+        """The same with another beginning of all paths."""
+
+        def keys(held: Mapping[str, Any]) -> dict[str, Any]:
+            return {path_moved(path, old, new): value for path, value in held.items()}
+
+        edits = None if self.edits is None else replay.moved(self.edits, old, new)
+        factors = {site: keys(weights) for site, weights in keys(self.factors).items()}
+        return Rewriting(self.plan.moved(old, new), keys(self.classes), edits, self.text, keys(self.names), factors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
-        return Rewriting(self.plan, self.classes, self.text, self.names)
+        return replace(self)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Rewriting, (self.plan, self.classes, self.text, self.names)
+
+class Host(Protocol):
+    """A library whose models say in a way of its own what was done to them."""
+
+    def adopt(self, model: nn.Module, record: Rewriting) -> None:
+        """Say it in a module that holds all sites; more than once, where the record changes."""
+
+    def release(self, module: nn.Module) -> None:
+        """Undo that, in any module."""
+
+
+hosts: list[Host] = []
 
 
 def attribute(module: nn.Module, name: str) -> Any:
@@ -65,11 +99,30 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 def rewriting_of(model: nn.Module) -> Rewriting:
-    """What was done to a rewritten model; ConfigError where nothing was."""
-    record = attribute(model, RECORD)
-    if not isinstance(record, Rewriting):
-        raise ConfigError(f"This {type(model).__name__} was not made by laurel_rewrite.rewrite or load.")
-    return record
+    """What was done to a rewritten model; ConfigError where nothing was, or where something else is around it."""
+    record = vars(unwrapped(model)).get(RECORD)
+    if isinstance(record, Rewriting):
+        return record
+    inside = next((name for name, module in model.named_modules() if RECORD in vars(module)), None)
+    hint = f" What is inside, at {inside!r}, was: take off what is around it (merge an adapter), or use that module." if inside else ""
+    raise ConfigError(f"This {type(model).__name__} was not made by laurel_rewrite.rewrite or load.{hint}")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of PyTorch: for data-parallel training, sharding or compilation."""
+    while type(model).__module__.partition(".")[0] == "torch":
+        inner = next((model._modules[name] for name in ("module", "_fsdp_wrapped_module", "_orig_mod") if name in model._modules), None)
+        if inner is None or RECORD in vars(model):
+            break
+        model = inner
+    return model
+
+
+def original_class(module: nn.Module) -> type:
+    """A module's class before the rewrite, and before what shards it changed the class again."""
+    cls = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    base: type = vars(cls).get(BASE, cls)
+    return base
 
 
 # Modules
@@ -105,28 +158,16 @@ def change_classes(model: nn.Module, classes: Mapping[str, type]) -> None:
 
 
 def keep_record(model: nn.Module, record: Rewriting) -> None:
-    """Say in a model what was done to it."""
-    object.__setattr__(model, RECORD, record)
-    if hasattr(type(model), _SAVE_PRETRAINED):
-        object.__setattr__(model, _SAVE_PRETRAINED, _SavePretrained(model))
-
-
-class _SavePretrained:
-    """`save_pretrained` of a rewritten model. What `from_pretrained` builds from such a folder has no LAuReL, and takes its weights for
-    superfluous: so it is refused, unless `state_dict` is given, as trainers do, who read their checkpoints into the model that they have."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        name, fate = type(self.model).__name__, "from_pretrained would read this folder as the model without LAuReL"
-        if "state_dict" not in kwargs:
-            raise ConfigError(
-                f"{name}: {fate}. Write it with laurel_rewrite.save(model, folder), which laurel_rewrite.load reads; as a checkpoint for a "
-                "model that was rewritten in the same way, give the weights: save_pretrained(folder, state_dict=model.state_dict())."
-            )
-        _log.warning("%s: %s; read its weights into a model that was rewritten in the same way, with load_state_dict", name, fate)
-        return getattr(type(self.model), _SAVE_PRETRAINED)(self.model, *args, **kwargs)
+    """Say in a model what was done to it, and in what holds all of its sites: the model inside a wrapper that is taken off."""
+    owners = [row.owner for row in record.plan.sites]
+    first = owners[0].split(".") if owners[0] else []
+    paths = [".".join(first[:length]) for length in range(len(first) + 1)]
+    for path in reversed(paths):  # what they share, such as a configuration, speaks of the outermost
+        if all(not path or f"{owner}.".startswith(f"{path}.") for owner in owners):
+            module, own = model.get_submodule(path), record.below(path)
+            object.__setattr__(module, RECORD, own)
+            for host in hosts:
+                host.adopt(module, own)
 
 
 def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -166,11 +207,12 @@ def take_out(model: nn.Module) -> None:
             if isinstance(child, Connection | Turns):
                 nn.Module.__delattr__(module, name)
         _disconnect(module)
+        for host in hosts:
+            host.release(module)
         base = vars(type(module)).get(BASE)
         if base is not None:
             object.__setattr__(module, "__class__", base)
-    for name in (RECORD, _SAVE_PRETRAINED):
-        vars(model).pop(name, None)
+        vars(module).pop(RECORD, None)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -1,0 +1,89 @@
+"""transformers: models that its Auto classes load with LAuReL, and what its Trainer does with their weights.
+
+    import laurel_rewrite.integrations.transformers
+
+    model = AutoModelForCausalLM.from_pretrained(folder)  # that save_pretrained of a rewritten model wrote
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[LaurelCallback()])
+
+With this import, Trainer keeps weight decay off the weights that mix skip and branch, as `laurel_rewrite.param_groups` does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from laurel_rewrite.backends.module.pretrained import classes_beside
+from laurel_rewrite.integrations import log_names
+from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
+from laurel_rewrite.sources.built import require
+
+require("transformers")
+import transformers  # noqa: E402  # only now is its import of torchvision ready
+
+__all__ = ["LaurelCallback", "classes_beside"]
+
+
+class LaurelCallback(transformers.TrainerCallback):
+    """Logs what the connections learned when the trainer logs a loss, for its reporters and its history, not for the console:
+    `laurel/SITE/a`, `b`, `g.0`, `uv` (the norm of U V), ...
+
+    It warns where training begins with an optimiser that decays mixing weights, or does not have them.
+
+    Args:
+        every: steps that lie at least between two logs.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+        self._last = -every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
+        _callbacks[model] = self
+        if optimizer is not None:
+            check_optimizer(model, optimizer)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Behind the reporters, and before the console."""
+        mine = {name: logs.pop(name) for name in list(logs or ()) if name.startswith(_PREFIX)}
+        if mine:
+            state.log_history[-1] |= mine
+
+    def values(self, state: Any, model: Any) -> dict[str, float]:
+        """What is due to be logged at this step."""
+        if state.global_step < self._last + self.every:
+            return {}
+        self._last = state.global_step
+        return log_names(learned(model))
+
+
+_PREFIX = "laurel/"
+_callbacks: WeakKeyDictionary[Any, LaurelCallback] = WeakKeyDictionary()
+
+
+class _BeforeReporters(transformers.TrainerCallback):
+    """Trainer asks its reporters before any callback of the user's, and this before its reporters."""
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        if model in _callbacks and logs is not None and "loss" in logs:
+            logs |= _callbacks[model].values(state, model)
+
+
+def _without_mixing_weights(decayed: Any) -> Any:
+    """`Trainer.get_decay_parameter_names`, less what mixes: by their names alone they look like matrices."""
+
+    @functools.wraps(decayed)
+    def get_decay_parameter_names(self: Any, model: Any) -> list[str]:
+        groups = param_groups(model, lr=0.0, weight_decay=1.0)
+        mixing = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+        own = dict(model.named_parameters())
+        return [name for name in decayed(self, model) if name not in own or id(own[name]) not in mixing]
+
+    return get_decay_parameter_names
+
+
+_DECAYED = "get_decay_parameter_names"
+if not hasattr(getattr(transformers.Trainer, _DECAYED), "__wrapped__"):  # where this module is imported anew
+    setattr(transformers.Trainer, _DECAYED, _without_mixing_weights(getattr(transformers.Trainer, _DECAYED)))
+    transformers.trainer.DEFAULT_CALLBACKS.append(_BeforeReporters)  # type: ignore[arg-type]  # inferred from its one element
