@@ -1,9 +1,9 @@
-# make demo, test, test-all, lint, zoo and fuzz each work on their own on a fresh machine with Python 3.11.
+# make demo, test, test-all, lint, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint zoo fuzz clean
+.PHONY: demo test test-all lint zoo fuzz engines clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ zoo: $(VENV)/dev
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/dev
 	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS) --state .fuzz.json
+
+# Every cell of docs/engines.md, in about six minutes.
+engines: $(VENV)/dev
+	$(BIN)/python -m tools.engines
 
 clean:
 	rm -rf $(VENV) laurel_out .fuzz.json

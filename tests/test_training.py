@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, LaurelError, load, rewrite, save
+from laurel_rewrite.operators import registry
 from laurel_rewrite.profiling.training import profile_training
 
 IDS = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -138,6 +139,20 @@ def test_compiled_blocks_share_a_graph(variant, graphs):
     # float32, and dynamo's graph may order sums otherwise.
     torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
     assert len(compiled) == graphs
+
+
+def test_growing_states_split_graphs_in_a_process_that_unpickled_the_model_too(toys):
+    torch._dynamo.reset()
+    example = real("llama")
+    packed = pickle.dumps(away_from_start(rewrite(example.model, example.args, example.kwargs, variant="toy-dense")))
+    operator = registry.operator("toy-dense").connection
+    del operator._between_graphs  # as in a process that has made none
+    model = pickle.loads(packed).eval()
+    expected = model(input_ids=IDS, use_cache=False).logits
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    # float32, and dynamo's graph may order sums otherwise.
+    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_optimiser_step_lowers_the_loss():

@@ -123,9 +123,7 @@ class Connection(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        cls = type(self)
-        if cls.grows and "_between_graphs" not in vars(cls):  # here, for it imports the compiler
-            cls._between_graphs = torch.compiler.disable(Connection._between_graphs)  # type: ignore[method-assign,no-untyped-call]
+        self._leave_graphs()
         missing = {name: option.default for name, option in self.declared.items() if name not in config.options}
         self.config = config.but(**missing) if missing else config
         self.site = site
@@ -290,6 +288,16 @@ class Connection(nn.Module):
         """Whether it must be left out of the graph that is being compiled: a block that is compiled alone would be compiled anew for each number
         of states, up to a limit, and then run eager in silence."""
         return self.grows and torch.compiler.is_dynamo_compiling() and self.link is not None and not self.link.stream.traced
+
+    @classmethod
+    def _leave_graphs(cls) -> None:
+        """Let the compiler leave it out; when the first is made or unpickled, for it imports the compiler."""
+        if cls.grows and "_between_graphs" not in vars(cls):
+            cls._between_graphs = torch.compiler.disable(Connection._between_graphs)  # type: ignore[method-assign,no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self._leave_graphs()
 
     def _between_graphs(self, *operands: Tensor, n: Tensor | None = None) -> Any:
         return Connection.forward(self, *operands, n=n)

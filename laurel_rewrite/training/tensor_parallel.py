@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
@@ -43,9 +44,11 @@ class ConnectionParallel(ParallelStyle):
             raise ConfigError(f"ConnectionParallel is the style of connections, and {type(module).__name__} is none. See parallel_plan.")
         _check(module, self.sequence_dim)
         edges = _Edges(device_mesh, self.sequence_dim, module.config.ndim)
+        distribute_module(module, device_mesh)
+        edges.tried(module)
         module.register_forward_pre_hook(edges.enter, with_kwargs=True)
         module.register_forward_hook(edges.leave)
-        return distribute_module(module, device_mesh)
+        return module
 
     def __repr__(self) -> str:
         return f"ConnectionParallel(sequence_dim={self.sequence_dim})"
@@ -61,6 +64,28 @@ class _Edges:
     def __init__(self, mesh: DeviceMesh, sequence_dim: int | None, ndim: int) -> None:
         self.mesh, self.sequence_dim, self.ndim = mesh, sequence_dim, ndim
         self.plain = True
+
+    def tried(self, connection: Connection) -> None:
+        """Run the operator on zeros, as far as it goes without a state.
+
+        Raises:
+            ConfigError: it makes tensors that lie on each device for itself.
+        """
+        shape = [2] * self.ndim  # a tensor of one element would pass for a number
+        shape[connection.config.axis] = connection.config.dim
+        device = next((value.device for value in connection.state_dict().values()), torch.device("cpu"))
+        x = self._distributed(torch.zeros(shape, device=device))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                connection.connect(x, x, state=(), n=x)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" in str(error):
+                raise ConfigError(
+                    f"{connection.site}: {connection.config.variant} makes tensors of its own beside the stream, random ones perhaps, which would "
+                    "be others on each device. Make them from the stream's (x.new_zeros, torch.rand_like(x)), or use another operator."
+                ) from error
+        except Exception:  # it wants the state that its stream will bring it
+            pass
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The hook before the call."""
@@ -133,6 +158,11 @@ def check_parallel(model: nn.Module) -> None:
 def _check(connection: Connection, sequence_dim: int | None) -> None:
     config = connection.config
     if sequence_dim is None:
+        if config.separate or config.fed:
+            raise ConfigError(
+                f"{connection.site}: {config.variant} gives queries, keys and values what they read apart, through norms that have plain tensors "
+                "where each device has the whole stream. Leave the connections out of the plan: their gradients are whole as they are."
+            )
         return
     if not 0 <= sequence_dim < config.ndim:
         raise ConfigError(

@@ -137,7 +137,7 @@ def trained(model: Any, ids: Tensor, passes: Iterable[Tensor] | None = None) -> 
     for part in parts:
         loss = loss_of(model, part) / len(parts)
         loss.backward()
-        total += float(loss)
+        total += loss.item()
     return Result(total, gradients(model))
 
 

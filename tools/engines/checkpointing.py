@@ -64,7 +64,7 @@ def wrapped(case: Case) -> Result:
     apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: isinstance(module, block))
     loss = sum(loss_of(model, part) / 2 for part in case.ids.chunk(2))
     loss.backward()
-    return Result(float(loss), gradients(model))
+    return Result(loss.item(), gradients(model))
 
 
 @engine("compiled blocks inside checkpoints", "`checkpoint_wrapper(torch.compile(block))`, aot_eager")

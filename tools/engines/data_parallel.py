@@ -21,7 +21,7 @@ def on_halves(model: nn.Module, case: Case, prefix: str = "") -> Result:
     result = trained(model, case.ids.chunk(2)[distributed.get_rank()])
     loss = torch.tensor(result.loss)
     distributed.all_reduce(loss)
-    return Result(float(loss) / 2, gradients(model, prefix))
+    return Result(loss.item() / 2, gradients(model, prefix))
 
 
 @engine("DDP", "`DistributedDataParallel`, without find_unused_parameters; two steps", processes=2)

@@ -38,7 +38,7 @@ def beside_loras(model: nn.Module, case: Case) -> Result:
                 gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
             )  # float32, products of products
     plain = {name.replace(".base_layer", "").replace(".modules_to_save.default", ""): g for name, g in found.items() if "lora_" not in name}
-    return Result(float(loss), plain)
+    return Result(loss.item(), plain)
 
 
 @engine("PEFT LoRA on top", "`get_peft_model` of the rewritten model")

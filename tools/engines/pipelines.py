@@ -51,7 +51,7 @@ def scheduled(case: Case, module: nn.Module, stage: Any, schedule: type) -> Resu
     runs = schedule(stage, PARTS, loss_fn=loss_of)
     losses: list[Tensor] = []
     runs.step(*(() if distributed.get_rank() else (case.ids,)), target=case.ids, losses=losses)
-    return Result(float(torch.stack(losses).mean()) if losses else None, of_stage(module))
+    return Result(torch.stack(losses).mean().item() if losses else None, of_stage(module))
 
 
 def of_stage(module: nn.Module) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def alone(case: Case) -> Result:
     first, second = (Stage(case.model, *cut) for cut in CUTS)
     loss = loss_of(second(first(case.ids)), case.ids)
     loss.backward()
-    return Result(float(loss), of_stage(first) | of_stage(second))
+    return Result(loss.item(), of_stage(first) | of_stage(second))
 
 
 @engine(

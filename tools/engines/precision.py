@@ -26,4 +26,4 @@ def float16(case: Case) -> Result:
     model, scale = case.model.to(torch.float16), 256.0
     loss = model(input_ids=case.ids, labels=case.ids, use_cache=False).loss
     (loss.float() * scale).backward()
-    return Result(float(loss), {name: p.grad.float() / scale for name, p in model.named_parameters()})
+    return Result(loss.item(), {name: p.grad.float() / scale for name, p in model.named_parameters()})

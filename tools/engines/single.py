@@ -83,7 +83,7 @@ def together(case: Case) -> Result:
     model = case.model
     loss = sum(loss_of(model, part) / 2 for part in case.ids.chunk(2))
     loss.backward()
-    return Result(float(loss), gradients(model))
+    return Result(loss.item(), gradients(model))
 
 
 @engine("EMA", "`AveragedModel` beside the model, and the averaged copy trained on")
@@ -103,7 +103,7 @@ def functional(case: Case) -> Result:
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     loss = functional_call(model, parameters, (), {"input_ids": case.ids, "labels": case.ids, "use_cache": False}).loss
     found = torch.autograd.grad(loss, list(parameters.values()))
-    return Result(float(loss), dict(zip(parameters, found, strict=True)))
+    return Result(loss.item(), dict(zip(parameters, found, strict=True)))
 
 
 @engine("vmap", "`vmap` over two sets of parameters, an ensemble")
@@ -116,7 +116,7 @@ def ensemble(case: Case) -> Result:
 
     losses = vmap(one)(parameters)
     found = torch.autograd.grad(losses[1], list(parameters.values()))
-    return Result(float(losses[1]), {name: gradient[1] for name, gradient in zip(parameters, found, strict=True)})
+    return Result(losses[1].item(), {name: gradient[1] for name, gradient in zip(parameters, found, strict=True)})
 
 
 @engine("per-sample gradients", "`vmap(grad(...))` over the batch; their mean")
