@@ -193,16 +193,17 @@ def unheard(bases: Iterable[type]) -> Iterator[None]:
 
         def standing_in(body: Any, name: str, *bases: Any, **options: Any) -> Any:
             if bases and bases[0] in own:
-                options.setdefault("metaclass", _standing_in(type(bases[0])))
+                kind: Any = type(bases[0])
+                options.setdefault("metaclass", _standing_in(kind))
             return build(body, name, *bases, **options)
 
         try:
             for base in own:
                 type.__setattr__(base, hook, classmethod(lambda cls, **options: None))
-            builtins.__build_class__ = standing_in
+            vars(builtins)["__build_class__"] = standing_in
             yield
         finally:
-            builtins.__build_class__ = build
+            vars(builtins)["__build_class__"] = build
             for base, before in own.items():
                 if before is None:
                     type.__delattr__(base, hook)
