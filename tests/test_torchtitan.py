@@ -81,6 +81,18 @@ def test_without_torchtitan_the_extra_is_named():
         torchtitan.register("llama3")
 
 
+def test_a_torchtitan_without_converters_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "torchtitan" / "protocols").mkdir(parents=True)
+    (tmp_path / "torchtitan" / "__init__.py").write_text("__version__ = '0.3.0'\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchtitan"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"torchtitan 0\.3\.0 has no model converters, .*torchtitan>=0\.2\.2"):
+        torchtitan.register("llama3")
+    for name in ("torchtitan", "torchtitan.protocols"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 # The converter without torchtitan
 
 
