@@ -1,9 +1,9 @@
-# make demo, test, test-all, lint, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
+# make demo, test, test-all, test-torchtitan, lint, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint zoo fuzz engines clean
+.PHONY: demo test test-all test-torchtitan lint zoo fuzz engines clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -26,6 +26,11 @@ test: $(VENV)/dev
 # The cases that are marked slow too.
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto -m ""
+
+# torchtitan's own trainer with LAuReL, on two processes; about five minutes. Its packages lie beside the others, for this alone.
+test-torchtitan: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/torchtitan --requirement tests/torchtitan.txt
+	PYTHONPATH=$(VENV)/torchtitan $(BIN)/python -m pytest tests/test_torchtitan.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

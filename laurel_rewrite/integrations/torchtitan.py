@@ -11,6 +11,7 @@ parallelised. The start is set when torchtitan initialises its weights.
 """
 
 import functools
+import importlib.util
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,7 @@ from laurel_rewrite.operators.connections import check_optimizer, learned, param
 NAME = "laurel"
 """Of the converter, in `--model.converters`."""
 _INIT = "init_weights"
+_CONVERTERS = "torchtitan.protocols.model_converter"
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +86,7 @@ class LaurelConverter:
         if self.parallel_dims.tp_enabled:
             raise ConfigError(
                 "torchtitan's tensor parallelism splits the sequence between blocks, where each rank would get the gradients of LAuReL's "
-                "parameters for its tokens alone. Set parallelism.tensor_parallel_degree to 1; FSDP, replicas and context parallelism work."
+                "parameters for its tokens alone. Set parallelism.tensor_parallel_degree to 1, and shard with FSDP."
             )
         s = self.settings
         tokens = torch.zeros(2, s.capture_length, dtype=torch.long, device=next(model.parameters()).device)
@@ -138,13 +140,10 @@ def register(*models: str, scalar_lr: float = 1.0) -> None:
         ConfigError: this torchtitan has no model converters.
     """
     titan = required("torchtitan", "torchtitan")
-    try:
-        converters = required("torchtitan.protocols.model_converter", "torchtitan")
-    except ImportError as error:
-        version = getattr(titan, "__version__", "of another version")
-        raise ConfigError(
-            f"torchtitan {version} has no model converters, which those of 0.2 have: pip install 'torchtitan>=0.2.2,<0.3'."
-        ) from error
+    if importlib.util.find_spec(_CONVERTERS) is None:
+        version = getattr(titan, "__version__", "of this version")
+        raise ConfigError(f"torchtitan {version} has no model converters, which 0.2 has: pip install 'torchtitan>=0.2.2,<0.3'.")
+    converters = required(_CONVERTERS, "torchtitan")
     specs = required("torchtitan.protocols.train_spec", "torchtitan")
     metrics = required("torchtitan.components.metrics", "torchtitan")
     if NAME not in converters._registry_model_converter_cls:
