@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from laurel_rewrite.backends.module.surgery import rewriting_of
 from laurel_rewrite.backends.rewriting import rewrite
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.integrations import log_names, required
 from laurel_rewrite.operators import registry
-from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups, sites_of, start
+from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups, sites_of
 
 NAME = "laurel"
 """Of the converter, in `--model.converters`."""
-_INIT = "init_weights"
 _CONVERTERS = "torchtitan.protocols.model_converter"
 _log = logging.getLogger(__name__)
 
@@ -109,23 +107,11 @@ class LaurelConverter:
             raise ConfigError(
                 f"{prepared} scales weights of its branch when it is put in, which torchtitan initialises only later. Choose another."
             )
-        setattr(model, _INIT, _InitWeights(model))
         _warn_unless_registered(self.model_name)
         _log.info("LAuReL at %d sites of %s", len(connections), self.model_name)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing: part of the protocol."""
-
-
-class _InitWeights:
-    """`init_weights` of a model, after which the connections have their start, too; torchtitan calls it when memory is there for the weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        getattr(type(self.model), _INIT)(self.model, *args, **kwargs)
-        start(self.model, rewriting_of(self.model).plan.seed)
 
 
 def register(*models: str, scalar_lr: float = 1.0) -> None:

@@ -122,27 +122,6 @@ def _units(model: nn.Module) -> dict[int, Any]:
 # How they are trained
 
 
-@torch.no_grad()
-def start(model: nn.Module, seed: int = 0) -> None:
-    """Give the connections of a model their start, where an engine made room for their parameters only now (`to_empty`): whole, or spread over
-    processes, each of which draws the same and keeps its own part.
-
-    Args:
-        model: a rewritten model whose parameters are on a device.
-        seed: what it was rewritten with (`Plan.seed`).
-    """
-    for module in sites_of(model).values():
-        fresh = type(module)(module.config, site=module.site, seed=seed, device="cpu", dtype=torch.float32).state_dict()
-        for name, target in module.state_dict(keep_vars=True).items():
-            value = fresh[name].to(target.device)
-            mesh = getattr(target, "device_mesh", None)
-            if mesh is not None:
-                from torch.distributed.tensor import distribute_tensor
-
-                value = distribute_tensor(value, mesh, target.placements, src_data_rank=None)
-            target.copy_(value)
-
-
 def param_groups(model: nn.Module, *, lr: float, weight_decay: float, scalar_lr: float = 1.0) -> list[dict[str, Any]]:
     """Optimiser groups in which mixing weights, those of connections that are no maps over the features (a, b, g), have a group of their own.
 
