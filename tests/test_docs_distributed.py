@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -32,7 +33,9 @@ print("done")
 def test_the_blocks_run_in_two_processes(tmp_path):
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(ROOT / "docs" / "distributed.md", "python", "two processes")) + CHECKED)
-    store = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(20_000 + os.getpid() % 20_000), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    store = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
             [sys.executable, script],
