@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
+import socket
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.S)
+from pages import ROOT, blocks
+
 CHECKED = """
 nn.functional.mse_loss(model(batch), target).backward()
 right = {name: p.grad for name, p in model.named_parameters()}
@@ -33,8 +32,10 @@ print("done")
 
 def test_the_blocks_run_in_two_processes(tmp_path):
     script = tmp_path / "page.py"
-    script.write_text("\n".join(BLOCKS) + CHECKED)
-    store = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(20_000 + os.getpid() % 20_000), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    script.write_text("\n".join(blocks(ROOT / "docs" / "distributed.md", "python", "two processes")) + CHECKED)
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    store = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
             [sys.executable, script],

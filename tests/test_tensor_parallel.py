@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
 from conftest import away_from_start, real
+from torch import nn
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, rewrite
@@ -67,6 +70,40 @@ def test_operators_that_make_tensors_of_their_own_are_refused(mesh):
         ConnectionParallel()._apply(model.laurel_0, mesh)
     with pytest.raises(ConfigError, match="is the style of connections, and Plain is none"):
         ConnectionParallel()._apply(model, mesh)
+
+
+def test_a_copy_of_a_parallel_model_lies_on_the_same_devices(mesh):
+    model = away_from_start(rewrite(CASES["plain"].make(), (X,), variant="rw+lr", rank=4)).eval()
+    expected = model(X)
+    parallelize_module(model, mesh, parallel_plan(model))
+    twin = copy.deepcopy(model)
+    assert twin.laurel_0.mix.device_mesh == mesh
+    # float32, by DTensor's own products.
+    torch.testing.assert_close(twin(X), expected, rtol=1e-5, atol=1e-6)
+
+
+class Loop(nn.Module):
+    """Sites that are turns of a loop, with norms beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.maps = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, linear in zip(self.norms, self.maps, strict=True):
+            x = x + linear(norm(x))
+        return x
+
+
+def test_forgotten_turns_of_a_loop_are_found(mesh):
+    model = rewrite(Loop(), (X,), rank=4)
+    check_parallel(model)
+    parallelize_module(model, mesh, {"norms.0": SequenceParallel(use_local_output=True)})
+    with pytest.raises(ConfigError, match=r"laurel_0\.0: the norm norms\.0 beside it is parallel along the sequence"):
+        check_parallel(model)
+    parallelize_module(model, mesh, parallel_plan(model))
+    check_parallel(model)
 
 
 @pytest.fixture(scope="module")

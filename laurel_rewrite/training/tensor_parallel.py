@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.operators.turns import Turns
 
 
 class ConnectionParallel(ParallelStyle):
@@ -65,6 +66,10 @@ class _Edges:
         self.mesh, self.sequence_dim, self.ndim = mesh, sequence_dim, ndim
         self.plain = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Edges:
+        """A copy of the model lies on the same devices."""
+        return _Edges(self.mesh, self.sequence_dim, self.ndim)
+
     def tried(self, connection: Connection) -> None:
         """Run the operator on zeros, as far as it goes without a state.
 
@@ -89,10 +94,11 @@ class _Edges:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The hook before the call."""
-        self.plain = not isinstance(args[0], DTensor)
         assert isinstance(module, Connection)
-        if module.needs_input and len(args) > 1 and kwargs.get("n") is None:
-            kwargs = {**kwargs, "n": module.branch_input(args[0])}
+        x = args[0] if args else kwargs["x"]  # by name, where the source's sum has the branch first
+        self.plain = not isinstance(x, DTensor)
+        if module.needs_input and (len(args) > 1 or "f" in kwargs) and kwargs.get("n") is None:
+            kwargs = {**kwargs, "n": module.branch_input(x)}
         return pytree.tree_map_only(Tensor, self._distributed, args), pytree.tree_map_only(Tensor, self._distributed, kwargs)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -143,6 +149,8 @@ def check_parallel(model: nn.Module) -> None:
     """
     for path, connection in sites_of(model).items():
         owner = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(owner, Turns):
+            owner = model.get_submodule(path.rpartition(".")[0].rpartition(".")[0])
         if not any(not isinstance(p, DTensor) for p in connection.parameters()):
             continue
         for name, module in owner.named_modules():

@@ -12,7 +12,7 @@ from typing import Any
 
 from tools.engines.case import CLASSES, Case
 
-START, CELL = 120.0, 60.0
+START, CELL = 120.0, 120.0
 """Seconds that the processes have to start, and for one cell: what takes longer hangs."""
 PATIENCE = 3.0
 """Seconds that one process has when the other has failed."""

@@ -154,9 +154,9 @@ def written(cells: dict[tuple[str, str], str]) -> str:
     ]
     for name, row in engines().items():
         found = " | ".join(cells[name, operator] for operator in CLASSES)
-        lines.append(f"| **{name}**: {row.what} | {found} | {row.tolerance[1]:.0e} |")
+        lines.append(f"| **{name}**: {row.what} | {found} | {row.tolerance[1]:g} |")
     reasons = {tolerance: why for why, tolerance in (row.tolerance for row in engines().values())}
-    lines += ["", "Tolerances: " + "; ".join(f"{tolerance:.0e}: {why}" for tolerance, why in sorted(reasons.items())) + "."]
+    lines += ["", "Tolerances: " + "; ".join(f"{tolerance:g}: {why}" for tolerance, why in sorted(reasons.items())) + "."]
     return "\n".join(lines) + "\n"
 
 
