@@ -1,9 +1,9 @@
-# make demo, test, test-all, test-torchtitan, lint, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
+# make demo, test, test-engines, test-all, test-torchtitan, lint, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-torchtitan lint zoo fuzz engines clean
+.PHONY: demo test test-engines test-all test-torchtitan lint zoo fuzz engines clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ demo: $(VENV)/base
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto
+
+# What trains in other packages' engines, or in several processes: every cell of docs/engines.md among it.
+test-engines: $(VENV)/dev
+	$(BIN)/python -m pytest -n auto -m "engines and not slow" tests
 
 # The cases that are marked slow too.
 test-all: $(VENV)/dev

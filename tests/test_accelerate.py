@@ -18,6 +18,8 @@ from toys import CASES, D
 from laurel_rewrite import check_optimizer, learned, load, param_groups, remove, rewrite, save
 from laurel_rewrite.integrations.accelerate import log_learned
 
+pytestmark = pytest.mark.engines
+
 X = torch.randn(6, 4, 5, D, generator=torch.Generator().manual_seed(3))
 """Batches of six steps."""
 

@@ -9,6 +9,8 @@ import sys
 
 from pages import ROOT, blocks
 
+pytestmark = pytest.mark.engines
+
 CHECKED = """
 nn.functional.mse_loss(model(batch), target).backward()
 right = {name: p.grad for name, p in model.named_parameters()}

@@ -12,6 +12,8 @@ from tools.engines.case import CLASSES
 from tools.engines.ranks import Ranks
 from tools.engines.table import GPU, PAGE, Engine, WrongError, cell, engines
 
+pytestmark = pytest.mark.engines
+
 ENGINES = engines()
 
 

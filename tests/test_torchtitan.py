@@ -24,6 +24,8 @@ from laurel_rewrite import ConfigError, MissingPackageError, rewrite
 from laurel_rewrite.integrations import torchtitan
 from laurel_rewrite.operators.connections import start
 
+pytestmark = pytest.mark.engines
+
 PAGE = ROOT / "docs" / "torchtitan.md"
 X = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(3))
 _FOUND = subprocess.run([sys.executable, "-c", "import torchtitan.train"], capture_output=True, text=True, check=False)
