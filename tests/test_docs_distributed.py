@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from pages import ROOT, blocks
 
 pytestmark = pytest.mark.engines

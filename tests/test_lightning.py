@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from laurel_rewrite.integrations.lightning import LogLearned
 
 pytestmark = [
+    pytest.mark.engines,
     pytest.mark.filterwarnings("ignore:.*(num_workers|does not have many workers|tensorboardX|LeafSpec|number of training batches|checkpoint directory|GPU available|barebones).*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.*"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

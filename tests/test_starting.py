@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import real
+from conftest import away_from_start, real
+from processes import together
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from toys import CASES, D
 
 from laurel_rewrite import rewrite
@@ -79,3 +82,17 @@ def test_a_start_does_not_depend_on_the_default_dtype():
     high = rewrite(CASES["plain"].make(), (torch.randn(2, 5, D),), variant="rw+lr", rank=4, init_down="xavier")
     for key, value in starts(high).items():
         assert torch.equal(starts(low)[key], value.bfloat16()), key
+
+
+def started_in_parts(folder: Path, rank: int) -> None:
+    model = away_from_start(rewrite(CASES["plain"].make(), (torch.randn(2, 5, D),), variant="rw+lr+pa", rank=4, seed=3))
+    for connection in sites_of(fully_shard(model)).values():
+        connection.reset_parameters()
+    torch.save({name: p.full_tensor() for name, p in model.named_parameters() if "laurel" in name}, folder / str(rank))
+
+
+def test_sharded_connections_have_the_start_of_whole_ones(tmp_path):
+    expected = rewrite(CASES["plain"].make(), (torch.randn(2, 5, D),), variant="rw+lr+pa", rank=4, seed=3).state_dict()
+    for found in together(started_in_parts, tmp_path):
+        assert len(found) == 10
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())

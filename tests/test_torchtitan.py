@@ -15,14 +15,11 @@ import pytest
 import torch
 from conftest import away_from_start, slow
 from pages import ROOT, blocks
-from processes import together
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, MissingPackageError, rewrite
 from laurel_rewrite.integrations import torchtitan
-from laurel_rewrite.operators.connections import start
 
 pytestmark = pytest.mark.engines
 
@@ -186,16 +183,3 @@ def test_mixing_weights_leave_the_groups_of_the_engine(each):
     model(X).square().mean().backward()
     for optimizer in container:
         optimizer.step()
-
-
-def started_in_parts(folder: Path, rank: int) -> None:
-    model = away_from_start(rewrite(CASES["plain"].make(), (X,), variant="rw+lr+pa", rank=4, seed=3))
-    start(fully_shard(model), 3)
-    torch.save({name: p.full_tensor() for name, p in model.named_parameters() if "laurel" in name}, folder / str(rank))
-
-
-def test_sharded_connections_have_the_start_of_whole_ones(tmp_path):
-    expected = rewrite(CASES["plain"].make(), (X,), variant="rw+lr+pa", rank=4, seed=3).state_dict()
-    for found in together(started_in_parts, tmp_path):
-        assert len(found) == 10
-        assert all(torch.equal(value, expected[name]) for name, value in found.items())
