@@ -72,6 +72,28 @@ def test_another_head_has_the_same_stream(name, tmp_path):
     assert torch.equal(inside(**example.kwargs).last_hidden_state, expected)
 
 
+def test_each_of_several_models_inside_one_saves_its_own_part(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = real("gpt2").model, real("llama").model
+
+        def forward(self, input_ids):
+            return self.one(input_ids).logits + self.other(input_ids).logits
+
+    example = real("gpt2")
+    both = away_from_start(rewrite(Two(), (example.kwargs["input_ids"],), variant="rw+lr+pa", rank=4)).eval()
+    for name in ("one", "other"):
+        model = getattr(both, name)
+        model.save_pretrained(tmp_path / name)
+        assert same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name), model, example)
+    t5 = real("t5")
+    model = away_from_start(rewrite(t5.model, (), t5.kwargs, variant="rw+lr+pa", rank=4)).eval()
+    assert [row["id"] for row in model.encoder.config.laurel["plan"]["site"]] == [
+        f"block.{n}.layer.{m}.laurel_0" for n in (0, 1) for m in (0, 1)
+    ]
+
+
 ELSEWHERE = """
 import sys, torch
 from laurel_rewrite.sources.built import declare_torchvision_ops

@@ -328,9 +328,10 @@ def classes_beside(scope: Mapping[str, Any]) -> Callable[[str], Any]:
 class _Host:
     """What a rewritten model of transformers keeps beside the record."""
 
+    def owns(self, module: Any) -> bool:
+        return isinstance(module, PRETRAINED)
+
     def adopt(self, model: Any, record: Rewriting) -> None:
-        if not isinstance(model, PRETRAINED):
-            return
         if not isinstance(model, _Pretrained):
             object.__setattr__(model, "__class__", model_class(type(model)))
         if not isinstance(model.config, _Rewritten):

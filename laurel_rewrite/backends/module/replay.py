@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -139,6 +139,12 @@ def replayed(data: Any, model: nn.Module, label: str) -> dict[str, Edited]:
 def moved(data: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """The same with another beginning of the owners' paths."""
     return {**data, "classes": [{**row, "owners": [path_moved(owner, old, new) for owner in row["owners"]]} for row in data["classes"]]}
+
+
+def only(data: Mapping[str, Any], inside: Callable[[Mapping[str, None]], Mapping[str, None]]) -> dict[str, Any]:
+    """The same of those owners that a function of tables by path keeps."""
+    classes = [{**row, "owners": list(inside(dict.fromkeys(row["owners"])))} for row in data["classes"]]
+    return {**data, "classes": [row for row in classes if row["owners"]]}
 
 
 def _class_again(reader: _Reader, entry: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> Edited:

@@ -60,8 +60,18 @@ class Rewriting:
         return {row.variant: row.operator.file for row in self.plan.sites if row.operator.file is not None}
 
     def below(self, path: str) -> Rewriting:
-        """The same of a module inside the model, which holds all of its sites."""
-        return self if not path else self.moved(f"{path}.", "")
+        """The same of a module inside the model: of the sites that it holds."""
+        if not path:
+            return self
+        old = f"{path}."
+
+        def inside(held: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in held.items() if f"{name}.".startswith(old)}
+
+        plan = replace(self.plan, sites=tuple(row for row in self.plan.sites if f"{row.owner}.".startswith(old)))
+        edits = None if self.edits is None else replay.only(self.edits, inside)
+        part = Rewriting(plan, inside(self.classes), edits, self.text, inside(self.names), inside(self.factors))
+        return part.moved(old, "")
 
     def moved(self, old: str, new: str) -> Rewriting:
         """The same with another beginning of all paths."""
@@ -78,10 +88,13 @@ class Rewriting:
 
 
 class Host(Protocol):
-    """A library whose models say in a way of its own what was done to them."""
+    """A library whose models say in a way of their own what was done to them."""
 
-    def adopt(self, model: nn.Module, record: Rewriting) -> None:
-        """Say it in a module that holds all sites; more than once, where the record changes."""
+    def owns(self, module: nn.Module) -> bool:
+        """Whether a module is such a model."""
+
+    def adopt(self, module: nn.Module, record: Rewriting) -> None:
+        """Say it in one, of the sites that it holds; more than once, where the record changes."""
 
     def release(self, module: nn.Module) -> None:
         """Undo that, in any module."""
@@ -158,16 +171,19 @@ def change_classes(model: nn.Module, classes: Mapping[str, type]) -> None:
 
 
 def keep_record(model: nn.Module, record: Rewriting) -> None:
-    """Say in a model what was done to it, and in what holds all of its sites: the model inside a wrapper that is taken off."""
-    owners = [row.owner for row in record.plan.sites]
-    first = owners[0].split(".") if owners[0] else []
-    paths = [".".join(first[:length]) for length in range(len(first) + 1)]
-    for path in reversed(paths):  # what they share, such as a configuration, speaks of the outermost
-        if all(not path or f"{owner}.".startswith(f"{path}.") for owner in owners):
-            module, own = model.get_submodule(path), record.below(path)
-            object.__setattr__(module, RECORD, own)
-            for host in hosts:
-                host.adopt(module, own)
+    """Say in a model what was done to it; and of its part, in what holds all of the sites inside it (the model inside a wrapper that is taken off)
+    and in each model of a library."""
+    owners = [row.owner.split(".") if row.owner else [] for row in record.plan.sites]
+    paths = {".".join(parts[:length]) for parts in owners for length in range(len(parts) + 1)}
+    for path in sorted(paths, key=len, reverse=True):  # what they share, such as a configuration, speaks of the outermost
+        module = model.get_submodule(path)
+        own = [host for host in hosts if host.owns(module)]
+        depth = path.count(".") + 1 if path else 0
+        if own or all(".".join(parts[:depth]) == path for parts in owners):
+            part = record.below(path)
+            object.__setattr__(module, RECORD, part)
+            for host in own:
+                host.adopt(module, part)
 
 
 def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
