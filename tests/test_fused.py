@@ -117,6 +117,16 @@ def test_layers_that_are_more_than_their_weights_are_called(variant):
     assert {id(layer) for layer in calls} == {id(layer) for pair in module.pairs() for layer in pair}
 
 
+def test_a_subclass_keeps_its_own_skip():
+    class Doubled(Laurel):
+        def skip(self, x, *past):
+            return 2 * x, *(x, *past)[: self.config.leaves]
+
+    x, f = operands()[:2]
+    config = operator("lr").prepare(SiteConfig(variant="lr", dim=D, rank=R, lags=1, history=1, axis=-1, ndim=3))
+    torch.testing.assert_close(Doubled(config, dtype=torch.float64)(x, f), 2 * x + f, rtol=0, atol=0)
+
+
 def test_compiled_values_and_gradients_are_the_formula_s():
     module, given = connection("rw+lr+pa"), operands()
     right = results(module, given, plain=True)

@@ -85,10 +85,10 @@ class Laurel(Connection):
             down.weight.copy_(flat.reshape(down.weight.shape))
 
     def summed(self, x: Tensor, f: Tensor, *past: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
-        """The sum of `skip` and `branch`, in fewer passes where x, f and the maps are plain tensors."""
+        """The sum of `skip` and `branch`, in fewer passes where x, f and the maps are plain tensors; a subclass may have others of these."""
         config, pairs = self.config, self.pairs()
         window = [x, *past][: config.lags or 1]
-        if not fused.fits(window, f, [layer for pair in pairs for layer in pair]):
+        if type(self) is not Laurel or not fused.fits(window, f, [layer for pair in pairs for layer in pair]):
             result: tuple[Tensor, ...] = super().summed(x, f, *past)
             return result
         a, b = weights(self.mix, self._normalize) if self._normalize is not None else (None, None)
