@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laurel_rewrite.operators import fused
 from laurel_rewrite.operators.affine import Affine
 from laurel_rewrite.operators.config import Option, SiteConfig
 from laurel_rewrite.operators.protocol import Connection
@@ -82,6 +83,17 @@ class Laurel(Connection):
             else:
                 nn.init.xavier_uniform_(flat)
             down.weight.copy_(flat.reshape(down.weight.shape))
+
+    def summed(self, x: Tensor, f: Tensor, *past: Tensor, **given: Tensor) -> tuple[Tensor, ...]:
+        """The sum of `skip` and `branch`, in fewer passes where x, f and the maps are plain tensors; a subclass may have others of these."""
+        config, pairs = self.config, self.pairs()
+        window = [x, *past][: config.lags or 1]
+        if type(self) is not Laurel or not fused.fits(window, f, [layer for pair in pairs for layer in pair]):
+            result: tuple[Tensor, ...] = super().summed(x, f, *past)
+            return result
+        a, b = weights(self.mix, self._normalize) if self._normalize is not None else (None, None)
+        out = fused.combined(window, f, a, b, self.g if config.lags else None, pairs)
+        return out, *(x, *past)[: config.leaves]
 
     def skip(self, x: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """b (x + ...), and the window for the connection after this one."""

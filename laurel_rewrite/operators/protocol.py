@@ -156,8 +156,7 @@ class Connection(nn.Module):
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> Any:
         """The new value of the stream, or it and the state for the next connection; `state` is empty at a stream's first."""
-        term, left = parted(self.skip(x, *state))
-        return add(term, self.branch(f), self.sides[0]), *left
+        return self.summed(x, f, *state)
 
     def skip(self, x: Tensor, *state: Tensor) -> Any:
         """What the skip brings to the sum, and the state; of an operator that is a sum of this and of `branch`."""
@@ -166,6 +165,11 @@ class Connection(nn.Module):
     def branch(self, f: Tensor) -> Tensor:
         """What a branch brings to the sum."""
         raise NotImplementedError  # nobody asks an operator that does not define it
+
+    def summed(self, x: Tensor, f: Tensor, *state: Tensor, **given: Tensor) -> Any:
+        """The sum of `skip` and `branch`, and the state; an operator may know a faster way to the same."""
+        term, left = parted(self.skip(x, *state, **given))
+        return add(term, self.branch(f), self.sides[0]), *left
 
     def read(self, y: Tensor, *state: Tensor) -> Any:
         """What everything reads behind the norm or activation that follows, of what that gave and of the state that `step` left; and the state
@@ -340,15 +344,15 @@ class Connection(nn.Module):
             return out, (out,) * self.reads_left
         if self.config.fed:
             state = state[FED:]
-        given = {"n": n} if self.needs_input else {}
+        given: dict[str, Any] = {"n": n} if self.needs_input else {}
         if not self.additive:
             side = self.sides[-1]
             for position, branch in enumerate(more, start=1):
                 f = add(f, branch, self.sides[position] if position < len(self.sides) else 0)
             out, left = self._read_apart(self.step(x, f, *state, **given), offered=self.reads_left > 0)
             return laid_out(out.to(torch.promote_types(x.dtype, f.dtype)), x, f, side), left
-        term, left = parted(self.skip(x, *state, **given))
-        out = laid_out(add(term, self.branch(f), self.sides[0]), x, f, self.sides[0])
+        total, left = parted(self.summed(x, f, *state, **given))
+        out = laid_out(total, x, f, self.sides[0])
         for position, branch in enumerate(more, start=1):
             side = self.sides[position] if position < len(self.sides) else 0
             out = laid_out(add(out, self.branch(branch), side), out, branch, side)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class TrainingRow:
         name: of the model.
         mode: "eager" or "compiled" (torch.compile).
         step: time of a step: forward, backward and AdamW.
-        saved_bytes: of activations that the eager forward pass keeps for backward, each storage once.
+        saved_bytes: of activations that the forward pass keeps for backward, each storage once.
         peak_bytes: most memory that the device's allocator gave out in a step; 0 on a CPU, whose allocator does not count.
         parameters: number of them.
     """
@@ -55,7 +56,13 @@ class Training:
 
 
 def profile_training(
-    models: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], *, seconds: float = 10.0, seed: int = 0
+    models: Mapping[str, nn.Module],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    seconds: float = 10.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Training:
     """Training steps of models, eager and compiled, against the first of them. The models themselves are not changed.
 
@@ -66,6 +73,7 @@ def profile_training(
         args, kwargs: inputs of all. They are moved to CUDA where there is one.
         seconds: for the steps of each mode.
         seed: of the order.
+        clock: what a step is measured by, in seconds. On a CPU that others use, too, `time.thread_time` of one thread leaves their share out.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
@@ -78,15 +86,15 @@ def profile_training(
             steps = {name: _Step(model, *moved, device, compiled=mode == "compiled") for name, model in models.items()}
             order = random.Random(seed)
             with quiet():
-                blocks = [interleaved(list(steps.values()), seconds / _BLOCKS, 3, order) for _ in range(_BLOCKS)]
+                blocks = [interleaved(list(steps.values()), seconds / _BLOCKS, 3, order, clock=clock) for _ in range(_BLOCKS)]
         except Exception as error:  # a compiler's exceptions share no base class
             notes.append(
                 f"{mode} training could not be measured: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             )
             continue
-        for (name, step), time in zip(steps.items(), summarised(blocks, seed), strict=True):
+        for (name, step), latency in zip(steps.items(), summarised(blocks, seed), strict=True):
             count = sum(p.numel() for p in step.model.parameters())
-            rows.append(TrainingRow(name, mode, time, step.saved_bytes(), step.peak_bytes(), count))
+            rows.append(TrainingRow(name, mode, latency, step.saved_bytes(), step.peak_bytes(), count))
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return Training(tuple(rows), where, tuple(notes))
 
@@ -125,7 +133,6 @@ class _Step:
                 storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        self.forward = self.model
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), without_caches(self.model):
             loss = self._loss()
         del loss
