@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.operators.config import CONVOLUTIONS, BranchMap, Option, SiteConfig
+from laurel_rewrite.operators.parts import SumInParts
 from laurel_rewrite.operators.starting import built_in_float32, mark_started, own_draws, put_start
 from laurel_rewrite.operators.state import FED, Link, Slot
 from laurel_rewrite.operators.sums import add, laid_out, laid_out_like, state_like
@@ -53,7 +54,7 @@ class Reads(NamedTuple):
     v: Tensor
 
 
-class Connection(nn.Module):
+class Connection(SumInParts):
     """A residual operator; at a site, the module that computes what x + f was.
 
     Called with the skip `x` and the branch `f`, tensors of one shape whose axis `config.axis` has size `config.dim`; returns the new value of
@@ -131,7 +132,6 @@ class Connection(nn.Module):
         self.sides: tuple[int, ...] = (side,)  # and of each further branch's sum
         self.link: Link | None = None
         self.tap: Slot | None = None  # where the branch's input is left; None where that is the skip
-        self.held = Slot()  # skip and branches of a sum whose outermost add comes later
         self.regrouped = False  # it takes the place of several adds, and sums the branches first
         self.plain = False  # x + f alone, for a while: what the insertion does without the operator
         self.prepared: dict[str, tuple[float, Tensor]] = {}  # weights of the branch by name: their factor, and what they were
@@ -381,29 +381,6 @@ class Connection(nn.Module):
     def reads_left(self) -> int:
         """How many values at the head of the state behind it are what the next branch reads."""
         return FED if self.config.separate and not self.config.linked else 0
-
-    def first_add(self, x: Tensor, f: Tensor) -> Tensor:
-        """The innermost add of a sum of several branches, of an operator that is not additive: it stays, and is held for `last_add`."""
-        self.held.value = (x, f)
-        return add(x, f, self.sides[0])
-
-    def next_branch(self, f: Tensor) -> Tensor:
-        """A branch that is added in between: it is added as it is, and held, too."""
-        x, held = self._held()
-        self.held.value = (x, held + f)
-        return f
-
-    def last_add(self, x: Tensor, f: Tensor) -> Tensor:
-        """The new value in the place of the outermost add, of the skip and the sum of the branches, in another order of adds than the source's."""
-        skip, held = self._held()
-        self.held.value = None
-        out: Tensor = self(skip, held + f)
-        return add(x, f, 0) if self.plain else out
-
-    def _held(self) -> tuple[Tensor, ...]:
-        if self.held.value is None:
-            raise LaurelError(f"{self.site}: an outer add of this sum ran without the inner ones.")
-        return self.held.value
 
     def add_(self, x: Tensor, f: Tensor) -> Tensor:
         """The learned sum in the memory of the operand that the source added to, for those who see that tensor under another name."""
