@@ -5,18 +5,18 @@
     model = AutoModelForCausalLM.from_pretrained(folder)  # that save_pretrained of a rewritten model wrote
     trainer = Trainer(model, args, train_dataset=data, callbacks=[LaurelCallback()])
 
-With this import, Trainer keeps weight decay off the weights that mix skip and branch, as `laurel_rewrite.param_groups` does.
+Trainer keeps weight decay off the weights that mix skip and branch, as `laurel_rewrite.param_groups` does: with this import, or where it was
+imported itself before the model was rewritten.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from laurel_rewrite.backends.module.pretrained import classes_beside
+from laurel_rewrite.backends.module.pretrained import classes_beside, teach_trainer
 from laurel_rewrite.integrations import log_names
-from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
+from laurel_rewrite.operators.connections import check_optimizer, learned
 from laurel_rewrite.sources.built import require
 
 require("transformers")
@@ -70,20 +70,6 @@ class _BeforeReporters(transformers.TrainerCallback):
             logs |= _callbacks[model].values(state, model)
 
 
-def _without_mixing_weights(decayed: Any) -> Any:
-    """`Trainer.get_decay_parameter_names`, less what mixes: by their names alone they look like matrices."""
-
-    @functools.wraps(decayed)
-    def get_decay_parameter_names(self: Any, model: Any) -> list[str]:
-        groups = param_groups(model, lr=0.0, weight_decay=1.0)
-        mixing = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
-        own = dict(model.named_parameters())
-        return [name for name in decayed(self, model) if name not in own or id(own[name]) not in mixing]
-
-    return get_decay_parameter_names
-
-
-_DECAYED = "get_decay_parameter_names"
-if not hasattr(getattr(transformers.Trainer, _DECAYED), "__wrapped__"):  # where this module is imported anew
-    setattr(transformers.Trainer, _DECAYED, _without_mixing_weights(getattr(transformers.Trainer, _DECAYED)))
+teach_trainer()
+if _BeforeReporters not in transformers.trainer.DEFAULT_CALLBACKS:
     transformers.trainer.DEFAULT_CALLBACKS.append(_BeforeReporters)  # type: ignore[arg-type]  # inferred from its one element

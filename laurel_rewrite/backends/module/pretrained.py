@@ -33,7 +33,7 @@ from laurel_rewrite.backends.module.written import check_owners, classes_of
 from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError, RewriteError
 from laurel_rewrite.files.checked import INNER_NAME, anything, checked, mapping, one_of, optional, read_json, read_text, text
 from laurel_rewrite.operators import registry
-from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.operators.connections import param_groups, sites_of
 from laurel_rewrite.operators.starting import not_started, put_start
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.sources.built import require
@@ -346,6 +346,8 @@ class _Host:
             "source": "" if record.text is None else _digest(record.text),
             "operators": {name: f"{OPERATORS}/{file.name}" for name, file in record.operator_files().items()},
         }
+        if "transformers.trainer" in sys.modules:  # else its import would take a while
+            teach_trainer()
 
     def release(self, module: nn.Module) -> None:
         config = getattr(module, "config", None) if isinstance(module, PRETRAINED) else None
@@ -389,6 +391,22 @@ def from_recipe(folder: Path, cls: Any, config_class: Any, attention: str, files
     except FOREIGN as error:  # of values that the library does not expect
         raise CaptureError(f"{folder / BASE_CONFIG} gives no {cls.__name__}: {type(error).__name__}: {str(error)[:300]}") from error
     return model
+
+
+def teach_trainer() -> None:
+    """Let transformers' Trainer keep weight decay off mixing weights, as `param_groups` does: by their names they look like matrices to it."""
+    decayed = transformers.Trainer.get_decay_parameter_names
+    if hasattr(decayed, "__wrapped__"):
+        return
+
+    @functools.wraps(decayed)
+    def get_decay_parameter_names(self: Any, model: Any) -> list[str]:
+        groups = param_groups(model, lr=0.0, weight_decay=1.0)
+        kept = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]} if sites_of(model) else set()
+        own = dict(model.named_parameters())
+        return [name for name in decayed(self, model) if name not in own or id(own[name]) not in kept]
+
+    setattr(transformers.Trainer, decayed.__name__, get_decay_parameter_names)
 
 
 hosts.append(_Host())
