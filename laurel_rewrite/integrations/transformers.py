@@ -71,5 +71,6 @@ class _BeforeReporters(transformers.TrainerCallback):
 
 
 teach_trainer()
-if _BeforeReporters not in transformers.trainer.DEFAULT_CALLBACKS:
-    transformers.trainer.DEFAULT_CALLBACKS.append(_BeforeReporters)  # type: ignore[arg-type]  # inferred from its one element
+_first: Any = transformers.trainer.DEFAULT_CALLBACKS
+if _BeforeReporters not in _first:
+    _first.append(_BeforeReporters)

@@ -15,6 +15,8 @@ from laurel_rewrite.operators.protocol import Connection
 
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 """Names that wrappers give what they wrap."""
+MIXING = "mixing"
+"""What the name of a group of mixing weights begins with."""
 _ADVICE = "build it from laurel_rewrite.param_groups(model, lr=..., weight_decay=...)"
 _log = logging.getLogger(__name__)
 
@@ -150,14 +152,14 @@ def param_groups(model: nn.Module, *, lr: float, weight_decay: float, scalar_lr:
         if not parameter.requires_grad:
             continue
         owner, shape = owners.get(id(parameter)), shapes.get(id(parameter), parameter.shape)
-        kind = "mixing" if owner is not None and _mixes(owner, shape) else "matrices" if len(shape) > 1 else "vectors"
+        kind = MIXING if owner is not None and _mixes(owner, shape) else "matrices" if len(shape) > 1 else "vectors"
         rate = 1.0 if owner is None else owner.rate
         name = kind if rate == 1.0 else f"{kind}*{rate:g}"
         if name not in groups:
-            factor = rate * (scalar_lr if kind == "mixing" else 1.0)
+            factor = rate * (scalar_lr if kind == MIXING else 1.0)
             groups[name] = {"params": [], "lr": lr * factor, "weight_decay": weight_decay if kind == "matrices" else 0.0, "name": name}
         groups[name]["params"].append(parameter)
-    order = ("matrices", "vectors", "mixing")
+    order = ("matrices", "vectors", MIXING)
     return sorted(groups.values(), key=lambda group: order.index(group["name"].partition("*")[0]))
 
 

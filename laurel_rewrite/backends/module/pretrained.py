@@ -33,7 +33,7 @@ from laurel_rewrite.backends.module.written import check_owners, classes_of
 from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError, RewriteError
 from laurel_rewrite.files.checked import INNER_NAME, anything, checked, mapping, one_of, optional, read_json, read_text, text
 from laurel_rewrite.operators import registry
-from laurel_rewrite.operators.connections import param_groups, sites_of
+from laurel_rewrite.operators.connections import MIXING, param_groups, sites_of
 from laurel_rewrite.operators.starting import not_started, put_start
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.sources.built import require
@@ -401,8 +401,8 @@ def teach_trainer() -> None:
 
     @functools.wraps(decayed)
     def get_decay_parameter_names(self: Any, model: Any) -> list[str]:
-        groups = param_groups(model, lr=0.0, weight_decay=1.0)
-        kept = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]} if sites_of(model) else set()
+        groups = param_groups(model, lr=0.0, weight_decay=0.0) if sites_of(model) else []
+        kept = {id(p) for group in groups if group["name"].startswith(MIXING) for p in group["params"]}
         own = dict(model.named_parameters())
         return [name for name in decayed(self, model) if name not in own or id(own[name]) not in kept]
 
