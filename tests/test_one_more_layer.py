@@ -133,3 +133,18 @@ def test_in_pytorch(name):
     assert after - before == sum(p.numel() for p in last.parameters())
     assert sum(p.numel() for p in example.model.parameters()) == before
     assert one_more_block(CASES["plain"].make(), [""], (torch.randn(2, 5, D),), {}) is None
+
+
+def test_a_block_that_the_model_does_not_run_is_no_layer():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.depth = 3
+
+        def forward(self, x):
+            for block in self.blocks[: self.depth]:
+                x = x + block(x)
+            return x
+
+    assert one_more_block(Counted(), [f"blocks.{n}" for n in range(3)], (torch.randn(2, 4),), {}) is None

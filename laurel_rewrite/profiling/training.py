@@ -152,10 +152,10 @@ def one_more_block(model: nn.Module, owners: Sequence[str], args: Sequence[Any],
     Args:
         model: not rewritten.
         owners: paths of the modules that own residual connections.
-        args, kwargs: inputs; a copy that does not run with them is not taken.
+        args, kwargs: inputs; a copy that does not run with them, or leaves the new block out, is not taken.
 
     Returns:
-        None where no list of modules holds the blocks.
+        None where no list of modules holds the blocks, or the model itself counts them.
     """
     places: dict[str, str] = {}  # list of modules -> its last block that owns a site
     for owner in owners:
@@ -170,11 +170,16 @@ def one_more_block(model: nn.Module, owners: Sequence[str], args: Sequence[Any],
         taller = copy.deepcopy(model)
         blocks = taller.get_submodule(path)
         assert isinstance(blocks, nn.ModuleList | nn.Sequential)
-        blocks.insert(int(name) + 1, copy.deepcopy(blocks[int(name)]))
+        new = copy.deepcopy(blocks[int(name)])
+        blocks.insert(int(name) + 1, new)
+        calls: list[object] = []
+        hook = new.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
         try:
             with torch.no_grad(), quiet(), without_caches(taller):
                 taller(*args, **kwargs)
         except Exception:  # whatever a block says to an input that does not fit
             continue
-        return taller
+        hook.remove()
+        if calls:  # a model may run as many as its configuration says
+            return taller
     return None
