@@ -23,7 +23,7 @@ from laurel_rewrite.backends.module.surgery import rewriting_of
 
 def same_classes(model: nn.Module, better: nn.Module) -> None:
     record = rewriting_of(better)
-    again = replayed(json.loads(json.dumps(record.edits)), model, "here")
+    again = replayed(json.loads(json.dumps(record.edits)), model, record.plan.sites, "here")
     assert {owner: edited.rewritten for owner, edited in again.items()} == record.classes
     assert all(edited.rewritten.cls is record.classes[owner].cls for owner, edited in again.items())
 
@@ -64,4 +64,14 @@ def test_damaged_data_are_an_error_or_the_same_edits(data):
         holder = holder[key]
     holder[last] = data.draw(st.sampled_from([None, -1, 0, 7, 10**9, "", "x; y", "os", [], {}, [0], True, 1.5]))
     with contextlib.suppress(ConfigError):
-        replayed(damaged, model, "here")
+        replayed(damaged, model, (), "here")
+
+
+def test_a_site_without_an_edit_is_an_error():
+    model = CASES["plain"].make()
+    record = rewriting_of(rewrite(model, (torch.randn(2, 5, D),), rank=4, verify=False))
+    edits = copy.deepcopy(record.edits)
+    (entry,) = edits["classes"]
+    del entry["changes"][-1]
+    with pytest.raises(ConfigError, match=r"nothing is edited for the site .*laurel_1, so that its connection would not be called"):
+        replayed(edits, model, record.plan.sites, "here")

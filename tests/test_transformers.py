@@ -213,6 +213,8 @@ def edited(config: dict[str, Any], *path: Any, value: Any) -> None:
             "names the module 'transformer.h.9'.* Nearest: transformer.h.2",
         ),
         (("laurel", "edits", "classes", 0, "changes", 0, "name"), "x; import os", "name must be a name"),
+        (("laurel", "edits"), 5, "edits must be a table, not 5"),
+        (("laurel", "edits", "classes", 0), 5, "must be a table, not 5|classes must be"),
         (("laurel", "plan", "site", 0, "owner"), "transformer.h.9", "the id does not begin with the owner"),
         (("laurel", "plan", "defaults", "variant"), "rw+lrr", "rw\\+lrr"),
         (("laurel", "version"), 7, "version must be one of 1, not 7"),

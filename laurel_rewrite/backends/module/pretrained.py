@@ -26,7 +26,7 @@ from torch import nn
 from laurel_rewrite import __version__
 from laurel_rewrite.backends.module.functions import BASE, RECIPE, made_quietly
 from laurel_rewrite.backends.module.modeling import source_of
-from laurel_rewrite.backends.module.replay import replayed
+from laurel_rewrite.backends.module.replay import check_edits, replayed
 from laurel_rewrite.backends.module.saved_folder import MODELING, OPERATORS
 from laurel_rewrite.backends.module.surgery import Rewriting, hosts, install, keep_record, original_class, rewriting_of
 from laurel_rewrite.backends.module.written import check_owners, classes_of
@@ -111,7 +111,7 @@ class _Any(transformers.PreTrainedConfig):  # type: ignore[no-untyped-call]  # a
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        kind = _checked(config_dict)["base_type"]
+        kind = _checked(config_dict.get(TYPE), _label(config_dict))["base_type"]
         if kind not in transformers.CONFIG_MAPPING:
             raise ConfigError(
                 f"{_label(config_dict)}: transformers knows no model of type {kind!r}. Register its classes first (AutoConfig.register)."
@@ -123,15 +123,22 @@ def _label(data: Mapping[str, Any]) -> str:
     return f"{data.get('_name_or_path') or 'config.json'}, {TYPE!r}"
 
 
-def _checked(data: Mapping[str, Any]) -> dict[str, Any]:
-    return checked(data.get(TYPE), _DATA, _label(data))
+def _checked(data: Any, label: str) -> dict[str, Any]:
+    """What a configuration says was done; ConfigError where it cannot have been."""
+    found = checked(data, _DATA, label)
+    if found["edits"] is not None:
+        check_edits(found["edits"], f"{label}, edits")
+    return found
 
 
 def _as_base(data: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of ours holds, as the base's configuration would write it, and `laurel`."""
     if data.get("model_type") != TYPE:
         return dict(data)
-    return {**{key: value for key, value in data.items() if key != _GUARD}, "model_type": _checked(data)["base_type"]}
+    return {
+        **{key: value for key, value in data.items() if key != _GUARD},
+        "model_type": _checked(data.get(TYPE), _label(data))["base_type"],
+    }
 
 
 def _base_of(cls: type) -> Any:
@@ -255,7 +262,7 @@ class _Made:
 def _put_in(model: Any, config: Any, code: str) -> None:
     """Install what a configuration says in a model that was just made from it."""
     label = f"{config._name_or_path or 'the configuration'}, {TYPE!r}"
-    data = checked(config.laurel, _DATA, label)
+    data = _checked(config.laurel, label)
     _check_operators(config, data, label, trusted=bool(code))
     record = _seen_from(model, Rewriting(Plan.from_data(data["plan"], label), {}, data["edits"], names=data["classes"]))
     check_owners(model, (row.owner for row in record.plan.sites), label)
@@ -266,7 +273,7 @@ def _put_in(model: Any, config: Any, code: str) -> None:
         classes = classes_of(sys.modules[code], model, record.names, written, str(file))
     else:
         _check_unedited(config, data, label)
-        edited = replayed(record.edits, model, label)
+        edited = replayed(record.edits, model, record.plan.sites, label)
         record.classes = {owner: edit.rewritten for owner, edit in edited.items()}
         classes = {owner: edit.rewritten.cls for owner, edit in edited.items()}
     install(model, record.plan, classes)

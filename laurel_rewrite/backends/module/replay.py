@@ -10,7 +10,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,9 @@ from laurel_rewrite.errors import ConfigError, RewriteError, nearest
 from laurel_rewrite.files.checked import anything, checked, list_of, optional, shown, text, whole
 from laurel_rewrite.graph.capture import Call, Span
 from laurel_rewrite.text.source_file import SourceFile
+
+if TYPE_CHECKING:
+    from laurel_rewrite.plan import PlanSite
 
 _NAME = text(r"\w+", "a name")
 _PATH = text(r"[\w.<>]*", "a dotted name")
@@ -37,14 +40,9 @@ _FUNCTION = {
     "name": text(r"[\w<>]+", "a function's name"),
     "digest": text(r"[0-9a-f]{64}", "a digest"),
 }
-_CHANGE = {
-    "name": _NAME,
-    "places": anything(list),
-    **{
-        flag: optional(anything(bool), default)
-        for flag, default in (("loop", False), ("by_turn", True), ("keep", False), ("additive", True))
-    },
-}
+_FLAGS = {"loop": False, "by_turn": True, "keep": False, "additive": True}
+"""Of a change, and what each is where it is not said."""
+_CHANGE = {"name": _NAME, "places": anything(list), **{flag: optional(anything(bool), default) for flag, default in _FLAGS.items()}}
 _EDITS = {"functions": list_of(anything(dict)), "spans": list_of(list_of(whole())), "classes": list_of(anything(dict))}
 
 
@@ -104,35 +102,50 @@ def _index(known: list[Any], thing: Any) -> int:
     return known.index(thing)
 
 
-_FLAGS = {"loop": False, "by_turn": True, "keep": False, "additive": True}
+def check_edits(data: Any, label: str) -> dict[str, Any]:
+    """The edits that a file holds, as far as can be said without the classes.
+
+    Raises:
+        ConfigError: a value is of another type.
+    """
+    edits = checked(data, _EDITS, label)
+    for number, row in enumerate(edits["functions"], start=1):
+        checked(row, _FUNCTION, f"{label}, function {number}")
+    for row in edits["classes"]:
+        where = f"{label}, {shown(row.get('class'))}"
+        for change in checked(row, _CLASS, where)["changes"]:
+            checked(change, _CHANGE, where)
+    return edits
 
 
-def replayed(data: Any, model: nn.Module, label: str) -> dict[str, Edited]:
+def replayed(data: Any, model: nn.Module, sites: Iterable[PlanSite], label: str) -> dict[str, Edited]:
     """The class of each owner again.
 
     Args:
         data: what `recorded` gave.
         model: of the same architecture, as it was before.
+        sites: of the plan that is carried out with them.
         label: where the data came from, for messages.
 
     Raises:
-        ConfigError: the data are damaged, the model has no such module, or an installed function is not the one that was edited.
+        ConfigError: the data are damaged, they lack a site, the model has no such module, or an installed function is not the one that was
+            edited.
     """
-    edits = checked(data, _EDITS, label)
-    functions = [checked(row, _FUNCTION, f"{label}, function {number}") for number, row in enumerate(edits["functions"], start=1)]
+    edits = check_edits(data, label)
     owners: dict[str, Edited] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for row in edits["classes"]:
-        entry = checked(row, _CLASS, f"{label}, {shown(row.get('class'))}")
-        changes = [checked(change, _CHANGE, f"{label}, {entry['class']}") for change in entry["changes"]]
+    for entry in edits["classes"]:
         made: dict[type, Edited] = {}
         for owner in entry["owners"]:
             if owner not in modules:
                 raise ConfigError(f"{label} names the module {shown(owner)}, which the model does not have. {nearest(owner, modules)}")
             base = type(modules[owner])
             if base not in made:
-                made[base] = _class_again(_Reader(base, functions, edits["spans"], label), entry, changes)
+                made[base] = _class_again(_Reader(base, edits["functions"], edits["spans"], label), entry)
             owners[owner] = made[base]
+    for site in sites:
+        if site.owner not in owners or all(change.name != site.attribute for change in owners[site.owner].changes):
+            raise ConfigError(f"{label}: nothing is edited for the site {site.id}, so that its connection would not be called.")
     return owners
 
 
@@ -147,15 +160,15 @@ def only(data: Mapping[str, Any], inside: Callable[[Mapping[str, None]], Mapping
     return {**data, "classes": [row for row in classes if row["owners"]]}
 
 
-def _class_again(reader: _Reader, entry: Mapping[str, Any], changes: Iterable[Mapping[str, Any]]) -> Edited:
+def _class_again(reader: _Reader, entry: Mapping[str, Any]) -> Edited:
     try:
         again = [
             Change(
                 change["name"],
                 tuple(tuple((reader.steps(steps), int(bool(side))) for steps, side in adds) for adds in change["places"]),
-                **{flag: change[flag] for flag in _FLAGS},
+                **{flag: change[flag] for flag in _FLAGS if flag in change},
             )
-            for change in changes
+            for change in entry["changes"]
         ]
         calls = [Call("", 0, reader.steps(steps)) for steps in entry["ways"]]
     except (TypeError, ValueError, IndexError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from laurel_rewrite.backends.module.replay import check_edits
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.checked import INNER_NAME, anything, checked, list_of, mapping, one_of, optional, read_json, shown, text, whole
 from laurel_rewrite.files.manifest import MANIFEST, Manifest
@@ -55,6 +56,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config["model"].get("kind")
     if not isinstance(kind, str) or kind not in _RECIPES:
         raise ConfigError(f"{label} names an unknown kind of model: {shown(kind)}.")
+    if config["edits"] is not None:
+        check_edits(config["edits"], f"{label}, edits")
     recipe = {"kind": text(), "files": optional(_FILES, []), **_RECIPES[kind]}
     config["model"] = checked(config["model"], recipe, f"{label}, model")
     for name in config["model"]["files"]:

@@ -243,7 +243,7 @@ def _put_in(model: nn.Module, folder: Path, config: Mapping[str, Any], plan: Pla
     _check_places(model, plan, folder / PLAN)
     record = Rewriting(plan, {}, config["edits"], factors=config["factors"])
     if by_edits:
-        edited = replayed(config["edits"], model, f"{label}, edits")
+        edited = replayed(config["edits"], model, plan.sites, f"{label}, edits")
         record.classes = {owner: edit.rewritten for owner, edit in edited.items()}
         classes = {owner: edit.rewritten.cls for owner, edit in edited.items()}
     else:
