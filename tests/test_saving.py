@@ -232,3 +232,14 @@ def test_models_of_one_folder_that_is_loaded_twice_pickle(tmp_path):
     loaded = [load(tmp_path), load(tmp_path)]
     for model in loaded:
         assert torch.equal(output(pickle.loads(pickle.dumps(model)), (x,)), output(model, (x,)))
+
+
+def test_an_owner_without_a_class_in_the_folder_is_refused(tmp_path):
+    """Its connections would be there, and nothing would call them."""
+    save(rewrite(CASES["plain"].make(), (torch.randn(2, 5, D),), rank=4), tmp_path)
+    config = json.loads((tmp_path / "laurel_config.json").read_text())
+    config["classes"] = {}
+    (tmp_path / "laurel_config.json").write_text(json.dumps(config))
+    (tmp_path / "laurel_manifest.json").unlink()
+    with pytest.raises(ConfigError, match="no class is named for the model, so that its connections would not be called"):
+        load(tmp_path)

@@ -270,7 +270,8 @@ def _put_in(model: Any, config: Any, code: str) -> None:
         file = Path(str(sys.modules[code].__file__))
         written = read_text(file, "The source")
         record.text, record.edits = written, record.edits if _digest(written) == data["source"] else None
-        classes = classes_of(sys.modules[code], model, record.names, written, str(file))
+        owners = [row.owner for row in record.plan.sites]
+        classes = classes_of(sys.modules[code], model, owners, record.names, written, str(file))
     else:
         _check_unedited(config, data, label)
         edited = replayed(record.edits, model, record.plan.sites, label)

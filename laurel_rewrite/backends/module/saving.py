@@ -239,6 +239,7 @@ def _put_into(
 def _put_in(model: nn.Module, folder: Path, config: Mapping[str, Any], plan: Plan, *, by_edits: bool = False) -> None:
     """Install a folder's plan in its base model."""
     names, label = config["classes"], str(folder / CONFIG)
+    owners = [row.owner for row in plan.sites]
     check_owners(model, names, label)
     _check_places(model, plan, folder / PLAN)
     record = Rewriting(plan, {}, config["edits"], factors=config["factors"])
@@ -251,7 +252,7 @@ def _put_in(model: nn.Module, folder: Path, config: Mapping[str, Any], plan: Pla
             module = imported(folder / MODELING)
         record.text, record.names = read_text(folder / MODELING, "The source"), names
         record.edits = None if is_edited(folder, MODELING) else record.edits
-        classes = classes_of(module, model, names, record.text, str(folder / MODELING))
+        classes = classes_of(module, model, owners, names, record.text, str(folder / MODELING))
     install(model, plan, classes)
     keep_record(model, record)
 

@@ -43,16 +43,25 @@ def check_owners(model: nn.Module, owners: Iterable[str], label: str) -> None:
             raise ConfigError(f"{label} names the module {shown(owner)}, which the model does not have. {nearest(owner, modules)}")
 
 
-def classes_of(module: ModuleType, model: nn.Module, names: Mapping[str, str], text: str, label: str) -> dict[str, type]:
+def classes_of(
+    module: ModuleType, model: nn.Module, owners: Iterable[str], names: Mapping[str, str], text: str, label: str
+) -> dict[str, type]:
     """The class of each owner, made to look like the class that it replaces.
 
     Args:
         module: of the file.
         model: whose modules are the owners.
+        owners: of the plan's sites.
         names: the owners' classes in the module.
         text: of the file, by which models of these classes pickle.
         label: of the file, for messages.
+
+    Raises:
+        ConfigError: an owner has no class there.
     """
+    without = next((owner for owner in owners if owner not in names), None)
+    if without is not None:
+        raise ConfigError(f"{label}: no class is named for {without or 'the model'}, so that its connections would not be called.")
     classes: dict[str, type] = {}
     for owner, name in names.items():
         base = type(model.get_submodule(owner))
