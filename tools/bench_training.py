@@ -44,7 +44,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def models(dim: int, layers: int, rank: int, history: int, ids: torch.Tensor) -> dict[str, nn.Module]:
+def models(variants: tuple[str, ...], dim: int, layers: int, rank: int, history: int, ids: torch.Tensor) -> dict[str, nn.Module]:
     """By name, the baseline first. LAuReL has weights of trained size: at its start a product with zeros might be cheaper."""
     from laurel_rewrite import rewrite
     from laurel_rewrite.sources.models import build
@@ -57,7 +57,7 @@ def models(dim: int, layers: int, rank: int, history: int, ids: torch.Tensor) ->
     base = build("hf:llama", settings).model
     given: dict[str, Any] = {"input_ids": ids}
     found = {"baseline": base, AGAIN: base}
-    for variant in VARIANTS:
+    for variant in variants:
         found[variant] = moved(rewrite(base, (), given, variant=variant, rank=rank, history=history, verify=False), 0.02)
     return {**found, MORE: build("hf:llama", {**settings, "num_hidden_layers": layers + 1}).model}
 
@@ -80,6 +80,7 @@ def line(row: TrainingRow, baseline: TrainingRow, place: str, bound: float, oper
 
 
 @click.command(help=__doc__.split("\n\n")[0])
+@click.option("--variant", "variants", multiple=True, default=VARIANTS, show_default=True)
 @click.option("--dim", "dims", type=click.IntRange(64), multiple=True, default=(256,), show_default=True, help="Features D.")
 @click.option(
     "--layers", "depths", type=click.IntRange(1), multiple=True, default=(8,), show_default=True, help="Layers, of two sites each."
@@ -92,6 +93,7 @@ def line(row: TrainingRow, baseline: TrainingRow, place: str, bound: float, oper
 @click.option("--threads", default=1, show_default=True, help="Of torch, on a CPU.")
 @click.option("--out", type=click.Path(path_type=Path), help="The table's file; by default dated, under tools/results/.")
 def main(
+    variants: tuple[str, ...],
     dims: tuple[int, ...],
     depths: tuple[int, ...],
     rank: int,
@@ -125,7 +127,7 @@ def main(
         for layers in depths:
             torch.manual_seed(0)
             ids = torch.randint(0, VOCABULARY, (batch, length))
-            found = models(dim, layers, rank, history, ids)
+            found = models(variants, dim, layers, rank, history, ids)
             costs = {name: work(model, ids) for name, model in found.items()}
             result = profile_training(
                 found, (), {"input_ids": ids}, seconds=seconds, clock=time.thread_time if alone else time.perf_counter
