@@ -37,7 +37,9 @@ def fits(window: Sequence[Tensor], f: Tensor, layers: Sequence[nn.Module]) -> bo
     What is traced, exported, nested, sharded, quantised, hooked or wrapped is left to the formula, layer by layer, and so is what has no values:
     costs are counted of the formula.
     """
-    if torch.compiler.is_exporting() or not all(type(value) is Tensor and not (value.is_nested or value.is_meta) for value in (*window, f)):
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch's
+        return False
+    if not all(type(value) is Tensor and not (value.is_nested or value.is_meta) for value in (*window, f)):
         return False
     if not torch.compiler.is_compiling() and not all(_regular(value) for value in (window[0], f)):
         return False
