@@ -12,6 +12,7 @@ skips, and one product brings back all lags. A compiled graph does the sum in th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,10 +37,20 @@ def fits(window: Sequence[Tensor], f: Tensor, layers: Sequence[nn.Module]) -> bo
     What is traced, exported, nested, sharded, quantised, hooked or wrapped is left to the formula, layer by layer, and so is what has no values:
     costs are counted of the formula.
     """
-    if torch.compiler.is_exporting() or not all(type(value) is Tensor and not (value.is_nested or value.is_meta) for value in (*window, f)):
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch's
+        return False
+    if not all(type(value) is Tensor and not (value.is_nested or value.is_meta) for value in (*window, f)):
+        return False
+    if not torch.compiler.is_compiling() and not all(_regular(value) for value in (window[0], f)):
         return False
     dtype = window[0].dtype
     return torch.promote_types(dtype, f.dtype) == dtype and all(_bare(layer, dtype) for layer in layers)
+
+
+def _regular(value: Tensor) -> bool:
+    """Whether axes of size 1 have the strides of a new tensor: others a sum corrects, and addcmul does not."""
+    shape = value.shape
+    return 1 not in shape or value.stride() == tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _bare(layer: nn.Module, dtype: torch.dtype) -> bool:

@@ -38,7 +38,7 @@ def laid_out(out: Tensor, x: Tensor, f: Tensor, side: int) -> Tensor:
 
     Mostly it has them: this mends what torch's rules make of expanded, strided and broadcast operands. A compiled graph has its own layouts.
     """
-    if torch.compiler.is_compiling() or out.is_nested or (x.stride() == f.stride() == out.stride() and 1 not in x.shape):
+    if torch.compiler.is_compiling() or out.is_nested or x.stride() == f.stride() == out.stride():
         return out
     strides = _strides_of_sum(x, f, side)
     return out if out.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
