@@ -62,13 +62,14 @@ def counted(connection: Connection) -> Counts:
     """
     config = connection.config
     x = _position(connection)
+    f = torch.empty_like(x)
     state: tuple[torch.Tensor, ...] = (x,) * (FED if config.fed else 0)
     own = {value.untyped_storage()._cdata for value in connection.state_dict(keep_vars=True).values()}
     with torch.no_grad():
         for _ in range(max(config.lags - 1, 0)):  # the state that its stream would have brought it
-            _, state = connection.connect(x, torch.empty_like(x), state=state, n=x)
-        with _Counter(own) as counter:
-            left = state_behind(connection, state)
+            _, state = connection.connect(x, f, state=state, n=x)
+        with _Counter(own) as counter:  # what it runs on is there already, and costs nothing
+            left = _left(connection, x, f, state)
     return Counts(counter.flops, counter.moved, sum(value.numel() for value in left))
 
 
@@ -76,8 +77,12 @@ def state_behind(connection: Connection, state: tuple[torch.Tensor, ...]) -> tup
     """The state that a connection on the meta device leaves, for one position, of the state before it."""
     x = _position(connection)
     with torch.no_grad():
-        _, left = connection.connect(x, torch.empty_like(x), state=state, n=x)
-        return connection.connect_behind(x, left)[1] if connection.config.linked else left
+        return _left(connection, x, torch.empty_like(x), state)
+
+
+def _left(connection: Connection, x: torch.Tensor, f: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    _, left = connection.connect(x, f, state=state, n=x)
+    return connection.connect_behind(x, left)[1] if connection.config.linked else left
 
 
 def _position(connection: Connection) -> torch.Tensor:
