@@ -23,7 +23,10 @@ PRINTS = {
 """What a page's blocks print among other things."""
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.name, marks=[pytest.mark.engines] * (page != README)) for page in PAGES if blocks(page, "python")],
+)
 def test_the_python_blocks_run(page, tmp_path):
     done = run(page, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from laurel_rewrite import ConfigError, LaurelError, rewrite
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.training.pipeline import connect_stage, plan_of
 
-pytestmark = pytest.mark.usefixtures("toys")
+pytestmark = [pytest.mark.usefixtures("toys"), pytest.mark.engines]
 A = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1))
 BATCHES = torch.randn(4, 3, 4, D, generator=torch.Generator().manual_seed(2))
 # float32 against the whole model: gradients of a stage are summed in another order.

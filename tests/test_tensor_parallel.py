@@ -18,7 +18,7 @@ from tools.engines.case import CLASSES
 from tools.engines.ranks import Ranks
 from tools.engines.table import EXACT, Engine, cell, engines
 
-pytestmark = pytest.mark.usefixtures("toys")
+pytestmark = [pytest.mark.usefixtures("toys"), pytest.mark.engines]
 X = torch.randn(2, 5, D)
 
 
