@@ -343,6 +343,11 @@ def contains(outer: CodeType, inner: CodeType) -> bool:
     return outer is inner or (outer.co_filename == inner.co_filename and any(code is inner for code in codes_of(outer)))
 
 
+def name_of(cls: type) -> str:
+    """A class as files name it, "module:class"."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def mangled(name: str, owner: str | None) -> str:
     """A name as the compiler knows it inside a class."""
     if owner is None or not name.startswith("__") or name.endswith("__") or not owner.strip("_"):

@@ -130,11 +130,6 @@ def base_model(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Mod
     raise ConfigError(f"{folder / CONFIG} does not say how to build the model.")
 
 
-def name_of(cls: type) -> str:
-    """module:class."""
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
 def named(name: str, kind: type) -> Any:
     """A class by its name; ConfigError unless it is one of this kind."""
     module, _, attribute = name.partition(":")

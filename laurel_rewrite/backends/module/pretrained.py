@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from laurel_rewrite import __version__
-from laurel_rewrite.backends.module.functions import BASE, RECIPE, made_quietly
+from laurel_rewrite.backends.module.functions import BASE, RECIPE, made_quietly, name_of
 from laurel_rewrite.backends.module.modeling import source_of
-from laurel_rewrite.backends.module.replay import check_edits, replayed
+from laurel_rewrite.backends.module.replay import check_edits
 from laurel_rewrite.backends.module.saved_folder import MODELING, OPERATORS
 from laurel_rewrite.backends.module.surgery import Rewriting, hosts, install, keep_record, original_class, rewriting_of
 from laurel_rewrite.backends.module.written import check_owners, classes_of
@@ -274,9 +274,7 @@ def _put_in(model: Any, config: Any, code: str) -> None:
         classes = classes_of(sys.modules[code], model, owners, record.names, written, str(file))
     else:
         _check_unedited(config, data, label)
-        edited = replayed(record.edits, model, record.plan.sites, label)
-        record.classes = {owner: edit.rewritten for owner, edit in edited.items()}
-        classes = {owner: edit.rewritten.cls for owner, edit in edited.items()}
+        classes = record.made_again(model, label)
     install(model, record.plan, classes)
     keep_record(model, record)
 
@@ -370,8 +368,7 @@ def recipe_of(model: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
     if isinstance(config, _Rewritten):
         object.__setattr__(config, "__class__", _base_of(type(config)))
         vars(config).pop(TYPE)
-    base, kind = original_class(model), type(config)
-    recipe = {"kind": "transformers", "class": f"{base.__module__}:{base.__qualname__}", "config": f"{kind.__module__}:{kind.__qualname__}"}
+    recipe = {"kind": "transformers", "class": name_of(original_class(model)), "config": name_of(type(config))}
     attention = config._attn_implementation  # which the configuration's own text leaves out
     if isinstance(attention, str) and attention.isidentifier():  # a kernel from elsewhere is for the user to ask for
         recipe["attention"] = attention

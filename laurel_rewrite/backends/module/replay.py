@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from laurel_rewrite.backends.module.functions import Place, codes_of, find_in_class, find_in_module
+from laurel_rewrite.backends.module.functions import Place, codes_of, find_in_class, find_in_module, name_of
 from laurel_rewrite.backends.module.source import Change, Edited, rewrite_class
 from laurel_rewrite.backends.module.wrappers import chains
 from laurel_rewrite.detection.site import path_moved
@@ -74,7 +74,7 @@ class _Writer:
         ]
         ends = {steps[-1] for change in edited.changes for adds in change.places for steps, _ in adds}
         ways = [self._steps(base, steps) for steps in dict.fromkeys(call.steps for call in edited.calls) if steps[-1] in ends]
-        return {"class": _named(base), "owners": list(owners), "changes": changes, "ways": ways}
+        return {"class": name_of(base), "owners": list(owners), "changes": changes, "ways": ways}
 
     def _steps(self, base: type, steps: tuple[Span, ...]) -> list[int]:
         return [_index(self.spans, self._span(base, span)) for span in steps]
@@ -215,7 +215,7 @@ class _Reader:
             function: FunctionType = chain[-1]
             if function.__code__.co_name == row["name"] and _digest(function.__code__) == row["digest"]:
                 return function
-        place = f"{row['module'] or _named(self.base)}.{row['attribute']}"
+        place = f"{row['module'] or name_of(self.base)}.{row['attribute']}"
         raise ConfigError(
             f"{self.label}: the installed {place} is not the one that was edited; it belongs to another version of its package. Install that "
             "version, or rewrite the model anew and load the weights into it."
@@ -228,7 +228,3 @@ def _digest(code: CodeType) -> str:
     node = source.function(code)
     start = source.line_start(code.co_firstlineno)
     return hashlib.sha256(source.text[start : source.extent(node)[1]]).hexdigest()
-
-
-def _named(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"

@@ -14,10 +14,9 @@ import torch
 from torch import fx, nn
 
 from laurel_rewrite import __version__
-from laurel_rewrite.backends.module.functions import unheard
+from laurel_rewrite.backends.module.functions import name_of, unheard
 from laurel_rewrite.backends.module.modeling import source_of
-from laurel_rewrite.backends.module.origin import Origin, base_model, check_names, keep_origin, name_of, origin_of, read_origin, unpickled
-from laurel_rewrite.backends.module.replay import replayed
+from laurel_rewrite.backends.module.origin import Origin, base_model, check_names, keep_origin, origin_of, read_origin, unpickled
 from laurel_rewrite.backends.module.saved_folder import (
     CONFIG,
     FORMAT,
@@ -244,9 +243,7 @@ def _put_in(model: nn.Module, folder: Path, config: Mapping[str, Any], plan: Pla
     _check_places(model, plan, folder / PLAN)
     record = Rewriting(plan, {}, config["edits"], factors=config["factors"])
     if by_edits:
-        edited = replayed(config["edits"], model, plan.sites, f"{label}, edits")
-        record.classes = {owner: edit.rewritten for owner, edit in edited.items()}
-        classes = {owner: edit.rewritten.cls for owner, edit in edited.items()}
+        classes = record.made_again(model, f"{label}, edits")
     else:
         with unheard({type(model.get_submodule(owner)) for owner in names}):
             module = imported(folder / MODELING)

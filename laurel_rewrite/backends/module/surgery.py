@@ -59,6 +59,12 @@ class Rewriting:
         """The files that its operators were loaded from, by operator; the others come with this package or with a plugin."""
         return {row.variant: row.operator.file for row in self.plan.sites if row.operator.file is not None}
 
+    def made_again(self, model: nn.Module, label: str) -> dict[str, type]:
+        """The class of each owner from the edits, without a capture; see `replay.replayed`."""
+        edited = replay.replayed(self.edits, model, self.plan.sites, label)
+        self.classes = {owner: edit.rewritten for owner, edit in edited.items()}
+        return {owner: rewritten.cls for owner, rewritten in self.classes.items()}
+
     def below(self, path: str) -> Rewriting:
         """The same of a module inside the model: of the sites that it holds."""
         if not path:
