@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import types
 from collections import Counter
 from dataclasses import replace
 
@@ -22,7 +25,7 @@ from laurel_rewrite import ConfigError, detect, export_onnx, profile, rewrite, r
 from laurel_rewrite.backends.onnx.surgery import away_from_start
 from laurel_rewrite.graph.feeds import draw_feeds
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.profiling import ITSELF, _doubts
+from laurel_rewrite.profiling import ITSELF, _doubts, latency
 from laurel_rewrite.profiling.latency import BLOCKS, VERDICTS, Effort, measure, ratio, summarised, verdict_of
 from laurel_rewrite.profiling.sessions import settings
 
@@ -59,6 +62,16 @@ def test_activation_memory_grows_with_the_input(graphs):
     )
     tensor = 64 * D * 4
     assert large - small >= 62 * tensor
+
+
+def test_what_is_told_last_is_that_all_is_done(monkeypatch):
+    """However the clock goes on between one look and the next."""
+    looks = itertools.count()
+    monkeypatch.setattr(latency, "time", types.SimpleNamespace(perf_counter=lambda: float(next(looks))))
+    told = []
+    latency.interleaved([lambda: None], 4.0, 1, random.Random(0), told.append, clock=lambda: 0.0)
+    assert told[-1] == 1.0
+    assert told == sorted(told)
 
 
 def test_the_ratio_is_the_median_of_the_rounds():

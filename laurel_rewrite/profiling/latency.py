@@ -157,15 +157,18 @@ def interleaved(
             run()
     rounds: list[list[float]] = []
     begin = time.perf_counter()
-    while len(rounds) < min_rounds or time.perf_counter() - begin < seconds:
+    done = 0.0
+    while done < 1:
         row = [0.0] * len(runs)
         for n in order.sample(range(len(runs)), len(runs)):
             start = clock()
             runs[n]()
             row[n] = 1e3 * (clock() - start)
         rounds.append(row)
+        # The loop ends by the very figure that is told: told by another look at the clock, the last one may fall short of 1.
+        done = min(1.0, (time.perf_counter() - begin) / max(seconds, 1e-9), len(rounds) / max(min_rounds, 1))
         if progress is not None:
-            progress(min(1.0, min((time.perf_counter() - begin) / max(seconds, 1e-9), len(rounds) / min_rounds)))
+            progress(done)
     return np.array(rounds).T
 
 
