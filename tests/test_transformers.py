@@ -94,6 +94,69 @@ def test_each_of_several_models_inside_one_saves_its_own_part(tmp_path):
     ]
 
 
+def rewritten_part(model: nn.Module, path: str, *args: Any, **kwargs: Any) -> None:
+    part = rewrite(model.get_submodule(path), args, kwargs, variant="rw+lr+pa", rank=4, inplace=True)  # tied weights stay tied
+    model.set_submodule(path, part)
+
+
+def parts_of_gpt2() -> tuple[nn.Module, Any]:
+    example = real("gpt2")
+    rewritten_part(example.model, "transformer", **example.kwargs)
+    return example.model, example
+
+
+def parts_of_t5() -> tuple[nn.Module, Any]:
+    """Two, one after the other, each a stream of its own."""
+    example = real("t5")
+    ids, hidden = example.kwargs["input_ids"], torch.randn(*example.kwargs["input_ids"].shape, example.model.config.d_model)
+    rewritten_part(example.model, "decoder", input_ids=ids, encoder_hidden_states=hidden, use_cache=False)
+    rewritten_part(example.model, "encoder", input_ids=ids)
+    return example.model, example
+
+
+def parts_of_llama() -> tuple[nn.Module, Any]:
+    """Layers, which are no PreTrainedModel."""
+    example = real("llama")
+    body = example.model.model
+    x = torch.randn(2, 5, body.config.hidden_size)
+    places = torch.arange(5)[None]
+    for number in (1, 0):
+        rewritten_part(body, f"layers.{number}", x, position_embeddings=body.rotary_emb(x, places))
+    return example.model, example
+
+
+@pytest.mark.parametrize("made", [parts_of_gpt2, parts_of_t5, parts_of_llama])
+def test_a_model_around_rewritten_parts_saves_them(made, tmp_path):
+    model, example = made()
+    away_from_start(model).eval()
+    expected = output(model, example.other_args, example.other_kwargs)
+    model.save_pretrained(tmp_path / "first")
+    found = getattr(transformers, AUTO[example.model.config.model_type]).from_pretrained(tmp_path / "first")
+    assert list(found.state_dict()) == list(model.state_dict())
+    assert list(sites_of(found)) == list(sites_of(model))
+    assert torch.equal(output(found, example.other_args, example.other_kwargs), expected)
+    assert torch.equal(output(model, example.other_args, example.other_kwargs), expected)
+    found.save_pretrained(tmp_path / "again")
+    first, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "again"))
+    assert first["laurel"] == again["laurel"]
+    laurel_rewrite.save(model, tmp_path / "own")
+    own = laurel_rewrite.load(tmp_path / "own").eval()
+    assert torch.equal(output(own, example.other_args, example.other_kwargs), expected)
+    plain = remove(model)
+    assert not hasattr(plain.config, "laurel")
+    plain.save_pretrained(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["model_type"] == plain.config.model_type
+
+
+def test_a_connection_that_came_from_another_model_cannot_be_saved(tmp_path):
+    model, _ = moved("gpt2")
+    other = real("gpt2").model
+    other.transformer.h[1] = model.transformer.h[1]
+    with pytest.raises(ConfigError, match=r"The connection transformer\.h\.1\.laurel_0 of this GPT2LMHeadModel was made in another model"):
+        other.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 ELSEWHERE = """
 import sys, torch
 from laurel_rewrite.sources.built import declare_torchvision_ops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -271,6 +271,21 @@ class Plan:
         streams = {row.stream for row in self.sites if row.id in ids and row.operator.uses_history}
         dropped = {row.id for row in self.sites if row.id in ids or (row.stream in streams and row.operator.uses_history)}
         return replace(self, sites=tuple(row for row in self.sites if row.id not in dropped))
+
+    @staticmethod
+    def joined(plans: Sequence[Plan]) -> Plan:
+        """One plan of those of several modules of a model, with its paths; the seed is the first one's.
+
+        Raises:
+            ConfigError: they differ in what becomes of turns that a loop did not have.
+        """
+        if len({plan.extra_turns for plan in plans}) > 1:
+            raise ConfigError("Parts of this model were rewritten with different extra_turns, which a plan has one of.")
+        rows: list[PlanSite] = []
+        for plan in plans:
+            first = 1 + max((row.stream for row in rows), default=-1)
+            rows += [replace(row, stream=first + row.stream) for row in plan.sites]
+        return replace(plans[0], sites=tuple(rows), left_out=(), narrowed=())
 
     def moved(self, old: str, new: str) -> Plan:
         """The plan with another beginning of all modules' paths; what holds a pass of a stream and lies outside is the new root."""

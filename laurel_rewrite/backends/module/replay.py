@@ -160,6 +160,28 @@ def only(data: Mapping[str, Any], inside: Callable[[Mapping[str, None]], Mapping
     return {**data, "classes": [row for row in classes if row["owners"]]}
 
 
+def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The edits of several rewrites in one model, of no owner in common."""
+    functions: list[Any] = []
+    spans: list[list[int]] = []
+    classes = []
+    for data in parts:
+        first_function, first_span = len(functions), len(spans)
+
+        def steps(numbers: list[int], first: int = first_span) -> list[int]:
+            return [first + number for number in numbers]
+
+        functions += data["functions"]
+        spans += [[first_function + number, *place] for number, *place in data["spans"]]
+        for row in data["classes"]:
+            changes = [
+                {**change, "places": [[[steps(numbers), side] for numbers, side in adds] for adds in change["places"]]}
+                for change in row["changes"]
+            ]
+            classes.append({**row, "changes": changes, "ways": [steps(numbers) for numbers in row["ways"]]})
+    return {"functions": functions, "spans": spans, "classes": classes}
+
+
 def _class_again(reader: _Reader, entry: Mapping[str, Any]) -> Edited:
     try:
         again = [

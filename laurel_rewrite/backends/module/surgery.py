@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,6 +89,22 @@ class Rewriting:
         factors = {site: keys(weights) for site, weights in keys(self.factors).items()}
         return Rewriting(self.plan.moved(old, new), keys(self.classes), edits, self.text, keys(self.names), factors)
 
+    @staticmethod
+    def joined(parts: Sequence[Rewriting]) -> Rewriting:
+        """That of a model, of those of modules inside that were rewritten one by one, with the model's paths.
+
+        Raises:
+            ConfigError: one of several has edited source, or a setting that a plan has one of differs.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if any(part.edits is None or not part.classes for part in parts):
+            raise ConfigError("Of several parts of this model that were rewritten, one was loaded from source of its own. Save them apart.")
+        edits = replay.joined([part.edits for part in parts if part.edits is not None])
+        classes = {owner: cls for part in parts for owner, cls in part.classes.items()}
+        factors = {site: weights for part in parts for site, weights in part.factors.items()}
+        return Rewriting(Plan.joined([part.plan for part in parts]), classes, edits, factors=factors)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
         return replace(self)
 
@@ -125,6 +141,25 @@ def rewriting_of(model: nn.Module) -> Rewriting:
     inside = next((name for name, module in model.named_modules() if RECORD in vars(module)), None)
     hint = f" What is inside, at {inside!r}, was: take off what is around it (merge an adapter), or use that module." if inside else ""
     raise ConfigError(f"This {type(model).__name__} was not made by laurel_rewrite.rewrite or load.{hint}")
+
+
+def rewriting_of_parts(model: nn.Module) -> Rewriting:
+    """That of a model whose parts were rewritten, each by itself, and put in their places.
+
+    Raises:
+        ConfigError: it has a connection that came from elsewhere, or the parts' records do not go together.
+    """
+    parts: dict[str, Rewriting] = {}
+    for path, module in model.named_modules():
+        if RECORD in vars(module) and not any(f"{path}.".startswith(f"{outer}.") for outer in parts):
+            parts[path] = vars(module)[RECORD].moved("", f"{path}." if path else "")
+    known = {row.id for part in parts.values() for row in part.plan.sites}
+    foreign = next((name for name in sites_of(model) if name not in known), None)
+    if foreign is not None:
+        raise ConfigError(
+            f"The connection {foreign} of this {type(model).__name__} was made in another model, and what was done there is not known here."
+        )
+    return Rewriting.joined(list(parts.values()))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
