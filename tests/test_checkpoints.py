@@ -125,6 +125,15 @@ def test_tied_weights_and_views_are_written_once(tmp_path):
     assert torch.equal(output(loaded, (), example.other_kwargs), output(model, (), example.other_kwargs))
 
 
+def test_weights_that_were_tied_once_are_named(tmp_path):
+    """As where a rewritten copy of the model's body was put in its place: the head keeps the first one's embedding."""
+    example = real("gpt2")
+    example.model.transformer = rewrite(example.model.transformer, (), example.kwargs, rank=4)
+    save(example.model, tmp_path)
+    with pytest.raises(ConfigError, match=r"own for lm_head.weight and transformer.wte.weight, which are one in the model"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("fault", ["torn", "another", "version", "weights"])
 def test_a_folder_that_does_not_fit_leaves_the_base_model_as_it_was(fault, tmp_path):
     save(moved(), tmp_path, weights="operators")

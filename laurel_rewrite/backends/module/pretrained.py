@@ -28,7 +28,7 @@ from laurel_rewrite.backends.module.functions import BASE, RECIPE, made_quietly,
 from laurel_rewrite.backends.module.modeling import source_of
 from laurel_rewrite.backends.module.replay import check_edits
 from laurel_rewrite.backends.module.saved_folder import MODELING, OPERATORS
-from laurel_rewrite.backends.module.surgery import Rewriting, hosts, install, keep_record, original_class, rewriting_of, rewriting_of_parts
+from laurel_rewrite.backends.module.surgery import Rewriting, hosts, install, keep_record, original_class, rewriting_of
 from laurel_rewrite.backends.module.written import check_owners, classes_of
 from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError, RewriteError
 from laurel_rewrite.files.checked import INNER_NAME, anything, checked, mapping, one_of, optional, read_json, read_text, text
@@ -422,7 +422,7 @@ def _teach_saving() -> None:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self, _Pretrained) or not sites_of(self):
             return save(self, *args, **kwargs)
-        keep_record(self, rewriting_of_parts(self))
+        keep_record(self, rewriting_of(self))
         return self.save_pretrained(*args, **kwargs)
 
     setattr(PRETRAINED, save.__name__, save_pretrained)

@@ -134,16 +134,20 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 def rewriting_of(model: nn.Module) -> Rewriting:
-    """What was done to a rewritten model; ConfigError where nothing was, or where something else is around it."""
-    record = vars(unwrapped(model)).get(RECORD)
+    """What was done to a rewritten model, or to the parts of a library's model; ConfigError where nothing was, or where something else is
+    around it."""
+    inner = unwrapped(model)
+    record = vars(inner).get(RECORD)
     if isinstance(record, Rewriting):
         return record
+    if sites_of(inner) and any(host.owns(inner) for host in hosts):
+        return _of_parts(inner)
     inside = next((name for name, module in model.named_modules() if RECORD in vars(module)), None)
     hint = f" What is inside, at {inside!r}, was: take off what is around it (merge an adapter), or use that module." if inside else ""
     raise ConfigError(f"This {type(model).__name__} was not made by laurel_rewrite.rewrite or load.{hint}")
 
 
-def rewriting_of_parts(model: nn.Module) -> Rewriting:
+def _of_parts(model: nn.Module) -> Rewriting:
     """That of a model whose parts were rewritten, each by itself, and put in their places.
 
     Raises:

@@ -148,11 +148,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_model
 
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    seen: dict[int, str] = {}
     try:
         with safe_open(str(path), "pt") as file:
             for key in file.keys():  # noqa: SIM118  # not a dict
                 tensor = own.get(key)
                 given = file.get_slice(key)
+                if tensor is not None and seen.setdefault(id(tensor), key) != key:
+                    raise ConfigError(
+                        f"{path} has weights of their own for {seen[id(tensor)]} and {key}, which are one in the model: they were taken apart "
+                        "before it was saved, as where a copy of one module was put in. Tie them again and save."
+                    )
                 wanted = _DTYPES.get(given.get_dtype())
                 if tensor is None or list(given.get_shape()) != list(tensor.shape):
                     continue  # load_model says all of them
