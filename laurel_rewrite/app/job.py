@@ -416,4 +416,4 @@ def insertion(report: Report) -> str:
     """In words: how many modules, and what they add."""
     added = report.parameters["added"]
     share = 100 * added / max(report.parameters["model"], 1)
-    return f"{len(report.plan.sites)} LAuReL modules, {number(added)} parameters more (+{share:.2f} %)"
+    return f"{len(report.plan.sites)} connections, {number(added)} parameters more (+{share:.2f} %)"

@@ -31,7 +31,7 @@ def refuse_second_time(model: nn.Module) -> None:
     present = sites_of(model)
     if present:
         raise ConfigError(
-            f"The model was rewritten already: it has {len(present)} LAuReL modules, the first at {next(iter(present))!r}. "
+            f"The model was rewritten already: it has {len(present)} connections, the first at {next(iter(present))!r}. "
             "Call laurel_rewrite.remove(model) first."
         )
 

@@ -98,7 +98,7 @@ def is_edited(folder: Path, name: str) -> bool:
 def check_size(plan: Plan, weights: Path) -> None:
     """Raise ConfigError where the plan has more parameters than the weights have bytes, before memory is taken for them."""
     if weights.is_file() and plan.parameters() > weights.stat().st_size:
-        raise ConfigError(f"{weights} does not fit the plan, which has {plan.parameters()} parameters in LAuReL modules alone.")
+        raise ConfigError(f"{weights} does not fit the plan, which has {plan.parameters()} parameters in its connections alone.")
 
 
 class importable:

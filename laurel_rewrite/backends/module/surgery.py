@@ -242,7 +242,7 @@ def remove(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ConfigError: the model was not rewritten, or a module's class was changed again since.
     """
     if not sites_of(model):
-        raise ConfigError(f"This {type(model).__name__} has no LAuReL module to remove.")
+        raise ConfigError(f"This {type(model).__name__} has no connection to remove: it was not rewritten.")
     if isinstance(model, fx.GraphModule):
         raise ConfigError("LAuReL cannot be removed from a graph; keep the graph from before the pass.")
     for name, module in model.named_modules():
