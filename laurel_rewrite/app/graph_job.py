@@ -26,6 +26,7 @@ from laurel_rewrite.profiling import profile
 from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.report import HTML, JSON
 from laurel_rewrite.report.words import count
+from laurel_rewrite.stages import Listener, silent
 from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, write_in_float32
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(
     emit_torch: bool = False,
     effort: Effort = USUAL,
     force: bool = False,
-    listener: job.Listener = job.silent,
+    listener: Listener = silent,
 ) -> job.Report:
     """Rewrite an ONNX file. `laurel.onnx` and the rest appear in `out` when everything has passed; else nothing does.
 
@@ -143,7 +144,7 @@ class _Work:
         target: targets.Target,
         skip: tuple[str, ...],
         external_data: str | None,
-        listener: job.Listener,
+        listener: Listener,
     ) -> None:
         self.path, self.rewrite, self.report, self.draft = path, rewrite, report, draft
         self.target, self.skip, self.external_data, self.listener = target, skip, external_data, listener

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import targets
 from laurel_rewrite.app.wording import counts, not_timed, verdict, verified_elsewhere
@@ -29,6 +28,7 @@ from laurel_rewrite.report.words import count as number
 from laurel_rewrite.sources import is_graph, is_onnx
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.models import build
+from laurel_rewrite.stages import Listener, Stage, silent
 from laurel_rewrite.verification.checks import Check, check_gradients, failure, randomized
 from laurel_rewrite.verification.export import array_of, check_export, widened
 from laurel_rewrite.verification.onnx import check_moves
@@ -40,30 +40,6 @@ if TYPE_CHECKING:
 PROBE = "probe.onnx"
 RANKS = (4, 8, 16, 32, 64)  # that a dry run compares
 FILES = ("baseline.onnx", "laurel.onnx", MODELING, WEIGHTS, PLAN, CONFIG, JSON, HTML)
-
-
-class Stage(Protocol):
-    """A stage that is running; the listener shows it."""
-
-    def done(self, text: str) -> None: ...
-
-    def progress(self, fraction: float) -> None: ...
-
-
-class _Silent:
-    def done(self, text: str) -> None:
-        pass
-
-    def progress(self, fraction: float) -> None:
-        pass
-
-
-Listener = Callable[[str], AbstractContextManager[Stage]]
-
-
-def silent(name: str) -> AbstractContextManager[Stage]:
-    """A listener that shows nothing."""
-    return nullcontext(_Silent())
 
 
 @dataclass

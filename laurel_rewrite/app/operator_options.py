@@ -17,30 +17,50 @@ OPERATORS: dict[str, Any] = json.loads(files("laurel_rewrite.operators").joinpat
 _ADDED = "laurel_rewrite.operator_options"
 
 
-def option_of(name: str, declared: Mapping[str, Any]) -> click.Option:
+class _Several(click.ParamType):
+    """Values of a kind, with commas between them."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.name = click.types.convert_type(kind), f"{click.types.convert_type(kind).name}[,...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        return [self.kind.convert(word.strip(), param, ctx) for word in str(value).split(",")]
+
+
+def option_of(name: str, declared: Mapping[str, Any], *, several: bool = False) -> click.Option:
     """A declaration as an option of the command; what is not given is left to the operator."""
     default, choices = declared["default"], declared["choices"]
     words = f"{declared['help']}: {', '.join(choices)}." if choices else f"{declared['help']}."
     kind = type(default) if isinstance(default, bool | int | float) else str
     shown = str(default).lower() if isinstance(default, bool) else default
-    return click.Option([f"--{name.replace('_', '-')}", name], default=None, type=kind, help=f"{words}  [default: {shown}]")
+    taken: Any = _Several(kind) if several else kind
+    return click.Option([f"--{name.replace('_', '-')}", name], default=None, type=taken, help=f"{words}  [default: {shown}]")
 
 
-def builtin_options() -> dict[str, click.Option]:
+def builtin_options(*, several: bool = False) -> dict[str, click.Option]:
     """One option a name, of all operators of this package."""
     found: dict[str, click.Option] = {}
     for operator in OPERATORS.values():
         for name, declared in operator["options"].items():
-            found.setdefault(name, option_of(name, declared))
+            found.setdefault(name, option_of(name, declared, several=several))
     return found
 
 
 class OperatorCommand(Command):
-    """A command that takes the options of the operator that its `--variant` names, wherever that is registered."""
+    """A command that takes the options of the operators that its `--variant` names, wherever they are registered.
+
+    Args:
+        several: whether it takes several variants, and several values of their options.
+    """
+
+    def __init__(self, name: str | None, *, several: bool = False, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        self.several = several
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        variant, files = _value(args, "--variant"), _values(args, "--operator-file")
-        if files or (variant and sorted(variant.strip().lower().split("+")) not in [sorted(name.split("+")) for name in OPERATORS]):
+        given, files = _values(args, "--variant"), _values(args, "--operator-file")
+        own = [sorted(name.split("+")) for name in OPERATORS]
+        if files or any(sorted(name.strip().lower().split("+")) not in own for name in (given if self.several else given[-1:])):
             from dataclasses import asdict
 
             from laurel_rewrite.operators.registry import load_operators, operators
@@ -49,7 +69,7 @@ class OperatorCommand(Command):
                 load_operators(file)
             known = {parameter.name for parameter in self.params}
             added = {
-                name: option_of(name, asdict(option))
+                name: option_of(name, asdict(option), several=self.several)
                 for operator in operators().values()
                 for name, option in operator.options.items()
                 if name not in known
@@ -70,7 +90,3 @@ def given_options(context: click.Context, values: Mapping[str, Any]) -> dict[str
 def _values(args: Sequence[str], option: str) -> list[str]:
     found = [value for name, value in itertools.pairwise(args) if name == option]
     return found + [arg.removeprefix(f"{option}=") for arg in args if arg.startswith(f"{option}=")]
-
-
-def _value(args: Sequence[str], option: str) -> str:
-    return (_values(args, option) or [""])[-1]

@@ -57,7 +57,12 @@ def common(function: Any) -> Any:
     return function
 
 
-def operator_options(function: Any) -> Any:
-    for option in reversed(builtin_options().values()):
-        function.__click_params__.append(option)
-    return function
+def operator_options(*, several: bool = False) -> Any:
+    """The options of this package's operators; `several`: of several values each."""
+
+    def added(function: Any) -> Any:
+        for option in reversed(builtin_options(several=several).values()):
+            function.__click_params__.append(option)
+        return function
+
+    return added

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laurel_rewrite.app.job import Listener, silent
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.manifest import MANIFEST
@@ -14,6 +13,7 @@ from laurel_rewrite.graph.feeds import read_feeds
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling import profile as measure
 from laurel_rewrite.report import HTML, JSON, write_report
+from laurel_rewrite.stages import Listener, silent
 
 
 def run(

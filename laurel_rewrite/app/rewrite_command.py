@@ -19,8 +19,9 @@ from laurel_rewrite.targets import DEFAULT, targets
 from laurel_rewrite.targets import target as find_target
 
 if TYPE_CHECKING:
-    from laurel_rewrite.app.job import Listener, Report
+    from laurel_rewrite.app.job import Report
     from laurel_rewrite.plan import LaurelConfig
+    from laurel_rewrite.stages import Listener
 
 _SITE_OPTIONS = ("variant", "include", "exclude")
 _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
@@ -36,7 +37,7 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 @click.option(
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )
-@operator_options
+@operator_options()
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only sites whose id, owner, its class, kind, block or role matches.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No sites whose id, owner, kind, block or role matches.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Carry out an edited plan.")

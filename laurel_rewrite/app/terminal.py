@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from laurel_rewrite.app.job import Report, Stage
+from laurel_rewrite.app.job import Report
 from laurel_rewrite.detection.explaining import Explanation
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.detection.sites import Sites
+from laurel_rewrite.lab.judging import BASELINE, BETTER, FAILED, WORSE, Judgement
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
 from laurel_rewrite.report.words import figure, shortened, size, skipped_of
+from laurel_rewrite.stages import Stage
+
+if TYPE_CHECKING:
+    from laurel_rewrite.lab.comparison import Comparison
 
 
 class Stages:
@@ -38,7 +45,8 @@ class Stages:
     def __call__(self, name: str) -> Iterator[Stage]:
         begin = time.perf_counter()
         bar = Progress(
-            SpinnerColumn(), TextColumn(f"{name:<18}"), BarColumn(), TimeElapsedColumn(), console=self.console, transient=True,
+            SpinnerColumn(), TextColumn(f"{name:<18}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
+            console=self.console, transient=True,
             disable=not self.shown,
         )  # fmt: skip
         with bar:
@@ -59,8 +67,8 @@ class _Shown:
     def done(self, text: str) -> None:
         self.text = text
 
-    def progress(self, fraction: float) -> None:
-        self.bar.update(self.task, total=1.0, completed=fraction)
+    def progress(self, fraction: float, text: str = "") -> None:
+        self.bar.update(self.task, total=1.0, completed=fraction, description=escape(text))
 
 
 def show_sites(console: Console, model: str, sites: Sites) -> None:
@@ -204,6 +212,38 @@ def show_training(console: Console, training: Training) -> None:
     _show(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
     for note in training.notes:
         console.print(Text(note, style="yellow"))
+
+
+def show_comparison(console: Console, comparison: Comparison) -> None:
+    """The table of a comparison: what each candidate came to, and what may be said of it."""
+    about, several = comparison.about, len(comparison.rates) > 1
+    rows = [
+        (
+            f"{row.name}\nlr {row.rate:g}" if several else row.name, *_judged(row.judgement),
+            "never" if row.needs is None and not row.failures else "" if row.needs is None else f"{100 * row.needs:.0f} %",
+            f"{row.size.parameters:,}\n{row.parameters:.3f}", f"{row.flops:.3f}", f"{row.seconds:.3f}",
+        )
+        for row in comparison.rows()
+    ]  # fmt: skip
+    seeds = max((row.judgement.seeds for row in comparison.rows()), default=0)
+    caption = (
+        f"{about['recipe']['tokens']:,} {about['task']['unit']} of {about['data']['name']} ({about['data']['digest'][:12]}), {about['task']['objective']}; "
+        f"{seeds} of {len(comparison.seeds)} seeds; loss on the third split, difference paired by seed, probability after Holm; needed: of these "
+        f"{about['task']['unit']}, what the baseline needs for the same loss on the second split"
+    )
+    headings = ("model", "loss>", "difference\n[95 %]>", "p>", "verdict", "needed>", "parameters>", "FLOPs>", "step>")
+    _show(console, f"Comparison of {about['model']}", headings, rows, caption)
+    for row in comparison.rows():
+        for seed, text in row.failures.items():
+            console.print(Text(f"{row.name}, seed {seed}: {text}", style="yellow"))
+
+
+def _judged(found: Judgement) -> tuple[str, str, str, Text]:
+    interval = f"\n[{found.low:+.4f}, {found.high:+.4f}]" if math.isfinite(found.low) else ""
+    difference = "" if found.verdict == BASELINE or not math.isfinite(found.difference) else f"{found.difference:+.4f}{interval}"
+    style = {BETTER: "green", WORSE: "red", FAILED: "red"}.get(found.verdict, "")
+    p = f"{found.corrected:.3f}" if math.isfinite(found.corrected) else ""
+    return f"{found.mean:.4f}" if math.isfinite(found.mean) else "", difference, p, Text(found.verdict, style)
 
 
 def _figure(one: Figure, row: Row, baseline: Row) -> str:

@@ -15,7 +15,7 @@ from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.checked import INNER_NAME, checked, mapping, one_of, read_json, text
 
 MANIFEST = "laurel_manifest.json"
-KINDS = ("files", "profile", "rewrite", "save")
+KINDS = ("files", "profile", "compare", "rewrite", "save")
 """What writes a folder, from what is made again most easily to a model that was trained: a later kind may take the place of an earlier
 one, not the other way round."""
 _FORMAT = 1

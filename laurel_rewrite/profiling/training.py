@@ -146,13 +146,17 @@ class _Step:
         return int(torch.cuda.max_memory_allocated())
 
 
-def one_more_block(model: nn.Module, owners: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+def one_more_block(
+    model: nn.Module, owners: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], *, donor: nn.Module | None = None
+) -> nn.Module | None:
     """A copy of a model with one more layer: the last block of a list of modules that owns sites, once more behind itself.
 
     Args:
         model: not rewritten.
         owners: paths of the modules that own residual connections.
-        args, kwargs: inputs; a copy that does not run with them, or leaves the new block out, is not taken.
+        args, kwargs: inputs; a copy that does not run with them, or leaves the new block out, is not taken. Where it leaves it out, the
+            numbers of layers in its configuration are raised, as transformers' models need it.
+        donor: a model of the same architecture whose block is put in, with other weights; by default the model itself.
 
     Returns:
         None where no list of modules holds the blocks, or the model itself counts them.
@@ -167,19 +171,41 @@ def one_more_block(model: nn.Module, owners: Sequence[str], args: Sequence[Any],
                 places[path] = parts[depth]
                 break
     for path, name in reversed(places.items()):
-        taller = copy.deepcopy(model)
-        blocks = taller.get_submodule(path)
-        assert isinstance(blocks, nn.ModuleList | nn.Sequential)
-        new = copy.deepcopy(blocks[int(name)])
-        blocks.insert(int(name) + 1, new)
-        calls: list[object] = []
-        hook = new.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
-        try:
-            with torch.no_grad(), quiet(), without_caches(taller):
-                taller(*args, **kwargs)
-        except Exception:  # whatever a block says to an input that does not fit
-            continue
-        hook.remove()
-        if calls:  # a model may run as many as its configuration says
-            return taller
+        for counted in (False, True):
+            taller = copy.deepcopy(model)
+            blocks = taller.get_submodule(path)
+            assert isinstance(blocks, nn.ModuleList | nn.Sequential)
+            if counted:
+                _count_one_more(taller, path, len(blocks))
+            new = copy.deepcopy((model if donor is None else donor).get_submodule(f"{path}.{name}" if path else name))
+            blocks.insert(int(name) + 1, new)
+            if _runs(taller, new, args, kwargs):
+                return taller
     return None
+
+
+def _count_one_more(model: nn.Module, path: str, layers: int) -> None:
+    """Raise the numbers of layers, and lengthen the lists with an entry for each, in the configurations of what holds the blocks."""
+    parts = path.split(".") if path else []
+    modules = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    configs = {id(config): config for module in modules if hasattr(config := vars(module).get("config"), "__dict__")}
+    for config in configs.values():
+        for key, value in list(vars(config).items()):
+            if "layer" in key and value == layers and isinstance(value, int):
+                setattr(config, key, layers + 1)
+            elif "layer" in key and isinstance(value, list) and len(value) == layers:
+                setattr(config, key, [*value, value[-1]])
+
+
+def _runs(model: nn.Module, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model runs, and a block in it."""
+    calls: list[object] = []
+    hook = block.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        with torch.no_grad(), quiet(), without_caches(model):
+            model(*args, **kwargs)
+    except Exception:  # whatever a block says to an input that does not fit
+        return False
+    finally:
+        hook.remove()
+    return bool(calls)

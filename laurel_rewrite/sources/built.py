@@ -19,6 +19,8 @@ from torch import nn
 from laurel_rewrite.errors import CaptureError, ConfigError, MissingPackageError, missing, nearest
 from laurel_rewrite.sources import libraries
 
+TRAINED_BY = ("loss", "dataset")
+"""Names of functions in a model's file: `loss(model, batch)` gives a scalar, `dataset(split)` a map-style dataset."""
 _stubs: list[Any] = []
 
 
@@ -31,6 +33,7 @@ class Built:
         settings: what was set with `--set`.
         files: source files beside the model's own that its classes need, by path relative to the model's folder.
         folder: of the checkpoint that its weights are from, where they are from one.
+        offers: functions that the model's file offers for training, of `TRAINED_BY`.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class Built:
     settings: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     folder: Path | None = None
+    offers: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError
 from laurel_rewrite.files.checked import require_file
 from laurel_rewrite.sources import libraries
-from laurel_rewrite.sources.built import Built, near_argument, unbuilt
+from laurel_rewrite.sources.built import TRAINED_BY, Built, near_argument, unbuilt
 from laurel_rewrite.sources.inputs import call_inputs
 
 FACTORIES = ("build_model", "get_model", "model")
@@ -157,7 +157,8 @@ def _from_module(module: ModuleType, factory: str, settings: dict[str, Any], spe
         )
     inputs = _call(examples, {}, f"{spec}: example_inputs") if callable(examples) else examples
     args, kwargs = call_inputs(inputs)
-    return Built(model.train(), args, kwargs, spec, settings, files)
+    offers = {name: thing for name in TRAINED_BY if getattr(thing := vars(module).get(name), "__module__", None) == module.__name__}
+    return Built(model.train(), args, kwargs, spec, settings, files, offers=offers)
 
 
 def _call(function: Callable[..., Any], settings: Mapping[str, Any], label: str) -> Any:

@@ -58,4 +58,4 @@ def build_model(**settings) -> GPT:
 
 
 def example_inputs():
-    return (torch.randint(0, 4096, (2, 64)),)
+    return (torch.randint(0, 256, (2, 64)),)

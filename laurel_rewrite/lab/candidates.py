@@ -1,0 +1,159 @@
+"""What is compared: the unchanged model, the model with one more layer, and the model with an operator, each from the same seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laurel_rewrite.backends.rewriting import apply_plan, refuse_second_time
+from laurel_rewrite.detection.detecting import detect
+from laurel_rewrite.detection.sites import Sites
+from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.operators import registry
+from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.profiling import ONE_MORE
+from laurel_rewrite.profiling.training import one_more_block
+from laurel_rewrite.sources.built import Built
+
+UNCHANGED = "baseline"
+TWIN = "another start"
+_DONOR = 1 << 20
+"""Added to the seed of the model that the weights of one more layer come from."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be trained.
+
+    Attributes:
+        name: in tables and files.
+        config: what its sites get; None for no operator.
+        plan: the same, site by site, instead.
+        more: with one more layer.
+        start: added to the seed of its weights; its batches stay those of the seed.
+        rate: factor on the learning rate.
+    """
+
+    name: str
+    config: LaurelConfig | None = None
+    plan: Plan | None = None
+    more: bool = False
+    start: int = 0
+    rate: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results hold it: what makes it another model, and not its name."""
+        config = None if self.config is None else {name: value for name, value in asdict(self.config).items() if name != "seed"}
+        plan = None if self.plan is None else replace(self.plan, seed=0).to_toml()
+        return {"config": config, "plan": plan, "more": self.more, "start": self.start, "rate": self.rate}
+
+
+def variants(names: Sequence[str], options: dict[str, Sequence[Any]], **selection: Any) -> list[Candidate]:
+    """A candidate for each operator and each value of the options that it has.
+
+    Args:
+        names: of operators.
+        options: values of operators' options; of several values, each is a candidate.
+        selection: include and exclude, see `LaurelConfig`.
+
+    Raises:
+        ConfigError: an operator or a value that there is not, or an option that none of the operators has.
+    """
+    found: list[Candidate] = []
+    unused = set(options)
+    for name in dict.fromkeys(registry.canonical(name) for name in names):
+        own = [option for option in options if option in registry.operator(name).options]
+        unused -= set(own)
+        for values in _products([options[option] for option in own]):
+            given = dict(zip(own, values, strict=True))
+            several = [f"{option} {given[option]}" for option in own if len(options[option]) > 1]
+            found.append(Candidate(" ".join([name, *several]), LaurelConfig(name, **selection, **given)))
+    if unused:
+        raise ConfigError(f"None of {', '.join(names)} has the option {sorted(unused)[0]}.")
+    return found
+
+
+def _products(values: Sequence[Sequence[Any]]) -> Iterable[tuple[Any, ...]]:
+    return [(value, *rest) for value in values[0] for rest in _products(values[1:])] if values else [()]
+
+
+class Source:
+    """Makes the candidates' models.
+
+    Args:
+        make: gives the unchanged model with example inputs, with weights drawn from PyTorch's global generator; a new one each time.
+    """
+
+    def __init__(self, make: Callable[[], Built]) -> None:
+        self._make = make
+        self._sites: Sites | None = None
+
+    def base(self, seed: int) -> Built:
+        """The unchanged model from a seed."""
+        torch.manual_seed(seed)
+        built = self._make()
+        refuse_second_time(built.model)
+        return built
+
+    def sites(self) -> Sites:
+        """Its residual connections."""
+        if self._sites is None:
+            built = self.base(0)
+            self._sites = detect(built.model, built.args, built.kwargs)
+        return self._sites
+
+    def plan(self, candidate: Candidate) -> Plan | None:
+        """What the sites of a candidate get."""
+        if candidate.plan is not None:
+            return candidate.plan
+        return None if candidate.config is None else Plan.from_sites(self.sites(), candidate.config)
+
+    def model(self, candidate: Candidate, seed: int, *, verify: bool = False) -> nn.Module:
+        """A candidate's model from a seed.
+
+        Raises:
+            ConfigError: no layer of the model can be doubled, or the operator does not fit.
+            RewriteError: sites stand where they cannot be rewritten.
+            VerificationError: the operator's start is not the unchanged model, where that is asked for.
+        """
+        built = self.base(seed + candidate.start)
+        if candidate.more:
+            donor = self.base(seed + candidate.start + _DONOR).model
+            owners = [site.owner for site in self.sites() if site.kind == "identity"]
+            taller = one_more_block(built.model, owners, built.args, built.kwargs, donor=donor)
+            if taller is None:
+                raise ConfigError(f"{built.spec}: no layer of it can be put in once more, so that its example inputs run through it.")
+            return taller
+        plan = self.plan(candidate)
+        if plan is None:
+            return built.model
+        sites = detect(built.model, built.args, built.kwargs)
+        seeded = replace(plan, seed=seed + candidate.start)
+        return apply_plan(built.model, sites, seeded, built.args, built.kwargs, inplace=True, verify=verify).model
+
+    def digest(self) -> str:
+        """SHA-256 of what the unchanged model is: the texts of its files, and its start from seed 0."""
+        built = self.base(0)
+        found = hashlib.sha256()
+        for name, file in sorted(built.files.items()):
+            found.update(name.encode() + Path(file).read_bytes())
+        for name, value in built.model.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+
+def control() -> Candidate:
+    """The model with one more layer."""
+    return Candidate(ONE_MORE, more=True)
+
+
+def twin() -> Candidate:
+    """The unchanged model from other weights: what it differs by is noise."""
+    return Candidate(TWIN, start=_DONOR // 2)
