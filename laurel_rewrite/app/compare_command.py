@@ -20,7 +20,7 @@ _PASSED = (
 _RECIPE = ("batch", "length", "accumulate", "precision", "compile", "weight_decay", "warmup", "evaluations")
 
 
-class _Count(click.ParamType):
+class _Count(click.ParamType[int]):
     """A whole number, such as 20M."""
 
     name = "count"

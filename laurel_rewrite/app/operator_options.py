@@ -17,7 +17,7 @@ OPERATORS: dict[str, Any] = json.loads(files("laurel_rewrite.operators").joinpat
 _ADDED = "laurel_rewrite.operator_options"
 
 
-class _Several(click.ParamType):
+class _Several(click.ParamType[list[Any]]):
     """Values of a kind, with commas between them."""
 
     def __init__(self, kind: type) -> None:

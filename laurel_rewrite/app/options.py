@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -57,12 +58,12 @@ def common(function: Any) -> Any:
     return function
 
 
-def operator_options(*, several: bool = False) -> Any:
+def operator_options(*, several: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options of this package's operators; `several`: of several values each."""
 
-    def added(function: Any) -> Any:
+    def added(function: Any) -> Callable[..., Any]:
         for option in reversed(builtin_options(several=several).values()):
             function.__click_params__.append(option)
-        return function
+        return function  # type: ignore[no-any-return]  # click decorates in place
 
     return added

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from laurel_rewrite.backends.rewriting import apply_plan, refuse_second_time
+from laurel_rewrite.backends.rewriting import apply_plan
 from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators import registry
+from laurel_rewrite.operators.connections import refuse_second_time
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE
 from laurel_rewrite.profiling.training import one_more_block
@@ -135,7 +136,8 @@ class Source:
             return built.model
         sites = detect(built.model, built.args, built.kwargs)
         seeded = replace(plan, seed=seed + candidate.start)
-        return apply_plan(built.model, sites, seeded, built.args, built.kwargs, inplace=True, verify=verify).model
+        model: nn.Module = apply_plan(built.model, sites, seeded, built.args, built.kwargs, inplace=True, verify=verify).model
+        return model
 
     def digest(self) -> str:
         """SHA-256 of what the unchanged model is: the texts of its files, and its start from seed 0."""

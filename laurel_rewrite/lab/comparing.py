@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.inputs import call_inputs, copied_inputs
 from laurel_rewrite.sources.models import build
-from laurel_rewrite.stages import Listener, silent
+from laurel_rewrite.stages import Listener, Stage, silent
 
 ABOUT, RUNS, WEIGHTS, STATE = "comparison.json", "runs", "weights", "state"
 _FORMAT = 1
@@ -238,7 +239,7 @@ class _Job:
                 break
             left = f", {_duration(spent / place * (len(missing) - place))} left" if place else ""
             with self.listener(_named(key, found)) as stage:
-                found.runs[key] = self._trained(by_name[key[0]], key, lambda done, text, left=left: stage.progress(done, text + left))
+                found.runs[key] = self._trained(by_name[key[0]], key, partial(_told, stage, left))
                 stage.done(_came_to(found.runs[key]))
             self._report()
         self._report()
@@ -308,6 +309,10 @@ def _known_runs(out: Path, about: Mapping[str, Any], request: Request) -> dict[K
                     )
                 runs[candidate.name, rate, seed] = Run.from_dict(data["run"])
     return runs
+
+
+def _told(stage: Stage, left: str, fraction: float, text: str) -> None:
+    stage.progress(fraction, text + left)
 
 
 def _named(key: Key, comparison: Comparison) -> str:

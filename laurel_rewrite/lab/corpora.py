@@ -1,40 +1,128 @@
-import glob
-import hashlib
+"""Data to train on, in three splits, with a digest: results from different data are never put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from laurel_rewrite.errors import FOREIGN, ConfigError, missing, nearest
+
+SPLITS = ("train", "choose", "judge")
+"""Learning rates and stops are chosen on the second; verdicts come from the third."""
+Example = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
 class Corpus:
-    def __init__(self, name, kind):
-        self.name = name
-        self.kind = kind
-        self.classes = 256
-        import networkx
+    """Data of one kind.
 
-        data = b"".join(
-            Path(f).read_bytes() for f in sorted(glob.glob(str(Path(networkx.__file__).parent) + "/algorithms/**/*.py", recursive=True))
-        )
-        self.digest = hashlib.sha256(data).hexdigest()
-        n = len(data)
-        self.parts = {"train": data[: int(0.8 * n)], "choose": data[int(0.8 * n) : int(0.9 * n)], "judge": data[int(0.9 * n) :]}
+    Attributes:
+        name: as it was asked for.
+        kind: "tokens", "images", or "own" of a model's file.
+        digest: SHA-256 of what is trained and judged on, its split included.
+        classes: how many words there are (ids from 0), or classes of images; 0 where that is unknown.
+        made: gives the examples of a split, of a shape: (T,) for tokens, (C, H, W) for images.
+        versions: of the packages that it is from.
+    """
 
-    def split(self, name, shape):
-        t = torch.frombuffer(bytearray(self.parts[name]), dtype=torch.uint8).long()
-        return D(t, shape[0])
+    name: str
+    kind: str
+    digest: str
+    classes: int
+    made: Callable[[str, tuple[int, ...]], Dataset[Example]]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def split(self, name: str, shape: tuple[int, ...]) -> Dataset[Example]:
+        """Map-style, with a length.
+
+        Args:
+            name: of `SPLITS`.
+            shape: of an example. Tokens come in windows that do not overlap.
+
+        Returns:
+            Items {"input_ids": int64[T]}, or {"pixel_values": float32[C, H, W], "labels": int64}.
+        """
+        return self.made(name, shape)
 
 
-class D(torch.utils.data.Dataset):
-    def __init__(self, t, T):
-        self.t = t
-        self.T = T
+def corpus(data: str, kind: str, *, folder: Path, tokenizer: Path | None = None) -> Corpus:
+    """Find data.
 
-    def __len__(self):
-        return len(self.t) // self.T
+    Args:
+        data: "builtin" or "builtin:python" (sources of installed packages), "builtin:digits" (scikit-learn's, the default for images),
+            "builtin:shapes" (drawn), a file of text, a folder of files, or "datasets:NAME" (a folder that `datasets` wrote, or a name).
+        kind: what the model takes: "tokens" or "images".
+        folder: where tokens are kept, in `folder / "data"`.
+        tokenizer: file of `tokenizers`; bytes by default.
 
-    def __getitem__(self, i):
-        return {"input_ids": self.t[i * self.T : (i + 1) * self.T]}
+    Raises:
+        ConfigError: there is no such data, it is of another kind, or the tokenizer's file is none.
+        MissingPackageError: scikit-learn, tokenizers or datasets is needed and not installed.
+    """
+    from laurel_rewrite.lab import images, text
+
+    prefix, _, name = data.partition(":")
+    if tokenizer is not None and kind != "tokens":
+        raise ConfigError("--tokenizer is for text, and the model takes images.")
+    if prefix == "builtin":
+        builtin = {"python": "tokens", "digits": "images", "shapes": "images"}
+        name = name or next(one for one, its in builtin.items() if its == kind)
+        if name not in builtin:
+            raise ConfigError(f"There is no built-in data {name!r}. {nearest(name, builtin)}")
+        if builtin[name] != kind:
+            fitting = [f"builtin:{one}" for one, its in builtin.items() if its == kind]
+            raise ConfigError(f"builtin:{name} is {builtin[name]}, and the model takes {kind}: {' or '.join(fitting)} would do.")
+        return images.BUILTIN[name]() if kind == "images" else text.tokens(f"builtin:{name}", text.python_sources(), folder, tokenizer)
+    if prefix == "datasets" and name:
+        found = _from_datasets(name)
+        return images.of_dataset(data, found) if kind == "images" else text.tokens(data, text.of_dataset(data, found), folder, tokenizer)
+    if kind == "images":
+        raise ConfigError(f"{data}: images are builtin:digits, builtin:shapes or datasets:NAME; or dataset(split) in the model's file.")
+    return text.tokens(data, text.files(Path(data)), folder, tokenizer)
 
 
-def corpus(data, kind, *, folder, tokenizer=None):
-    return Corpus(data, kind)
+def _from_datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise missing("datasets", "train") from error
+    try:
+        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    except FOREIGN as error:  # of its file system and of what it downloads from
+        raise ConfigError(f"datasets:{name} could not be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    return found["train"] if isinstance(found, dict) and "train" in found else found
+
+
+def own(dataset: Callable[[str], Any], label: str) -> Corpus:
+    """The data that a model's file offers; its digest is over a few examples of each split.
+
+    Args:
+        dataset: called with the name of a split.
+        label: of the model.
+
+    Raises:
+        ConfigError: it gives nothing with a length and items.
+    """
+    import hashlib
+
+    import torch
+    from torch.utils import _pytree as pytree
+
+    found, known = hashlib.sha256(), {}
+    for name in SPLITS:
+        try:
+            known[name] = split = dataset(name)
+            size = len(split)
+            for number in sorted({0, size // 2, size - 1}):
+                for leaf in pytree.tree_leaves(split[number]):
+                    value = torch.as_tensor(leaf)
+                    found.update(f"{name} {size} {number} {value.dtype} {tuple(value.shape)}".encode())
+                    found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        except FOREIGN as error:  # whatever the file's code raises
+            raise ConfigError(f"{label}: dataset({name!r}) is no map-style dataset of tensors: {type(error).__name__}: {error}") from error
+    return Corpus(f"dataset of {label}", "own", found.hexdigest(), 0, lambda name, shape: known[name])

@@ -112,9 +112,9 @@ def paired_t(differences: Sequence[float]) -> tuple[float, float, float]:
         raise missing("scipy", "train") from error
     n = len(differences)
     mean = float(np.mean(differences))
-    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-    reach = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    deviation = float(np.std(differences, ddof=1)) / math.sqrt(n)
+    reach = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * deviation
+    p = 2 * float(stats.t.sf(abs(mean) / deviation, n - 1)) if deviation else float(mean == 0)
     return mean - reach, mean + reach, p
 
 

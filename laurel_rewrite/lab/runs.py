@@ -190,17 +190,26 @@ class Trainer:
         check_words(task, corpus)
         self.splits = {name: task.examples(dataset := corpus.split(name, task.shape), self.mask) for name in ("train", "choose", "judge")}
         for name, dataset in self.splits.items():
-            if len(dataset.dataset) < recipe.batch:
+            if dataset.size < recipe.batch:
                 raise ConfigError(
-                    f"{corpus.name}: the split {name!r} has {len(dataset.dataset)} examples of {'x'.join(map(str, task.shape))}, and a batch "
+                    f"{corpus.name}: the split {name!r} has {dataset.size} examples of {'x'.join(map(str, task.shape))}, and a batch "
                     f"{recipe.batch}. Give more data, a smaller --batch or a shorter --length."
                 )
 
     def loader(self, split: str, seed: int, first: int, last: int) -> Any:
         """Batches of a split, in parts, as this process gets them."""
         dataset = self.splits[split]
-        order = _Order(len(dataset.dataset), self.recipe.batch // self.recipe.accumulate, seed, first, last)
-        return self.accelerator.prepare_data_loader(DataLoader(dataset, batch_sampler=order))
+        order = _Order(dataset.size, self.recipe.batch // self.recipe.accumulate, seed, first, last)
+        from accelerate.data_loader import prepare_data_loader
+
+        return prepare_data_loader(  # not the accelerator's method, which would keep, and save, every loader that there was
+            DataLoader(dataset, batch_sampler=order),
+            self.accelerator.device,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            split_batches=True,
+            put_on_device=True,
+        )
 
     def run(
         self,
@@ -278,7 +287,7 @@ class Trainer:
     def _evaluate(self, engine: nn.Module, split: str, batches: int) -> float:
         """The mean loss over the first batches of a split, as many as it has."""
         parts = self.recipe.accumulate
-        most = len(self.splits[split].dataset) // self.recipe.batch
+        most = self.splits[split].size // self.recipe.batch
         engine.eval()
         try:
             with torch.no_grad():

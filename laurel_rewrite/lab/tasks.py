@@ -76,18 +76,24 @@ class Task:
             logits, targets = logits[:, :-1], targets[:, 1:]
         return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=_IGNORED)
 
-    def examples(self, dataset: Dataset[dict[str, Tensor]], mask: int) -> Dataset[dict[str, Tensor]]:
+    def examples(self, dataset: Dataset[dict[str, Tensor]], mask: int) -> Endless:
         """A dataset without an end, which begins again where the given one ends; with masks where they are what is trained on.
 
         Args:
             dataset: of a split.
             mask: the id that stands for a masked token.
         """
-        return _Endless(dataset, mask if self.objective == MASKED else None)
+        return Endless(dataset, mask if self.objective == MASKED else None)
 
 
-class _Endless(Dataset[dict[str, Tensor]]):
-    """Masks are drawn from the number of the example, so that every candidate and every number of processes has the same."""
+class Endless(Dataset[dict[str, Tensor]]):
+    """Examples by any number, those of the given dataset over and over.
+
+    Masks are drawn from the number of the example, so that every candidate and every number of processes has the same.
+
+    Attributes:
+        size: how many there are.
+    """
 
     def __init__(self, dataset: Dataset[dict[str, Tensor]], mask: int | None) -> None:
         self.dataset, self.mask = dataset, mask
@@ -237,7 +243,7 @@ def check(task: Task, model: nn.Module, batch: Batch, name: str) -> float:
         raise ConfigError(f"{name}: its loss is {loss.item()} before the first step.")
     if not loss.requires_grad:
         raise ConfigError(f"{name}: no gradient flows from its loss (a detach, or no_grad in its forward, or no parameter requires one).")
-    loss.backward()
+    torch.autograd.backward(loss)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad(set_to_none=True)
     if not trained:

@@ -157,7 +157,8 @@ def _from_module(module: ModuleType, factory: str, settings: dict[str, Any], spe
         )
     inputs = _call(examples, {}, f"{spec}: example_inputs") if callable(examples) else examples
     args, kwargs = call_inputs(inputs)
-    offers = {name: thing for name in TRAINED_BY if getattr(thing := vars(module).get(name), "__module__", None) == module.__name__}
+    own: dict[str, Any] = {name: thing for name in TRAINED_BY if callable(thing := vars(module).get(name))}
+    offers = {name: thing for name, thing in own.items() if thing.__module__ == module.__name__}
     return Built(model.train(), args, kwargs, spec, settings, files, offers=offers)
 
 
