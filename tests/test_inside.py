@@ -278,6 +278,19 @@ def test_a_loss_that_draws_draws_the_same_each_time():
     assert gaining(found) == []
 
 
+def test_batches_that_are_drawn_one_by_one_are_not_one_and_the_same():
+    x = torch.randn(2, 5, D)
+    model = rewrite(CASES["plain"].make(), (x,), variant="rw")
+    seen: list[Tensor] = []
+
+    def kept(model: nn.Module, batch: Tensor) -> Tensor:
+        seen.append(batch)
+        return stack_loss(model, batch)
+
+    inside(model, (torch.randn(2, 5, D) for _ in range(2)), kept)
+    assert len({float(batch[0, 0, 0]) for batch in seen}) == 2
+
+
 # How a model is held
 
 

@@ -172,7 +172,7 @@ def inside(model: nn.Module, batches: Iterable[B], loss: Callable[[nn.Module, B]
     weights = learned(model)
     spectra = asked(model, lambda connection: connection.singular_values())
     meter = _Meter(target, rows, connections)
-    with preserved(), _buffers_kept(target), training(target, False), torch.no_grad(), _eagerly():
+    with _buffers_kept(target), training(target, False), torch.no_grad(), _eagerly():
         for batch in batches:
             meter.measure(functools.partial(_number, loss, target, batch))
     if not meter.losses:
@@ -383,9 +383,10 @@ def _means(rows: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _number(loss: Callable[[nn.Module, B], Tensor], model: nn.Module, batch: B) -> float:
-    """The loss of a batch, from a random state that is always the same."""
-    seeded(0)
-    value = loss(model, batch)
+    """The loss of a batch, from a random state that is always the same; batches that are drawn as they are asked for are drawn from their own."""
+    with preserved():
+        seeded(0)
+        value = loss(model, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(f"The loss gave {what}. Let it return one number, as a tensor: the mean over the batch.")
