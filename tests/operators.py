@@ -90,6 +90,9 @@ class Dense(Connection):
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         return self.mixed(*(state or (x,)), x + f)
 
+    def depth_weights(self, x: Tensor, f: Tensor, *state: Tensor) -> Tensor:
+        return self.a.flip(0)
+
     def mixed(self, *values: Tensor) -> tuple[Tensor, ...]:
         out = self.a[-1:].to(values[-1].dtype) * values[-1]
         for place, value in enumerate(values[:-1]):

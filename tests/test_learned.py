@@ -51,7 +51,12 @@ def test_laurel_says_a_b_g_and_the_norm_of_each_map(variant, axis, normalize):
     pairs = list(zip(module.down, module.up, strict=True)) if own else [(module.down, module.up)] if variant != "rw" else []
     for lag, (down, up) in enumerate(pairs):
         product = up.weight.detach().flatten(1).double() @ down.weight.detach().flatten(1).double()
-        expected[f"uv.{lag}" if own else "uv"] = product.norm().item()
+        name = f"uv.{lag}" if own else "uv"
+        expected[name] = product.norm().item()
+        torch.testing.assert_close(
+            module.singular_values()[name], torch.linalg.svdvals(product)[:4], rtol=1e-9, atol=1e-12
+        )  # float64 in another order
+    assert len(module.singular_values()) == len(pairs)
     assert {key: value.item() for key, value in module.learned().items()} == pytest.approx(expected, **CLOSE)
     assert not any(value.requires_grad or value.ndim for value in module.learned().values())
 
@@ -91,7 +96,7 @@ def test_paths_are_without_the_names_of_wrappers():
     model = nn.Sequential(rewritten())
     expected = learned(model)
     assert list(expected) == ["0.laurel_0", "0.laurel_1"]
-    assert learned(torch.compile(model)) == expected
+    assert learned(torch.compile(model)) == learned(torch.compile(nn.DataParallel(model))) == expected
     model[0] = checkpoint_wrapper(model[0])
     assert learned(model) == expected
 

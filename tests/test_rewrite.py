@@ -423,3 +423,11 @@ def test_a_feature_axis_that_no_convolution_maps():
     with pytest.raises(ConfigError, match="No site has a feature axis that maps fit"):
         rewrite(SixDimensions(), (x,), rank=4)
     assert sites_of(rewrite(SixDimensions(), (x,), variant="rw"))
+
+
+@pytest.mark.parametrize("case", ["parallel", "parallel_skip_middle"])
+def test_a_start_that_is_declared_inexact_is_verified_with_further_branches_too(case):
+    x = torch.randn(2, 5, D)
+    base = CASES[case].make().eval()
+    model = rewrite(base, (x,), variant="rw", normalize="paper").eval()
+    torch.testing.assert_close(model(x), base(x) / 2, rtol=1e-6, atol=1e-6)  # each term is halved, and not the sum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,17 @@ def learned(model: nn.Module) -> dict[str, dict[str, float]]:
     Raises:
         ConfigError: parameters on the meta device have no values yet.
     """
+    values = asked(model, lambda connection: connection.learned())
+    sites: dict[str, dict[str, float]] = {}
+    numbers = torch.stack(list(_on_one_device(values.values()))).tolist() if values else []  # one wait for the device, not one a number
+    for (path, key), number in zip(values, numbers, strict=True):
+        sites.setdefault(path, {})[key] = number
+    return sites
+
+
+@torch.no_grad()
+def asked(model: nn.Module, question: Callable[[Connection], Mapping[str, Tensor]]) -> dict[tuple[str, str], Tensor]:
+    """What each connection of a model answers, by site and name, in float32; its parameters are whole while it is asked. Else as `learned`."""
     values: dict[tuple[str, str], Tensor] = {}
     units = _units(model)
     for unit in units.values():
@@ -62,27 +73,27 @@ def learned(model: nn.Module) -> dict[str, dict[str, float]]:
         ):  # no forward ran yet; outer units come first, and the one that is asked first would take itself for the root
             with unit.summon_full_params(unit, recurse=False, writeback=False):
                 pass
-    for name, module in sites_of(_unwrapped(model)).items():
-        path = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    for path, module in by_path(model).items():
         with _whole(units, module):
             if any(parameter.is_meta for parameter in module.parameters()):
                 raise ConfigError(
                     f"{path}: its parameters are on the meta device, and have learned nothing yet. Load or initialise them first."
                 )
             values |= {
-                (path, key): value.to(torch.float32, copy=True) for key, value in module.learned().items()
+                (path, key): value.to(torch.float32, copy=True) for key, value in question(module).items()
             }  # views of what goes away
-    sites: dict[str, dict[str, float]] = {}
-    numbers = torch.stack(list(_on_one_device(values.values()))).tolist() if values else []  # one wait for the device, not one a number
-    for (path, key), number in zip(values, numbers, strict=True):
-        sites.setdefault(path, {})[key] = number
-    return sites
+    return values
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What a wrapper that knows nothing of paths wraps."""
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
+def by_path(model: nn.Module) -> dict[str, Connection]:
+    """The connections of a model that may be wrapped, by path without the names of wrappers."""
+    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): module for name, module in sites_of(bare(model)).items()}
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What is inside wrappers that change nothing of a call of one process: replicas, and a compilation around these."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
     return model
 
 

@@ -142,6 +142,19 @@ class Laurel(Connection):
             found[f"uv.{lag}" if self._per_lag else "uv"] = ((u.T @ u) * (v @ v.T)).sum().clamp_min(0).sqrt()
         return found
 
+    def singular_values(self) -> dict[str, Tensor]:
+        """Of U V, by lag where each has its own. U = Q R and V' = P S, so they are those of the r x r matrix R S'."""
+        found = {}
+        for lag, (down, up) in enumerate(self.pairs()):
+            u, v = (layer.weight.detach().flatten(1).cpu().double() for layer in (up, down))
+            core = torch.linalg.qr(u).R @ torch.linalg.qr(v.T).R.T
+            found[f"uv.{lag}" if self._per_lag else "uv"] = torch.linalg.svdvals(core)
+        return found
+
+    def depth_weights(self, x: Tensor, f: Tensor, *past: Tensor) -> Tensor | None:
+        """g, of the states that there are: x, and the skips before it."""
+        return self.g.detach()[: 1 + len(past)] if self.config.lags else None
+
     def affine(self, states: int) -> Affine | None:
         """b and g go into U and V. Where the lags share one map, U V sum_j g_j s_j is U sum_j (g_j V) s_j: all that is added has r features.
         Where each has its own, their inner features are concatenated, and one U serves them."""

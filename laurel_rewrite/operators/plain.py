@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 from torch import Tensor, nn
 
 from laurel_rewrite.operators.config import SiteConfig
@@ -26,6 +29,25 @@ class Plain(Connection):
 
     def branch(self, f: Tensor) -> Tensor:
         return f
+
+
+@contextlib.contextmanager
+def adding_plainly(connections: Iterable[Connection]) -> Iterator[None]:
+    """Connections add x + f for a while, and hand on no state: for all of a stream that has a history, or none."""
+    changed = list(connections)
+    try:
+        for module in changed:
+            module.plain = True
+            module.branch = _as_it_is  # type: ignore[method-assign]  # on the instance: a further branch of the sum is asked for alone
+        yield
+    finally:
+        for module in changed:
+            module.plain = False
+            vars(module).pop("branch", None)
+
+
+def _as_it_is(f: Tensor) -> Tensor:
+    return f
 
 
 class PlainResidual(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.operators.plain import adding_plainly
 from laurel_rewrite.operators.protocol import Connection
 
 
@@ -53,12 +54,9 @@ def plain_start(model: nn.Module) -> Iterator[None]:
     changed = [module for module in sites_of(model).values() if module.start_of(module.config) != "exact"]
     restored = restore(model, changed)
     try:
-        for module in changed:
-            module.plain = True
-        yield
+        with adding_plainly(changed):
+            yield
     finally:
-        for module in changed:
-            module.plain = False
         with torch.no_grad():
             for parameter, factor in restored:
                 parameter.mul_(factor)

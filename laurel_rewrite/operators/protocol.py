@@ -219,6 +219,15 @@ class Connection(SumInParts):
                 found |= {f"{name}.{place}" if value.numel() > 1 else name: number for place, number in enumerate(value.flatten())}
         return found
 
+    def singular_values(self) -> dict[str, Tensor]:
+        """Those of its low-rank maps, in descending order, by the names that `learned` gives these; none where it has no such map."""
+        return {}
+
+    def depth_weights(self, x: Tensor, f: Tensor, *state: Tensor) -> Tensor | None:
+        """How the new value weighs the states of its stream, the newest first, to be looked at: of shape [states], or [states, ...] where
+        positions differ. None where it reads no earlier state, or cannot say."""
+        return None
+
     @property
     def needs_input(self) -> bool:
         """Whether it reads what the branch reads."""
@@ -340,7 +349,7 @@ class Connection(SumInParts):
         """The new value and the state behind it, from the state before it, wherever that comes from: the graph back ends call this. Both states
         begin with what q, k and v read, where they do not read the value itself."""
         if self.plain:
-            out = functools.reduce(lambda out, pair: add(out, *pair), zip((f, *more), (*self.sides, *[0] * len(more)), strict=False), x)
+            out = self.plain_sum(x, f, *more)
             return out, (out,) * self.reads_left
         if self.config.fed:
             state = state[FED:]
@@ -357,6 +366,11 @@ class Connection(SumInParts):
             side = self.sides[position] if position < len(self.sides) else 0
             out = laid_out(add(out, self.branch(branch), side), out, branch, side)
         return out, left
+
+    def plain_sum(self, x: Tensor, *branches: Tensor) -> Tensor:
+        """x + f, what stood here before the operator."""
+        sides = (*self.sides, *[0] * len(branches))
+        return functools.reduce(lambda out, pair: add(out, *pair), zip(branches, sides, strict=False), x)
 
     def connect_behind(self, y: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The same of `read`: what takes the place of y, and the state behind it."""

@@ -272,6 +272,28 @@ class Plan:
         dropped = {row.id for row in self.sites if row.id in ids or (row.stream in streams and row.operator.uses_history)}
         return replace(self, sites=tuple(row for row in self.sites if row.id not in dropped))
 
+    def only(self, ids: Collection[str]) -> Plan:
+        """The plan with these sites alone; a history counts over those of its stream that are left.
+
+        Raises:
+            ConfigError: it has none of these, or not all, or an operator that needs its whole stream would lose a part of that.
+        """
+        known = {row.id for row in self.sites}
+        unknown = next((name for name in ids if name not in known), None)
+        if unknown is not None:
+            raise ConfigError(f"The plan has no site {unknown!r}. {nearest(unknown, known)}")
+        if not ids:
+            raise ConfigError("A plan needs one site at least, and none was chosen.")
+        for rows in self.streams():
+            left = [row for row in rows if row.id in ids]
+            torn = next((row for row in left if "whole stream" in row.operator.needs), None) if len(left) < len(rows) else None
+            if torn is not None:
+                missing = next(row.id for row in rows if row.id not in ids)
+                raise ConfigError(
+                    f"{torn.id}: {torn.variant} needs every connection of its stream, and {missing} is not chosen. Choose all or none."
+                )
+        return replace(self, sites=tuple(row for row in self.sites if row.id in ids), left_out=(), narrowed=())
+
     @staticmethod
     def joined(plans: Sequence[Plan]) -> Plan:
         """One plan of those of several modules of a model, with its paths; the seed is the first one's.
