@@ -220,7 +220,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     rows = [
         (
             f"{row.name}\nlr {row.rate:g}" if several else row.name, *_judged(row.judgement),
-            "never" if row.needs is None and not row.failures else "" if row.needs is None else f"{100 * row.needs:.0f} %",
+            "" if row.failures else "> 100 %" if row.needs is None else f"{100 * row.needs:.0f} %",
             f"{row.size.parameters:,}\n{row.parameters:.3f}", f"{row.flops:.3f}", f"{row.seconds:.3f}",
         )
         for row in comparison.rows()

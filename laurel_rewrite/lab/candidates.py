@@ -55,35 +55,6 @@ class Candidate:
         return {"config": config, "plan": plan, "more": self.more, "start": self.start, "rate": self.rate}
 
 
-def variants(names: Sequence[str], options: dict[str, Sequence[Any]], **selection: Any) -> list[Candidate]:
-    """A candidate for each operator and each value of the options that it has.
-
-    Args:
-        names: of operators.
-        options: values of operators' options; of several values, each is a candidate.
-        selection: include and exclude, see `LaurelConfig`.
-
-    Raises:
-        ConfigError: an operator or a value that there is not, or an option that none of the operators has.
-    """
-    found: list[Candidate] = []
-    unused = set(options)
-    for name in dict.fromkeys(registry.canonical(name) for name in names):
-        own = [option for option in options if option in registry.operator(name).options]
-        unused -= set(own)
-        for values in _products([options[option] for option in own]):
-            given = dict(zip(own, values, strict=True))
-            several = [f"{option} {given[option]}" for option in own if len(options[option]) > 1]
-            found.append(Candidate(" ".join([name, *several]), LaurelConfig(name, **selection, **given)))
-    if unused:
-        raise ConfigError(f"None of {', '.join(names)} has the option {sorted(unused)[0]}.")
-    return found
-
-
-def _products(values: Sequence[Sequence[Any]]) -> Iterable[tuple[Any, ...]]:
-    return [(value, *rest) for value in values[0] for rest in _products(values[1:])] if values else [()]
-
-
 class Source:
     """Makes the candidates' models.
 
@@ -149,6 +120,41 @@ class Source:
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+
+def variants(source: Source, names: Sequence[str], options: dict[str, Sequence[Any]], **selection: Any) -> list[Candidate]:
+    """A candidate for each operator and each value of the options that it has; ranks that make no difference ("rw") count as one.
+
+    Args:
+        source: of the unchanged model.
+        names: of operators.
+        options: values of operators' options; of several values, each is a candidate.
+        selection: include and exclude, see `LaurelConfig`.
+
+    Raises:
+        ConfigError: an operator or a value that there is not, or an option that none of the operators has.
+    """
+    found: list[Candidate] = []
+    unused = set(options)
+    for name in dict.fromkeys(registry.canonical(name) for name in names):
+        own = [option for option in options if option in registry.operator(name).options]
+        unused -= set(own)
+        tried = {option: options[option] for option in own}
+        if len(tried.get("rank", ())) > 1:
+            trials = (source.plan(Candidate("", LaurelConfig(name, **selection, rank=rank))) for rank in tried["rank"])
+            if len({plan.parameters() for plan in trials if plan is not None}) == 1:
+                tried["rank"] = tried["rank"][:1]
+        for values in _products(list(tried.values())):
+            given = dict(zip(tried, values, strict=True))
+            several = [f"{option} {given[option]}" for option in tried if len(tried[option]) > 1]
+            found.append(Candidate(" ".join([name, *several]), LaurelConfig(name, **selection, **given)))
+    if unused:
+        raise ConfigError(f"None of {', '.join(names)} has the option {sorted(unused)[0]}.")
+    return found
+
+
+def _products(values: Sequence[Sequence[Any]]) -> Iterable[tuple[Any, ...]]:
+    return [(value, *rest) for value in values[0] for rest in _products(values[1:])] if values else [()]
 
 
 def control() -> Candidate:

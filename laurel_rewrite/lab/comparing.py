@@ -123,7 +123,7 @@ def compare(
     recipe = Recipe(tokens, **{name: value for name, value in options.items() if name in known})
     listed = {name: _listed(value) for name, value in options.items() if name not in known}
     asked = [Candidate(UNCHANGED), *([twin()] if self_check else []), *([control()] if one_more_layer else [])]
-    asked += [*_variants(variants, listed, include, exclude), *candidates]
+    asked += [*_variants(source, variants, listed, include, exclude), *candidates]
     request = Request(
         source, label, _distinct(asked), _rates(rates), tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds)),
         recipe, data, None if tokenizer is None else Path(tokenizer), Path(out),
@@ -135,8 +135,8 @@ def _listed(value: Any) -> Sequence[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _variants(names: str | Sequence[str], options: dict[str, Sequence[Any]], include: Any, exclude: Any) -> list[Candidate]:
-    return variants([names] if isinstance(names, str) else names, options, include=include, exclude=exclude)
+def _variants(source: Source, names: str | Sequence[str], options: dict[str, Sequence[Any]], include: Any, exclude: Any) -> list[Candidate]:
+    return variants(source, [names] if isinstance(names, str) else names, options, include=include, exclude=exclude)
 
 
 def _rates(rates: float | Sequence[float]) -> tuple[float, ...]:

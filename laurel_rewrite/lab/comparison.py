@@ -41,8 +41,8 @@ class Row:
         name: of the candidate.
         rate: the learning rate that it is judged at: of those tried the one with the smallest mean loss on the second split.
         judgement: of its losses on the third split.
-        needs: tokens that the baseline needs for the candidate's mean loss on the second split, over those of the run; None where it does not
-            reach it, or the candidate has none.
+        needs: tokens that the baseline needs for the candidate's mean loss on the second split, over those of the run; None where those do not
+            do, or the candidate has none.
         size: see there.
         parameters, flops, seconds, latency: ratios to the baseline; seconds are those of a training step, the median over seeds.
         gains: loss gained on the baseline for each per cent that such a ratio is above 1, by its name.

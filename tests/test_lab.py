@@ -1,0 +1,337 @@
+"""Comparisons: the same seeds and batches for all, runs that are stopped and go on, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES, output, real
+from torch import nn
+
+from laurel_rewrite import ConfigError, LaurelConfig
+from laurel_rewrite.errors import LaurelError
+from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, variants
+from laurel_rewrite.lab.comparing import compare
+from laurel_rewrite.lab.comparison import slug
+from laurel_rewrite.lab.runs import Recipe
+from laurel_rewrite.lab.tasks import CLASSES, MASKED, NEXT, check, logits_of, task_of
+from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.sources.built import Built
+from laurel_rewrite.sources.models import build
+
+SMALL = {"width": 16, "depth": 2, "heads": 2, "vocabulary": 256, "context": 32, "dropout": 0.1}
+GPT = str(EXAMPLES / "gpt.py")
+USUAL = {"settings": SMALL, "tokens": 640, "batch": 4, "length": 32, "evaluations": 5}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{n * n} is the square of {n}\n" for n in range(1500)))
+    return str(path)
+
+
+def losses(found) -> dict:
+    return {key: (run.curve, run.judge, run.learned) for key, run in found.runs.items()}
+
+
+# Tasks
+
+
+def of(name: str) -> Built:
+    example = real(name)
+    return Built(example.model, example.args, example.kwargs, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "labels"),
+    [("gpt2", NEXT, True), ("llama", NEXT, True), ("bert", MASKED, False), ("resnet18", CLASSES, False), ("vit", CLASSES, False)],
+)
+def test_what_a_model_is_trained_for(name, objective, labels):
+    built = of(name)
+    task = task_of(built)
+    assert (task.objective, task.labels) == (objective, labels)
+    assert built.model.training
+    with (
+        pytest.raises(ConfigError, match="--length is for models that take tokens") if objective == CLASSES else pytest.raises(LaurelError)
+    ):
+        task_of(built, 100_000)
+
+
+def test_the_loss_of_logits_is_the_models_own():
+    built = of("gpt2")
+    task = task_of(built, 16)
+    ids = torch.randint(0, 90, (3, 16))
+    own = task.loss(built.model.eval(), {"input_ids": ids})
+    logits = built.model(ids).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+    torch.testing.assert_close(own, expected, rtol=1e-6, atol=0)  # float32, the same sums
+    assert math.isfinite(check(task, built.model, {"input_ids": ids}, "gpt2"))
+
+
+def test_masks_belong_to_the_example_whoever_asks():
+    task = task_of(of("bert"), 20)
+    data = [{"input_ids": torch.arange(20) + 20 * n} for n in range(3)]
+    first, again = task.examples(data, 98), task.examples(data, 98)
+    for number in (0, 1, 4):
+        item = first[number]
+        assert torch.equal(item["input_ids"], again[number]["input_ids"])
+        masked = item["input_ids"] == 98
+        assert masked.sum() == 3
+        assert torch.equal(item["labels"] != -100, masked)
+        assert torch.equal(torch.where(masked, item["labels"], item["input_ids"]), data[number % 3]["input_ids"])
+    assert not torch.equal(first[1]["labels"], first[4]["labels"])  # the same example, the next time
+
+
+def test_outputs_without_logits_are_named():
+    with pytest.raises(ConfigError, match=r"its outputs are \(2, 3\)"):
+        logits_of((torch.zeros(2, 3),), torch.zeros(2, 5, dtype=torch.int64))
+
+
+# Candidates
+
+
+def test_candidates_of_a_seed_begin_alike():
+    source = Source(lambda: build(GPT, SMALL))
+    base = source.model(Candidate(UNCHANGED), 3)
+    changed = source.model(Candidate("rw+lr", LaurelConfig("rw+lr", rank=2)), 3)
+    own = changed.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in base.state_dict().items())
+    assert len(sites_of(changed)) == 4
+    ids = torch.randint(0, 256, (2, 32))
+    assert torch.equal(output(base.eval(), (ids,), {}), output(changed.eval(), (ids,), {}))
+    other = source.model(Candidate(UNCHANGED), 4)
+    assert not torch.equal(other.tokens.weight, base.tokens.weight)
+
+
+def test_the_layer_more_has_weights_of_its_own():
+    taller = Source(lambda: build(GPT, SMALL)).model(control(), 0)
+    assert len(taller.blocks) == 3
+    assert not torch.equal(taller.blocks[1].mlp[0].weight, taller.blocks[2].mlp[0].weight)
+
+
+def test_variants_and_values_make_candidates():
+    source = Source(lambda: build(GPT, SMALL))
+    found = variants(source, ["rw", "lr+rw", "pa"], {"rank": [2, 4], "history": [2]})
+    assert [candidate.name for candidate in found] == ["rw", "rw+lr rank 2", "rw+lr rank 4", "pa rank 2", "pa rank 4"]
+    with pytest.raises(ConfigError, match="None of rw has the option history"):
+        variants(source, ["rw"], {"history": [2]})
+
+
+# Comparisons
+
+
+def test_a_comparison_goes_on_where_it_stopped_and_may_grow(text, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    class Stage:
+        def __init__(self, stops):
+            self.stops = stops
+
+        def progress(self, fraction, text=""):
+            if self.stops and fraction > 0.7:
+                raise Stopped
+
+        def done(self, text):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    asked = {**USUAL, "data": text, "variants": ["rw", "rw+lr"], "rank": 2, "seeds": 2}
+    whole = compare(GPT, out=tmp_path / "whole", **asked)
+    assert whole.done
+    assert [candidate.name for candidate in whole.candidates] == ["baseline", "one more layer", "rw", "rw+lr"]
+    stages = []
+
+    def listener(name):
+        stages.append(name)
+        return Stage(len(stages) == 3)
+
+    with pytest.raises(Stopped):
+        compare(GPT, out=tmp_path / "part", listener=listener, **asked)
+    assert (tmp_path / "part" / "state" / "run.json").is_file()
+    resumed = compare(GPT, out=tmp_path / "part", **asked)
+    assert losses(resumed) == losses(whole)
+    assert not (tmp_path / "part" / "state").exists()
+    files = sorted(path.name for path in (tmp_path / "part" / "runs").iterdir())
+    assert files == sorted(f"{slug(key)}.json" for key in whole.planned())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "part" / "runs").iterdir()}
+    more = compare(GPT, out=tmp_path / "part", **{**asked, "variants": ["rw", "lr"], "seeds": 3})
+    assert len(more.runs) == 12
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert more.runs["rw", 1e-3, 1].judge == whole.runs["rw", 1e-3, 1].judge
+    report = json.loads((tmp_path / "part" / "report.json").read_text())["comparison"]
+    assert [row["name"] for row in report["rows"]] == ["baseline", "one more layer", "rw", "lr"]
+
+
+def test_a_folder_of_another_comparison_is_refused(text, tmp_path):
+    asked = {**USUAL, "data": text, "variants": "rw", "seeds": 1, "one_more_layer": False, "out": tmp_path / "out"}
+    compare(GPT, **asked)
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for other, message in [
+        ({"tokens": 1280}, "another recipe, tokens: 640, not 1280"),
+        ({"data": "builtin"}, "another data, name"),
+        ({"settings": {**SMALL, "width": 32}}, "another settings, width: 16, not 32"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            compare(GPT, **{**asked, **other})
+    with pytest.raises(ConfigError, match="is of another 'rw': candidate"):
+        compare(GPT, **{**asked, "normalize": "sigmoid"})
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_one_seed_is_not_judged_and_several_rates_are_chosen_from(text, tmp_path):
+    found = compare(GPT, **USUAL, data=text, variants="rw", seeds=1, one_more_layer=False, rates=(1e-5, 1e-2), out=tmp_path)
+    assert [row.judgement.verdict for row in found.rows()] == ["baseline", "one seed: not judged"]
+    assert {row.rate for row in found.rows()} == {1e-2}
+    assert len(found.runs) == 4
+
+
+def test_a_run_that_diverges_is_a_result(text, tmp_path):
+    wild = Candidate("wild", LaurelConfig("rw"), rate=1e12)
+    found = compare(
+        GPT, **{**USUAL, "tokens": 2560}, data=text, variants=(), candidates=[wild], seeds=2, one_more_layer=False, out=tmp_path
+    )
+    _, row = found.rows()
+    assert row.judgement.verdict in ("failed", "worse")
+    if row.judgement.verdict == "failed":
+        assert all("the loss was" in reason for reason in row.failures.values())
+
+
+def test_no_run_begins_behind_the_time(text, tmp_path):
+    found = compare(GPT, **USUAL, data=text, variants="rw", seeds=2, max_seconds=0, out=tmp_path)
+    assert not found.runs
+    assert not found.done
+    assert found.rows() == []
+
+
+def test_images(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head((x + self.body(x).relu()).mean((2, 3)))
+
+    found = compare(Net, (torch.randn(2, 1, 8, 8),), variants="rw", tokens=64, batch=8, seeds=2, one_more_layer=False, out=tmp_path)
+    assert found.about["task"]["objective"] == CLASSES
+    assert found.about["data"]["name"] == "builtin:digits"
+    assert len(found.rows()) == 2
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, points, scale):
+        return (points + self.inner(points)) * scale
+
+def build_model():
+    return Net()
+
+def example_inputs():
+    return {"points": torch.randn(2, 4), "scale": torch.tensor(2.0)}
+
+def dataset(split):
+    generator = torch.Generator().manual_seed(len(split))
+    points = torch.randn(64, 4, generator=generator)
+    return [{"points": p, "target": p.flip(0)} for p in points]
+
+def loss(model, batch):
+    return LOSS
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("(model(batch['points'], torch.tensor(2.0)) - batch['target']).square().mean()", ""),
+        ("(model(batch['points'], torch.tensor(2.0)) - batch['target'])", "must be a scalar tensor"),
+        ("model(batch['points'], torch.tensor(2.0)).detach().mean()", "no gradient flows from its loss"),
+        ("model(batch['points'], torch.tensor(2.0)).mean() / 0 * 0", "its loss is nan before the first step"),
+        ("model(batch['nothing'])", "its loss raised KeyError"),
+    ],
+)
+def test_the_loss_and_the_data_of_a_model_file(written, message, tmp_path):
+    path = tmp_path / f"points_{abs(hash(written))}.py"
+    path.write_text(OWN.replace("LOSS", written))
+    asked = {"variants": "rw", "tokens": 64, "batch": 8, "seeds": 1, "one_more_layer": False, "out": tmp_path / "out"}
+    if message:
+        with pytest.raises(LaurelError, match=message):
+            compare(str(path), **asked)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    else:
+        assert compare(str(path), **asked).done
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"settings": {**SMALL, "vocabulary": 300}, "tokenizer": "words.json"}, "words, and the model knows 300"),
+        ({"length": 32, "batch": 4, "data": "short.txt"}, r"short.txt: the split 'choose' has \d examples of 32, and a batch 4"),
+        ({"variants": "rw+xx"}, "rw\\+xx"),
+        ({"variants": "lr", "rank": 0}, "rank"),
+        ({"length": 64}, "does not run with its first argument"),
+        ({"rates": (0.0,)}, "Learning rates must be above 0"),
+        ({"batch": 4, "accumulate": 3}, "cannot be computed in 3 equal parts"),
+        ({"precision": "int8"}, "precision must be one of"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_training(changed, message, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short for this\n" * 30)
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{n}": n for n in range(400)} | {"[UNK]": 400}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]")).save("words.json")
+    with pytest.raises(LaurelError, match=message):
+        compare(GPT, **{**USUAL, "data": text, "seeds": 1, "out": tmp_path / "out", **changed})
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_recipe_warms_up_and_cools_down():
+    recipe = Recipe(1000, warmup=0.1, final=0.1)
+    rates = [recipe.rate(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)], rel=1e-12)
+    assert rates[10] == 1
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert recipe.stops(5) == [1, 2, 3, 4, 5]
+    assert recipe.stops(32)[-1] == 32
+
+
+def test_the_command(text, tmp_path):
+    from click.testing import CliRunner
+
+    from laurel_rewrite.app.compare_command import compare as command
+
+    given = [f"--set={name}={value}" for name, value in SMALL.items()]
+    words = [GPT, *given, "--variant", "rw", "--variant", "rw+lr", "--rank", "2,4", "--tokens", "0.64k", "--seeds", "2", "--batch", "4"]
+    words += ["--length", "32", "--data", text, "--out", str(tmp_path / "out"), "--no-one-more-layer"]
+    done = CliRunner().invoke(command, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "rw+lr rank 4" in done.output
+    assert "not told apart" in done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["comparison"]["rows"]) == 4
