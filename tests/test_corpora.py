@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from laurel_rewrite import ConfigError
-from laurel_rewrite.lab.corpora import SPLITS, corpus, own
+from laurel_rewrite.lab.corpora import corpus, own
 from laurel_rewrite.lab.images import SHAPES
+from laurel_rewrite.lab.splits import SPLITS
 from laurel_rewrite.lab.text import python_sources
 
 LINES = "".join(f"line {n} of a text that is long enough\n" for n in range(400))

@@ -22,7 +22,7 @@ from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.models import build
 
-SMALL = {"width": 16, "depth": 2, "heads": 2, "vocabulary": 256, "context": 32, "dropout": 0.1}
+SMALL = {"width": 16, "depth": 2, "heads": 2, "vocabulary": 256, "context": 64, "dropout": 0.1}
 GPT = str(EXAMPLES / "gpt.py")
 USUAL = {"settings": SMALL, "tokens": 640, "batch": 4, "length": 32, "evaluations": 5}
 
@@ -56,17 +56,16 @@ def of(name: str) -> Built:
 
 @pytest.mark.parametrize(
     ("name", "objective", "labels"),
-    [("gpt2", NEXT, True), ("llama", NEXT, True), ("bert", MASKED, False), ("resnet18", CLASSES, False), ("vit", CLASSES, False)],
+    [("gpt2", NEXT, True), ("llama", NEXT, True), ("bert", MASKED, False), ("resnet18", CLASSES, False)],
 )
 def test_what_a_model_is_trained_for(name, objective, labels):
     built = of(name)
     task = task_of(built)
     assert (task.objective, task.labels) == (objective, labels)
     assert built.model.training
-    with (
-        pytest.raises(ConfigError, match="--length is for models that take tokens") if objective == CLASSES else pytest.raises(LaurelError)
-    ):
-        task_of(built, 100_000)
+    if objective == CLASSES:
+        with pytest.raises(ConfigError, match="--length is for models that take tokens"):
+            task_of(built, 100)
 
 
 def test_the_loss_of_logits_is_the_models_own():
@@ -125,8 +124,8 @@ def test_variants_and_values_make_candidates():
     source = Source(lambda: build(GPT, SMALL))
     found = variants(source, ["rw", "lr+rw", "pa"], {"rank": [2, 4], "history": [2]})
     assert [candidate.name for candidate in found] == ["rw", "rw+lr rank 2", "rw+lr rank 4", "pa rank 2", "pa rank 4"]
-    with pytest.raises(ConfigError, match="None of rw has the option history"):
-        variants(source, ["rw"], {"history": [2]})
+    with pytest.raises(ConfigError, match="None of rw has the option depth"):
+        variants(source, ["rw"], {"depth": [2]})
 
 
 # Comparisons
@@ -294,7 +293,7 @@ def test_the_loss_and_the_data_of_a_model_file(written, message, tmp_path):
         ({"length": 32, "batch": 4, "data": "short.txt"}, r"short.txt: the split 'choose' has \d examples of 32, and a batch 4"),
         ({"variants": "rw+xx"}, "rw\\+xx"),
         ({"variants": "lr", "rank": 0}, "rank"),
-        ({"length": 64}, "does not run with its first argument"),
+        ({"length": 128}, "does not run with its first argument"),
         ({"rates": (0.0,)}, "Learning rates must be above 0"),
         ({"batch": 4, "accumulate": 3}, "cannot be computed in 3 equal parts"),
         ({"precision": "int8"}, "precision must be one of"),

@@ -31,8 +31,9 @@ from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.graph.capture import quiet, without_caches
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, twin, variants
 from laurel_rewrite.lab.comparison import Comparison, Key, Size, plain, slug
-from laurel_rewrite.lab.corpora import Corpus, corpus
+from laurel_rewrite.lab.corpora import corpus
 from laurel_rewrite.lab.runs import Recipe, Run, Trainer
+from laurel_rewrite.lab.splits import Corpus
 from laurel_rewrite.lab.tasks import check, task_of
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.sources.built import Built
@@ -220,9 +221,9 @@ class _Job:
             except LaurelError as error:
                 raise type(error)(f"{candidate.name}: {error.args[0]}") from error
             with quiet(), without_caches(model):
+                check(self.task, model, batch, candidate.name)
                 with FlopCounterMode(display=False) as counter, torch.no_grad():
                     self.task.loss(model, batch)
-                check(self.task, model, batch, candidate.name)
             units = len(next(iter(batch.values()))) * self.task.size
             sizes[candidate.name] = Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / units)
         return sizes

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from laurel_rewrite.errors import ConfigError, missing
-from laurel_rewrite.lab.corpora import SPLITS, Corpus, Example
+from laurel_rewrite.lab.splits import SPLITS, Corpus, Example
 
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "plus", "bars", "half disc", "diamond")
 _SIZES = {"train": 50_000, "choose": 2_000, "judge": 10_000}

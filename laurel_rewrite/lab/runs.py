@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from laurel_rewrite.errors import ConfigError, missing
 from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.graph.capture import without_caches
-from laurel_rewrite.lab.corpora import Corpus
+from laurel_rewrite.lab.splits import Corpus
 from laurel_rewrite.lab.tasks import MASKED, TOKENS, Task
 from laurel_rewrite.operators.connections import learned, param_groups
 
@@ -203,7 +203,7 @@ class Trainer:
         from accelerate.data_loader import prepare_data_loader
 
         return prepare_data_loader(  # not the accelerator's method, which would keep, and save, every loader that there was
-            DataLoader(dataset, batch_sampler=order),
+            DataLoader(dataset, batch_sampler=order, generator=torch.Generator()),  # else each iterator draws from the one of dropout
             self.accelerator.device,
             self.accelerator.num_processes,
             self.accelerator.process_index,

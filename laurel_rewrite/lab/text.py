@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from laurel_rewrite.errors import ConfigError, missing
 from laurel_rewrite.files.checked import read_json
-from laurel_rewrite.lab.corpora import SPLITS, Corpus, Example
+from laurel_rewrite.lab.splits import SPLITS, Corpus, Example
 
 _BYTES = 256
 _BETWEEN = b"\0"
