@@ -334,3 +334,18 @@ def test_the_command(text, tmp_path):
     assert "not told apart" in done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["comparison"]["rows"]) == 4
+
+
+def test_the_report_is_as_its_schema_says_and_draws(text, tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
+    from laurel_rewrite.report import page, schema
+    from laurel_rewrite.report.comparison_plots import comparison_figures
+
+    wild = Candidate("wild <b>", LaurelConfig("rw"), rate=1e12)
+    compare(GPT, **USUAL, data=text, variants="rw", candidates=[wild], seeds=2, one_more_layer=False, out=tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(report, schema())
+    assert set(comparison_figures(report["comparison"])) == {"curves", "differences", "costs"}
+    drawn = page(report)
+    assert "wild &lt;b&gt;" in drawn
+    assert "not told apart" in drawn

@@ -19,7 +19,7 @@ JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
 _NOTHING: dict[str, Any] = {
     "title": "", "model": None, "sites": [], "rejected": [], "plan": None, "skipped": [], "parameters": None, "notes": [], "verification": [], "profile": None,
-    "training": None, "out": "", "files": [],
+    "training": None, "comparison": None, "out": "", "files": [],
 }  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def page(report: Mapping[str, Any]) -> str:
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    from laurel_rewrite.report.comparison_plots import comparison_figures
     from laurel_rewrite.report.plots import figures
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -70,7 +71,8 @@ def page(report: Mapping[str, Any]) -> str:
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}
     rows = profile["rows"]
-    drawn = {name: _for_script(drawing.to_json()) for name, drawing in figures(report).items()}
+    compared = comparison_figures(report["comparison"]) if report["comparison"] else {}
+    drawn = {name: _for_script(drawing.to_json()) for name, drawing in {**figures(report), **compared}.items()}
     return template.render(
         report=report, figures=drawn, plotly=get_plotlyjs(), style=_resource("page.css"), script=_resource("page.js"), today=date.today(),
         planned={site["id"]: site for site in report["plan"]["sites"]} if report["plan"] else {},

@@ -12,7 +12,7 @@ from laurel_rewrite.report.words import settings, shortened
 
 _SHOWN_OPS = 12
 _SHOWN_RUNS = 400
-_COLOURS = (
+COLOURS = (
     "#4477aa",
     "#ee6677",
     "#228833",
@@ -27,7 +27,7 @@ _COLOURS = (
     "#bb8844",
 )
 """Paul Tol's bright scheme and neighbours, which colour-blind readers can tell apart."""
-_REST = "#a0a0a0"
+REST = "#a0a0a0"
 
 
 def figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
@@ -52,15 +52,17 @@ def figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
     return found
 
 
-def _label(text: object, length: int = 44) -> str:
+def label(text: object, length: int = 44) -> str:
+    """A name as Plotly takes it."""
     return html.escape(shortened(text, length)) or "(none)"
 
 
-def _figure(height: int, **layout: Any) -> go.Figure:
+def empty(height: int, **layout: Any) -> go.Figure:
+    """A figure without traces."""
     figure = go.Figure()
     figure.update_layout(
         height=height, margin={"l": 8, "r": 8, "t": 8, "b": 40}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-        colorway=list(_COLOURS), font={"family": "system-ui, sans-serif", "size": 13}, hoverlabel={"align": "left"},
+        colorway=list(COLOURS), font={"family": "system-ui, sans-serif", "size": 13}, hoverlabel={"align": "left"},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0, "traceorder": "normal"}, **layout,
     )  # fmt: skip
     axes = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "automargin": True}
@@ -69,67 +71,76 @@ def _figure(height: int, **layout: Any) -> go.Figure:
     return figure
 
 
-def _rows(count: int, *, bars: int = 1, extra: int = 0, **layout: Any) -> go.Figure:
+def rows_of(count: int, *, bars: int = 1, extra: int = 0, **layout: Any) -> go.Figure:
     """A figure of so many rows from the top, each with room for its bars."""
-    figure = _figure(90 + extra + 34 * count * bars, **layout)
+    figure = empty(90 + extra + 34 * count * bars, **layout)
     return figure.update_yaxes(range=[count - 0.5, -0.5])
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, str]]) -> go.Figure:
-    names = [_label(row["name"]) for row in rows[1:]]
-    figure = _rows(len(names), bars=len(shapes))
+    names = [label(row["name"]) for row in rows[1:]]
+    figure = rows_of(len(names), bars=len(shapes))
     for number, shape in enumerate(shapes):
         _add_ratios(figure, names, [row["latencies"][number] for row in rows[1:]], ", ".join(f"{k} {v}" for k, v in shape.items()))
-    return _around_one(figure, "latency over the baseline's, with its 95 % interval", legend=len(shapes) > 1)
+    return around(figure, 1.0, "latency over the baseline's, with its 95 % interval", legend=len(shapes) > 1)
 
 
 def _add_ratios(figure: go.Figure, names: Sequence[str], times: Sequence[Mapping[str, Any]], series: str) -> None:
-    middle = [time["ratio"] for time in times]
-    above, below = ([abs(time[end] - time["ratio"]) for time in times] for end in ("high", "low"))
+    marks(figure, names, [(time["ratio"], time["low"], time["high"]) for time in times], label(series))
+
+
+def marks(figure: go.Figure, names: Sequence[str], found: Sequence[tuple[float, float, float]], series: str) -> None:
+    """A mark with its interval in each row.
+
+    Args:
+        found: by name, the middle and both ends.
+    """
+    above, below = [high - middle for middle, _, high in found], [middle - low for middle, low, _ in found]
     figure.add_scatter(
-        x=middle, y=names, mode="markers", marker={"size": 11}, name=_label(series), hovertemplate="%{y}: %{x:.4f}<extra></extra>",
+        x=[middle for middle, *_ in found], y=names, mode="markers", marker={"size": 11}, name=series, hovertemplate="%{y}: %{x:.4f}<extra></extra>",
         error_x={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
     )  # fmt: skip
 
 
-def _around_one(figure: go.Figure, title: str, *, legend: bool) -> go.Figure:
-    figure.add_vline(x=1.0, line_dash="dot", line_color=_REST)
+def around(figure: go.Figure, value: float, title: str, *, legend: bool) -> go.Figure:
+    """With a line at what means no difference."""
+    figure.add_vline(x=value, line_dash="dot", line_color=REST)
     figure.update_xaxes(title=title)
     return figure.update_layout(scattermode="group", showlegend=legend)
 
 
 def _runs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    figure = _rows(len(rows), showlegend=False)
+    figure = rows_of(len(rows), showlegend=False)
     for row in rows:
         runs = row["latencies"][0]["runs_ms"]
         step = -(-len(runs) // _SHOWN_RUNS)
-        figure.add_box(x=runs[::step], name=_label(row["name"]), boxpoints="outliers", orientation="h", hoverinfo="x")
+        figure.add_box(x=runs[::step], name=label(row["name"]), boxpoints="outliers", orientation="h", hoverinfo="x")
     figure.update_xaxes(title="milliseconds a run")
     return figure
 
 
 def _ops(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    names = [_label(row["name"]) for row in rows]
+    names = [label(row["name"]) for row in rows]
     totals: dict[str, float] = {}
     for row in rows:
         for op, ms in row["time"]["by_op"].items():
             totals[op] = totals.get(op, 0.0) + ms
     shown = sorted(totals, key=lambda op: -totals[op])[:_SHOWN_OPS]
-    figure = _rows(len(rows), extra=40, barmode="stack")
+    figure = rows_of(len(rows), extra=40, barmode="stack")
     for number, op in enumerate(shown):
         times = [row["time"]["by_op"].get(op, 0.0) for row in rows]
-        figure.add_bar(x=times, y=names, name=_label(op, 28), orientation="h", marker_color=_COLOURS[number % len(_COLOURS)])
+        figure.add_bar(x=times, y=names, name=label(op, 28), orientation="h", marker_color=COLOURS[number % len(COLOURS)])
     rest = [sum(ms for op, ms in row["time"]["by_op"].items() if op not in shown) for row in rows]
     if any(rest):
-        figure.add_bar(x=rest, y=names, name="others", orientation="h", marker_color=_REST)
+        figure.add_bar(x=rest, y=names, name="others", orientation="h", marker_color=REST)
     figure.update_traces(hovertemplate="%{y}<br>%{fullData.name}: %{x:.3f} ms<extra></extra>")
     figure.update_xaxes(title="milliseconds, from profiled runs, scaled to the median latency")
     return figure
 
 
 def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    names = [_label(row["name"]) for row in rows]
-    figure = _rows(len(rows), bars=2, barmode="group")
+    names = [label(row["name"]) for row in rows]
+    figure = rows_of(len(rows), bars=2, barmode="group")
     for key, name in (
         ("activation_bytes", "activations: peak of the arena, weights aside"),
         ("live_bytes", "values alive: peak, from the graph"),
@@ -141,12 +152,12 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def _sites(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    figure = _figure(320, barmode="group")
+    figure = empty(320, barmode="group")
     for row in rows:
         sites = row["time"]["sites"]
         figure.add_bar(
-            x=list(range(len(sites))), y=[site["ms"] for site in sites], name=_label(row["name"]),
-            customdata=[[_label(site["site"], 80), site["nodes"], _label(site["into"] or "nothing", 60)] for site in sites],
+            x=list(range(len(sites))), y=[site["ms"] for site in sites], name=label(row["name"]),
+            customdata=[[label(site["site"], 80), site["nodes"], label(site["into"] or "nothing", 60)] for site in sites],
             hovertemplate="%{customdata[0]}: %{y:.4f} ms<br>%{customdata[1]} ops of its own, sum absorbed into %{customdata[2]}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title="LAuReL site, in order of execution")
@@ -163,11 +174,11 @@ def _modules(row: Mapping[str, Any]) -> go.Figure:
             key = ".".join(parts[:depth])
             totals[key] = totals.get(key, 0.0) + ms
     keys = list(totals)
-    figure = _figure(380)
+    figure = empty(380)
     figure.add_icicle(
-        ids=[f"m{keys.index(key)}" for key in keys], labels=[_label(key.rpartition(".")[2], 24) if key else _label(row["name"]) for key in keys],
+        ids=[f"m{keys.index(key)}" for key in keys], labels=[label(key.rpartition(".")[2], 24) if key else label(row["name"]) for key in keys],
         parents=["" if not key else f"m{keys.index(key.rpartition('.')[0])}" for key in keys], values=list(totals.values()), branchvalues="total",
-        customdata=[_label(key or "the model", 90) for key in keys], tiling={"orientation": "v"}, maxdepth=5,
+        customdata=[label(key or "the model", 90) for key in keys], tiling={"orientation": "v"}, maxdepth=5,
         hovertemplate="%{customdata}<br>%{value:.3f} ms, %{percentRoot:.1%}<extra></extra>",
     )  # fmt: skip
     return figure
@@ -179,17 +190,17 @@ def _streams(data: Mapping[str, Any]) -> go.Figure:
     streams: dict[int, list[Mapping[str, Any]]] = {}
     for site in data["sites"]:
         streams.setdefault(site["stream"], []).append(site)
-    figure = _figure(110 + 30 * len(streams), showlegend=False)
+    figure = empty(110 + 30 * len(streams), showlegend=False)
     for row, (number, sites) in enumerate(streams.items()):
         treated = [planned.get(site["id"]) for site in sites]
         figure.add_scatter(
             x=[site["index"] for site in sites], y=[row] * len(sites), mode="lines+markers", name=f"stream {number}",
             marker={
-                "size": 14, "color": _COLOURS[row % len(_COLOURS)], "line": {"width": 2, "color": _COLOURS[row % len(_COLOURS)]},
+                "size": 14, "color": COLOURS[row % len(COLOURS)], "line": {"width": 2, "color": COLOURS[row % len(COLOURS)]},
                 "symbol": ["circle" if plan else "circle-open" for plan in treated],
             },
             customdata=[
-                [_label(site["id"], 80), site["kind"], "x".join(map(str, site["shape"])), ", ".join(filter(None, (plan["variant"], settings(plan)))) if plan else "left as it is"]
+                [label(site["id"], 80), site["kind"], "x".join(map(str, site["shape"])), ", ".join(filter(None, (plan["variant"], settings(plan)))) if plan else "left as it is"]
                 for site, plan in zip(sites, treated, strict=True)
             ],
             hovertemplate="%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]}<br>%{customdata[3]}<extra></extra>",
@@ -202,8 +213,8 @@ def _streams(data: Mapping[str, Any]) -> go.Figure:
 
 def _training(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     others = [row for row in rows if row["step"]["verdict"] != "baseline"]
-    figure = _rows(len({row["name"] for row in others}), bars=2)
+    figure = rows_of(len({row["name"] for row in others}), bars=2)
     for mode in dict.fromkeys(row["mode"] for row in others):
         here = [row for row in others if row["mode"] == mode]
-        _add_ratios(figure, [_label(row["name"]) for row in here], [row["step"] for row in here], mode)
-    return _around_one(figure, "time of a training step over the baseline's, with its 95 % interval", legend=True)
+        _add_ratios(figure, [label(row["name"]) for row in here], [row["step"] for row in here], mode)
+    return around(figure, 1.0, "time of a training step over the baseline's, with its 95 % interval", legend=True)

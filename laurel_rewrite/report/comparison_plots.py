@@ -1,0 +1,101 @@
+"""The plots of a comparison: curves, differences with their intervals, and quality against cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from laurel_rewrite.report.plots import COLOURS, REST, around, empty, label, marks, rows_of
+
+_COSTS = {"parameters": "parameters", "flops": "FLOPs", "seconds": "time of a step", "latency": "latency"}
+
+
+def comparison_figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
+    """Plots of a comparison by the name of their place; those there is nothing for are left out."""
+    rows, found = data["rows"], {}
+    curves = _curves(data)
+    if curves:
+        found["curves"] = _drawn_curves(curves, data)
+    judged = [row for row in rows if row["judgement"]["low"] is not None]
+    if judged:
+        found["differences"] = _differences(judged)
+    placed = [row for row in rows if row["judgement"]["mean"] is not None]
+    if len(placed) > 1:
+        found["costs"] = _costs(placed)
+    return found
+
+
+def _curves(data: Mapping[str, Any]) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
+    """Of each candidate the curves at the learning rate that it is judged at, one a seed."""
+    found: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
+    for row in data["rows"]:
+        runs = [run for run in data["runs"] if run["candidate"] == row["name"] and run["base_rate"] == row["rate"] and run["curve"]]
+        if runs:
+            found[row["name"]] = [run["curve"] for run in runs]
+    return found
+
+
+def _drawn_curves(curves: Mapping[str, list[Sequence[Mapping[str, Any]]]], data: Mapping[str, Any]) -> go.Figure:
+    figure = empty(420)
+    for number, (name, seeds) in enumerate(curves.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        points = range(min(map(len, seeds)))
+        tokens = [seeds[0][n]["tokens"] for n in points]
+        losses = [[curve[n]["choose"] for curve in seeds if curve[n]["choose"] is not None] for n in points]
+        shown = [n for n in points if losses[n]]
+        high, low = ([end(losses[n]) for n in shown] for end in (max, min))
+        x = [tokens[n] for n in shown]
+        if len(seeds) > 1:
+            figure.add_scatter(
+                x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", mode="none", fillcolor=colour, opacity=0.15, legendgroup=name,
+                showlegend=False, hoverinfo="skip",
+            )  # fmt: skip
+        figure.add_scatter(
+            x=x, y=[statistics.fmean(losses[n]) for n in shown], mode="lines", name=label(name), legendgroup=name, line={"color": colour},
+            hovertemplate="%{fullData.name}: %{y:.4f}<br>%{x:,.0f}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title=f"{data['task']['unit']} trained on")
+    return figure.update_yaxes(title="loss on the second split")
+
+
+def _differences(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    figure = rows_of(len(rows), showlegend=False)
+    found = [row["judgement"] for row in rows]
+    marks(figure, [label(row["name"]) for row in rows], [(one["difference"], one["low"], one["high"]) for one in found], "")
+    return around(figure, 0.0, "loss less the baseline's, paired by seed, with its 95 % interval", legend=False)
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Loss against each cost, one at a time; what no other is below and left of is joined."""
+    figure = empty(420, showlegend=False)
+    costs = [cost for cost in _COSTS if sum(row[cost] is not None for row in rows) > 1]
+    for cost in costs:
+        placed = sorted((row for row in rows if row[cost] is not None), key=lambda row: (row[cost], row["judgement"]["mean"]))
+        best: list[Mapping[str, Any]] = []
+        for row in placed:
+            if not best or row["judgement"]["mean"] < best[-1]["judgement"]["mean"]:
+                best.append(row)
+        figure.add_scatter(
+            x=[row[cost] for row in best], y=[row["judgement"]["mean"] for row in best], mode="lines", hoverinfo="skip", visible=cost == costs[0],
+            line={"color": REST, "dash": "dot", "shape": "hv"},
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[row[cost] for row in placed], y=[row["judgement"]["mean"] for row in placed], mode="markers+text", visible=cost == costs[0],
+            text=[label(row["name"], 24) for row in placed], textposition=[("top center", "bottom center")[n % 2] for n in range(len(placed))], marker={"size": 11, "color": COLOURS[0]},
+            hovertemplate="%{text}<br>%{x:.4f} of the baseline's, loss %{y:.4f}<extra></extra>",
+        )  # fmt: skip
+    buttons = [
+        {
+            "label": _COSTS[cost], "method": "update",
+            "args": [{"visible": [shown == cost for shown in costs for _ in range(2)]}, {"xaxis.title.text": f"{_COSTS[cost]} over the baseline's"}],
+        }
+        for cost in costs
+    ]  # fmt: skip
+    figure.update_layout(
+        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.15, "yanchor": "top", "type": "buttons", "direction": "right"}]
+    )
+    figure.update_xaxes(title=f"{_COSTS[costs[0]]} over the baseline's")
+    return figure.update_yaxes(title="loss on the third split")
