@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from laurel_rewrite.exporting import export_onnx
     from laurel_rewrite.files.onnx import write_onnx
+    from laurel_rewrite.lab.comparing import compare
     from laurel_rewrite.operators.config import Option
     from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
     from laurel_rewrite.operators.protocol import Connection, Reads
@@ -55,6 +56,7 @@ _HOMES = {
     "load": "backends.module.saving",
     "export_onnx": "exporting",
     "profile": "profiling",
+    "compare": "lab.comparing",
     **dict.fromkeys(("param_groups", "check_optimizer", "learned"), "operators.connections"),
     "Connection": "operators.protocol",
     "Reads": "operators.protocol",
@@ -91,6 +93,7 @@ __all__ = [
     "RewriteError",
     "VerificationError",
     "check_optimizer",
+    "compare",
     "detect",
     "draw",
     "explain",
