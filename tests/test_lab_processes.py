@@ -1,0 +1,81 @@
+"""Comparisons in processes of their own: killed and resumed, and on two of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES
+from test_lab import GPT, SMALL
+
+pytestmark = pytest.mark.engines
+PROCESSES = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    (tmp_path / "text.txt").write_text("".join(f"{n * n} is the square of {n}\n" for n in range(1500)))
+    given = [f"--set={name}={value}" for name, value in {**SMALL, "dropout": 0.0}.items()]
+    asked = [
+        "--variant",
+        "rw+lr+pa",
+        "--rank",
+        "2",
+        "--tokens",
+        "2560",
+        "--seeds",
+        "2",
+        "--batch",
+        "4",
+        "--length",
+        "32",
+        "--no-one-more-layer",
+    ]
+    return ["-m", "laurel_rewrite", "compare", GPT, *given, *asked, "--data", str(tmp_path / "text.txt")]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(EXAMPLES.parent.parent)}
+
+
+def run(tmp_path: Path, *words: str) -> None:
+    done = subprocess.run([sys.executable, *words], env=environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def numbers(out: Path) -> list:
+    runs = json.loads((out / "report.json").read_text())["comparison"]["runs"]
+    return [(one["candidate"], one["seed"], [point["train"] for point in one["curve"]], one["judge"], one["learned"]) for one in runs]
+
+
+def test_a_comparison_that_is_killed_comes_to_the_same_numbers(words, tmp_path):
+    run(tmp_path, *words, "--out", str(tmp_path / "whole"))
+    process = subprocess.Popen([sys.executable, *words, "--out", str(tmp_path / "part")], env=environment(tmp_path))
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "part" / "state" / "run.json").exists() and list((tmp_path / "part" / "runs").glob("*.json"))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list((tmp_path / "part" / "runs").glob("*.json"))) < 4
+    run(tmp_path, *words, "--out", str(tmp_path / "part"))
+    assert numbers(tmp_path / "part") == numbers(tmp_path / "whole")
+
+
+def test_two_processes_come_to_the_losses_of_one(words, tmp_path):
+    run(tmp_path, *words, "--out", str(tmp_path / "one"))
+    run(tmp_path, *PROCESSES, *words, "--out", str(tmp_path / "two"))
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert [row[:2] for row in one] == [row[:2] for row in two]
+    for (*_, curve, judge, _), (*_, other, found, _) in zip(one, two, strict=True):
+        assert other == pytest.approx(curve, rel=1e-5)  # float32, gradients in another order of addition, over 20 steps
+        assert found == pytest.approx(judge, rel=1e-5)
+    report = json.loads((tmp_path / "two" / "report.json").read_text())["comparison"]
+    assert {run["where"].partition(",")[2].partition(",")[0].strip() for run in report["runs"]} == {"2 processes"}
