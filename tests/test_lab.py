@@ -349,3 +349,44 @@ def test_the_report_is_as_its_schema_says_and_draws(text, tmp_path):
     drawn = page(report)
     assert "wild &lt;b&gt;" in drawn
     assert "not told apart" in drawn
+
+
+def test_what_was_trained_is_looked_into_and_its_gaining_sites_are_a_plan(text, tmp_path):
+    from click.testing import CliRunner
+
+    from laurel_rewrite.app.compare_command import compare as compared
+    from laurel_rewrite.app.inspect_command import inspect as command
+    from laurel_rewrite.lab.inspecting import inspect
+    from laurel_rewrite.plan import Plan
+
+    asked = {**USUAL, "tokens": 5120, "rates": 1e-2, "data": text, "seeds": 1, "one_more_layer": False, "out": tmp_path / "out"}
+    found = compare(GPT, variants=["rw", "rw+lr+pa"], rank=2, **asked)
+    looked = {one.name: one for one in inspect(tmp_path / "out", batches=2)}
+    assert set(looked) == {"rw", "rw+lr+pa"}
+    for name, one in looked.items():
+        run = found.runs[name, 1e-2, 0]
+        learned = {site.site: site.learned for site in one.inside.sites}
+        assert learned == {site: pytest.approx(values, rel=1e-6) for site, values in run.learned.items()}  # float32 from a file
+        assert one.inside.loss == pytest.approx(run.judge, abs=0.5)  # of fewer batches
+    assert looked["rw+lr+pa"].inside.plain.loss != 0
+    plan = tmp_path / "gaining.toml"
+    done = CliRunner().invoke(command, [str(tmp_path / "out"), "--candidate", "rw+lr+pa", "--plan-out", str(plan)], catch_exceptions=True)
+    assert "Inside rw+lr+pa" in done.output
+    if done.exit_code == 0:
+        sites = [row.id for row in Plan.read(plan).sites]
+        assert 0 < len(sites) < 4
+        words = [GPT, *(f"--set={name}={value}" for name, value in SMALL.items()), "--plan", str(plan), "--tokens", "128", "--seeds", "1"]
+        words += ["--batch", "4", "--length", "32", "--data", text, "--no-one-more-layer", "--out", str(tmp_path / "again")]
+        again = CliRunner().invoke(compared, words, catch_exceptions=False)
+        assert again.exit_code == 0
+        assert "gaining" in again.output
+    else:
+        assert "No plan was written" in str(done.exception)
+    for wrong, message in [
+        ({"candidate": "baseline"}, "no weights of 'baseline' with an operator"),
+        ({"batches": 1}, "two batches or more"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            inspect(tmp_path / "out", **wrong)
+    with pytest.raises(ConfigError, match="is not the model that was compared"):
+        inspect(tmp_path / "out", lambda: build(GPT, {**SMALL, "width": 32}).model, torch.zeros(2, 32, dtype=torch.int64))

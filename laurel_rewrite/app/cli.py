@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import click
 
 from laurel_rewrite.app.compare_command import compare
+from laurel_rewrite.app.inspect_command import inspect
 from laurel_rewrite.app.profile_command import profile
 from laurel_rewrite.app.rewrite_command import rewrite
 from laurel_rewrite.app.sites_command import sites
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, NoSiteError
 
-COMMANDS = {"sites": sites, "profile": profile, "compare": compare}
+COMMANDS = {"sites": sites, "profile": profile, "compare": compare, "inspect": inspect}
 """By their words; what no word is said of is `rewrite`."""
 
 

@@ -52,6 +52,9 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )
 @operator_options(several=True)
+@click.option(
+    "--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A model of an edited plan, too; its name is the file's."
+)
 @click.option("--tokens", type=_Count(), required=True, metavar="COUNT", help="To train each model on, 200k or 20M; of images, how many.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings of each model. With one, nothing is judged.")
 @click.option(
@@ -102,17 +105,22 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     """
     start(verbose, as_json)
     from laurel_rewrite.app import terminal
+    from laurel_rewrite.lab.candidates import Candidate
     from laurel_rewrite.lab.comparing import compare as train
+    from laurel_rewrite.plan import Plan
     from laurel_rewrite.sources import is_graph
     from laurel_rewrite.sources.models import parse_settings
 
     if is_graph(model):
         raise ConfigError(f"{model} is a graph, and only models in PyTorch are trained.")
     plain = {name: given[name] for name in (*_RECIPE, *_PASSED)}
-    variants = given["variants"] or ("rw+lr",)
+    variants = given["variants"] or (() if given["plans"] else ("rw+lr",))
     listener = terminal.Stages(console(stderr=True), quiet=quiet)
     settings = parse_settings(given["settings"])
-    found = train(model, variants=variants, settings=settings, listener=listener, **plain, **given_options(context, given))
+    candidates = [Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]]
+    found = train(
+        model, variants=variants, candidates=candidates, settings=settings, listener=listener, **plain, **given_options(context, given)
+    )
     if as_json:
         print_json(found.to_dict())
         return

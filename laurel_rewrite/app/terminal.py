@@ -32,6 +32,8 @@ from laurel_rewrite.stages import Stage
 
 if TYPE_CHECKING:
     from laurel_rewrite.lab.comparison import Comparison
+    from laurel_rewrite.lab.inside import Difference, SiteInside
+    from laurel_rewrite.lab.inspecting import Looked
 
 
 class Stages:
@@ -236,6 +238,46 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     for row in comparison.rows():
         for seed, text in row.failures.items():
             console.print(Text(f"{row.name}, seed {seed}: {text}", style="yellow"))
+
+
+def show_inside(console: Console, looked: Looked) -> None:
+    """A trained model site by site."""
+    found = looked.inside
+    rows = [
+        (
+            shortened(site.site, 40), _learned(site), _number(site.skip, "{:.2f}"), _number(site.branch, "{:.2f}"), _number(site.branch_cosine, "{:+.2f}"),
+            _number(100 * site.share, "{:.1f} %"), _worth(site.without_branch, False),
+            _worth(site.plain, site.site in looked.gaining) if site.plain is not None else Text("whole stream"),
+        )
+        for site in found.sites
+    ]  # fmt: skip
+    caption = (
+        f"loss {found.loss:.4f} on {found.batches} batches of the third split, {_signed(found.plain.loss)} with plain sums everywhere; rms of skip and "
+        f"branch, their cosine, share of the final state; the loss more without the branch, and with x + f for the operator, ± its standard error"
+    )
+    headings = ("site", "learned", "skip>", "branch>", "cosine>", "share>", "without\nbranch>", "plain\nsum>")
+    _show(console, f"Inside {looked.name}, lr {looked.rate:g}, seed {looked.seed}", headings, rows, caption)
+    gains = f"{len(looked.gaining)} of {len(found.sites)} sites gain by more than two standard errors"
+    console.print(Text(f"{gains}: {', '.join(looked.gaining)}" if looked.gaining else gains))
+
+
+def _learned(site: SiteInside) -> str:
+    shown = [f"{name} {value:.3f}" for name, value in list(site.learned.items())[:6]]
+    spectra = [f"s({name}) {values[0]:.3f}" for name, values in site.singular_values.items() if values][:1]
+    words = [*shown, *spectra]
+    return "\n".join(", ".join(words[n : n + 3]) for n in range(0, len(words), 3))
+
+
+def _worth(found: Difference, gains: bool) -> Text:
+    return Text(f"{_signed(found.loss)}\n± {_number(found.error, '{:.4f}')}", "green" if gains else "")
+
+
+def _signed(value: float) -> str:
+    return _number(value, "{:+.4f}")
+
+
+def _number(value: float, form: str) -> str:
+    return form.format(value) if math.isfinite(value) else "-"
 
 
 def _judged(found: Judgement) -> tuple[str, str, str, Text]:

@@ -31,10 +31,10 @@ from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.graph.capture import quiet, without_caches
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, twin, variants
 from laurel_rewrite.lab.comparison import Comparison, Key, Size, plain, slug
-from laurel_rewrite.lab.corpora import corpus
-from laurel_rewrite.lab.runs import Recipe, Run, Trainer
+from laurel_rewrite.lab.corpora import corpus, own
+from laurel_rewrite.lab.runs import Recipe, Run, Trainer, accelerator_of
 from laurel_rewrite.lab.splits import Corpus
-from laurel_rewrite.lab.tasks import check, task_of
+from laurel_rewrite.lab.tasks import Task, check, task_of
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.inputs import call_inputs, copied_inputs
@@ -119,7 +119,7 @@ def compare(
         CaptureError, RewriteError, VerificationError: a candidate cannot be made; nothing has been trained then.
         MissingPackageError: a package of the extra "train" is not installed.
     """
-    source, label = _source(model, args, kwargs, settings)
+    source, label = source_of(model, args, kwargs, settings)
     known = {field.name for field in fields(Recipe)}
     recipe = Recipe(tokens, **{name: value for name, value in options.items() if name in known})
     listed = {name: _listed(value) for name, value in options.items() if name not in known}
@@ -155,7 +155,7 @@ def _distinct(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(candidates)
 
 
-def _source(model: Any, args: Any, kwargs: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> tuple[Source, str]:
+def source_of(model: Any, args: Any, kwargs: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> tuple[Source, str]:
     """What makes the unchanged model, and its name."""
     if isinstance(model, str):
         if args != () or kwargs:
@@ -172,6 +172,13 @@ def _source(model: Any, args: Any, kwargs: Mapping[str, Any] | None, settings: M
     return Source(lambda: Built(model().train(), *copied_inputs(given, named), label)), label
 
 
+def data_of(task: Task, built: Built, data: str, folder: Path, tokenizer: Path | None) -> Corpus:
+    """What a model is trained on: that of its file, where it offers some."""
+    if task.kind == "own":
+        return own(built.offers["dataset"], built.spec)
+    return corpus(data, task.kind, folder=folder, tokenizer=tokenizer)
+
+
 class _Job:
     def __init__(self, request: Request, *, force: bool, listener: Listener) -> None:
         self.request, self.force, self.listener = request, force, listener
@@ -179,7 +186,8 @@ class _Job:
         check_out(out, "compare", (JSON, HTML), force=force)
         built = request.source.base(0)
         self.task = task_of(built, request.recipe.length)
-        self.corpus = self._corpus(built)
+        with accelerator_of(request.recipe).main_process_first():  # the others then find its files
+            self.corpus = data_of(self.task, built, request.data, out, request.tokenizer)
         self.trainer = Trainer(request.recipe, self.task, self.corpus, out / STATE)
         self.main = self.trainer.accelerator.is_main_process
         about = self._about(built)
@@ -187,19 +195,11 @@ class _Job:
         self.comparison = Comparison(about, request.candidates, request.rates, request.seeds, self._tried(), runs)
         if self.main:
             out.mkdir(parents=True, exist_ok=True)
-            _write(out / ABOUT, {"format": _FORMAT, **about})
+            _write(
+                out / ABOUT,
+                {"format": _FORMAT, **about, "tokenizer": None if request.tokenizer is None else str(request.tokenizer.absolute())},
+            )
         self.trainer.accelerator.wait_for_everyone()
-
-    def _corpus(self, built: Built) -> Corpus:
-        request = self.request
-        if self.task.kind == "own":
-            from laurel_rewrite.lab.corpora import own
-
-            return own(built.offers["dataset"], built.spec)
-        from laurel_rewrite.lab.runs import accelerator_of
-
-        with accelerator_of(request.recipe).main_process_first():
-            return corpus(request.data, self.task.kind, folder=request.out, tokenizer=request.tokenizer)
 
     def _about(self, built: Built) -> dict[str, Any]:
         """What all runs of a folder have in common."""
