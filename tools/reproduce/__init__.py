@@ -1,0 +1,1 @@
+"""Experiments whose results are committed, each made again by one command."""
