@@ -130,6 +130,7 @@ def learned_in_parts(folder: Path, rank: int) -> None:
     torch.save((before, found), folder / str(rank))
 
 
+@pytest.mark.engines
 def test_parts_in_several_processes_are_one(tmp_path):
     for before, found in together(learned_in_parts, tmp_path):
         assert list(found) == list(ENGINES)
