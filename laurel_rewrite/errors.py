@@ -72,9 +72,10 @@ class MissingPackageError(LaurelError):
     exit_code = 5
 
 
-def missing(package: str, extra: str) -> MissingPackageError:
-    """The error for an optional package that is absent, with the extra of ours that brings it."""
-    return MissingPackageError(f'This needs {package}: pip install "laurel-rewrite[{extra}]" or pip install {package}.')
+def missing(package: str, extra: str | None) -> MissingPackageError:
+    """The error for an optional package that is absent, with the extra of ours that brings it, where one does."""
+    ours = "" if extra is None else f'pip install "laurel-rewrite[{extra}]" or '
+    return MissingPackageError(f"This needs {package}: {ours}pip install {package}.")
 
 
 FOREIGN = (Exception, SystemExit)

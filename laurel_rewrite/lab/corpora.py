@@ -18,7 +18,7 @@ def corpus(data: str, kind: str, *, folder: Path, tokenizer: Path | None = None)
         data: "builtin" or "builtin:python" (sources of installed packages), "builtin:digits" (scikit-learn's, the default for images),
             "builtin:shapes" (drawn), a file of text, a folder of files, or "datasets:NAME" (a folder that `datasets` wrote, or a name).
         kind: what the model takes: "tokens" or "images".
-        folder: where tokens are kept, in `folder / "data"`.
+        folder: where tokens are kept, in `folder / "data"`; it is no data itself, where it lies among them.
         tokenizer: file of `tokenizers`; bytes by default.
 
     Raises:
@@ -42,19 +42,23 @@ def corpus(data: str, kind: str, *, folder: Path, tokenizer: Path | None = None)
         return images.of_dataset(data, found) if kind == "images" else text.tokens(data, text.of_dataset(data, found), folder, tokenizer)
     if kind == "images":
         raise ConfigError(f"{data}: images are builtin:digits, builtin:shapes or datasets:NAME; or dataset(split) in the model's file.")
-    return text.tokens(data, text.files(Path(data)), folder, tokenizer)
+    return text.tokens(data, text.files(Path(data), folder), folder, tokenizer)
 
 
 def _from_datasets(name: str) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise missing("datasets", "train") from error
+        raise missing("datasets", None) from error
     try:
         found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except FOREIGN as error:  # of its file system and of what it downloads from
         raise ConfigError(f"datasets:{name} could not be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    return found["train"] if isinstance(found, dict) and "train" in found else found
+    if not isinstance(found, dict):
+        return found
+    if "train" not in found:
+        raise ConfigError(f"datasets:{name} has no split 'train': its splits are {', '.join(map(str, found))}.")
+    return found["train"]
 
 
 def own(dataset: Callable[[str], Any], label: str) -> Corpus:

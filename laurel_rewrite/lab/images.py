@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,17 +127,26 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def of_dataset(label: str, dataset: Any) -> Corpus:
-    """The columns "image" and "label" of a dataset of `datasets`, split by a fixed permutation, 90, 5 and 5 per cent."""
+    """The columns "image" and "label" of a dataset of `datasets`, split by a fixed permutation, 90, 5 and 5 per cent.
+
+    Raises:
+        ConfigError: there are no such columns, or they hold something else.
+    """
     columns = list(getattr(dataset, "column_names", ()))
     if not {"image", "label"} <= set(columns):
         raise ConfigError(f"{label} has no columns 'image' and 'label': its columns are {', '.join(map(str, columns)) or 'unknown'}.")
+    labels = list(dataset["label"])
+    for number, one in enumerate(labels):
+        if not isinstance(one, int) or one < 0:
+            raise ConfigError(
+                f"{label}: the label of row {number} is {one!r}, and must be a number from 0 (-1 stands for none in many data sets)."
+            )
     order = np.random.RandomState(0).permutation(len(dataset))
     cuts = (0, len(dataset) * 90 // 100, len(dataset) * 95 // 100, len(dataset))
     parts = {name: order[first:last] for name, first, last in zip(SPLITS, cuts, cuts[1:], strict=False)}
-    labels: Sequence[int] = [int(one) for one in dataset["label"]]
-    found = hashlib.sha256(np.asarray(labels).tobytes())
-    for number in range(0, len(dataset), max(1, len(dataset) // 1000)):  # decoding all would take as long as an epoch
-        found.update(np.asarray(dataset[number]["image"]).tobytes())
+    found = hashlib.sha256(np.asarray([*labels, *order]).tobytes())
+    for stored in _stored(label, dataset):
+        found.update(len(stored).to_bytes(8, "big") + stored)
 
     def made(name: str, shape: tuple[int, ...]) -> Dataset[Example]:
         def item(number: int) -> tuple[Tensor, int]:
@@ -145,7 +155,21 @@ def of_dataset(label: str, dataset: Any) -> Corpus:
 
         return _Items(len(parts[name]), item, shape)
 
-    return Corpus(label, "images", found.hexdigest(), max(labels) + 1, made)
+    return Corpus(label, "images", found.hexdigest(), max(labels, default=-1) + 1, made)
+
+
+def _stored(label: str, dataset: Any) -> Iterator[bytes]:
+    """The images as they are kept: decoding them would take as long as an epoch."""
+    from datasets import Image
+
+    if not isinstance(dataset.features["image"], Image):
+        raise ConfigError(f"{label}: its column 'image' holds no images, but {dataset.features['image']}.")
+    for number, row in enumerate(dataset.select_columns("image").cast_column("image", Image(decode=False))):
+        kept = row["image"]
+        try:
+            yield kept["bytes"] if kept["bytes"] is not None else Path(kept["path"]).read_bytes()
+        except (TypeError, OSError) as error:  # None, or a file that is gone
+            raise ConfigError(f"{label}: row {number} has no image that can be read: {kept!r:.120}.") from error
 
 
 BUILTIN: dict[str, Callable[[], Corpus]] = {"digits": digits, "shapes": shapes}

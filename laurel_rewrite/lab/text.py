@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from laurel_rewrite.errors import ConfigError, missing
-from laurel_rewrite.files.checked import read_json
+from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.lab.splits import SPLITS, Corpus, Example
 
 _BYTES = 256
@@ -30,7 +29,7 @@ _PYTHON = {
 }
 """Packages that this one stands on, by split: no package is in two, since its files resemble each other."""
 _BY_BUILD = ("torch/version.py", "numpy/__config__.py", "numpy/version.py")
-"""Files that differ between builds of one version."""
+"""Files that differ between builds of one version: of torch, it is the only one of 2,371 in which those for CPUs and for CUDA do."""
 _LARGEST = 200_000
 """Bytes of a source file; above it is a table that a program wrote."""
 
@@ -42,7 +41,7 @@ class Documents:
     Attributes:
         splits: the documents of each, in order.
         versions: of the packages that they are from.
-        left_out: how many files were no text.
+        left_out: how many files, or rows, were no text.
     """
 
     splits: Mapping[str, list[bytes]]
@@ -63,7 +62,7 @@ def python_sources() -> Documents:
     """The sources of a fixed list of installed packages, each text once.
 
     Raises:
-        ConfigError: one of them is not installed.
+        ConfigError: one of them is not installed, or not whole.
     """
     seen: set[bytes] = set()
     splits: dict[str, list[bytes]] = {}
@@ -77,12 +76,15 @@ def python_sources() -> Documents:
                 raise ConfigError(
                     f"builtin:python is made of {package}, too, which is not installed. Install it, or give other --data."
                 ) from error
+            if found.files is None:
+                raise ConfigError(
+                    f"builtin:python is made of {package}, too, which was installed without a list of its files. Let pip install it."
+                )
             versions[package] = found.version.partition("+")[0]
-            for file in sorted(found.files or (), key=str):
-                name = file.as_posix()
-                if file.suffix != ".py" or name in _BY_BUILD:
+            for file in sorted(found.files, key=str):
+                if file.suffix != ".py" or file.as_posix() in _BY_BUILD:
                     continue
-                text = Path(str(found.locate_file(file))).read_bytes()
+                text = _read(Path(str(file.locate())))
                 key = hashlib.sha256(text).digest()
                 if text.strip() and len(text) <= _LARGEST and key not in seen:
                     seen.add(key)
@@ -90,11 +92,15 @@ def python_sources() -> Documents:
     return Documents(splits, versions)
 
 
-def files(path: Path) -> Documents:
+def files(path: Path, without: Path) -> Documents:
     """A file, split by position; or the files of a folder, each in the split that its content decides.
 
+    Args:
+        path: of the file or folder.
+        without: a folder of results, which may lie in that of the texts.
+
     Raises:
-        ConfigError: there is none, or no text in it.
+        ConfigError: there is none, or no text in it, or it cannot be read.
     """
     if path.is_file():
         text = _text(path)
@@ -104,7 +110,11 @@ def files(path: Path) -> Documents:
     if not path.is_dir():
         raise ConfigError(f"There is no data at {path}: no such file or folder.")
     inner = sorted(
-        file for file in path.rglob("*") if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and not file.absolute().is_relative_to(without.absolute())
     )
     texts = [_text(file) for file in inner]
     found = list(dict.fromkeys(text for text in texts if text is not None and text.strip()))
@@ -118,11 +128,24 @@ def of_dataset(label: str, dataset: Any) -> Documents:
     columns = list(getattr(dataset, "column_names", ()))
     if "text" not in columns:
         raise ConfigError(f"{label} has no column 'text': its columns are {', '.join(map(str, columns)) or 'unknown'}.")
-    return Documents(_split(list(dict.fromkeys(text.encode() for text in dataset["text"] if text.strip()))))
+    rows = list(dataset["text"])
+    texts = [row for row in rows if row is not None]
+    strange = next((row for row in texts if not isinstance(row, str)), None)
+    if strange is not None:
+        raise ConfigError(f"{label}: its column 'text' holds no texts, but {type(strange).__name__}: {strange!r:.80}.")
+    found = list(dict.fromkeys(text.encode() for text in texts if text.strip()))
+    return Documents(_split(found), left_out=len(rows) - len(texts))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}, which belongs to the data, cannot be read: {error.strerror}.") from error
 
 
 def _text(path: Path) -> bytes | None:
-    found = path.read_bytes()
+    found = _read(path)
     if b"\0" in found[:8192]:
         return None
     try:
@@ -144,11 +167,15 @@ def _split(texts: list[bytes]) -> dict[str, list[bytes]]:
 def _by_position(text: bytes) -> dict[str, list[bytes]]:
     """90, 5 and 5 per cent, each cut behind a line."""
     first, second = (_line_end(text, len(text) * share // 100) for share in (90, 95))
-    return {"train": [text[:first]], "choose": [text[first:second]], "judge": [text[second:]]}
+    parts = {"train": text[:first], "choose": text[first:second], "judge": text[second:]}
+    return {name: [document for document in part.split(_BETWEEN) if document] for name, part in parts.items()}
 
 
 def _line_end(text: bytes, place: int) -> int:
+    """Behind a line that ends near there, else behind a character."""
     found = text.find(b"\n", place, place + 4096)
+    while found < 0 and place < len(text) and text[place] & 0xC0 == 0x80:
+        place += 1
     return found + 1 if found >= 0 else place
 
 
@@ -160,21 +187,24 @@ def tokens(label: str, documents: Documents, folder: Path, tokenizer: Path | Non
 
     Args:
         label: of the data.
-        folder: gets "data" with a file of tokens a split.
+        folder: gets "data" with a folder of these tokens, under their digest, so that a file is never that of other data.
         tokenizer: file of `tokenizers`; None for bytes.
+
+    Raises:
+        ConfigError: the tokenizer's file is none, or the tokens cannot be written.
+        MissingPackageError: tokenizers is needed and not installed.
     """
     encode, classes, between, words = _encoder(tokenizer)
     digest = hashlib.sha256((documents.digest() + words).encode()).hexdigest()
-    place = folder / "data"
-    about = place / "tokens.json"
-    if not about.is_file() or read_json(about, "The tokens").get("digest") != digest:
-        place.mkdir(parents=True, exist_ok=True)
+    place = folder / "data" / digest[:16]
+    if not all((place / name).is_file() for name in (*(f"{name}.npy" for name in SPLITS), "tokens.json")):
         dtype = np.uint8 if classes <= 1 << 8 else np.uint16 if classes <= 1 << 16 else np.uint32
-        for name in SPLITS:
-            parts = [np.asarray(ids, dtype) for text in documents.splits[name] for ids in (encode(text), between)]
-            _whole(place / f"{name}.npy", partial(np.save, arr=np.concatenate(parts or [np.zeros(0, dtype)])))
-        words_of = {"digest": digest, "data": label, "classes": classes, "versions": documents.versions, "left_out": documents.left_out}
-        _whole(about, lambda file: file.write(json.dumps(words_of, indent=1).encode()))
+        about = {"digest": digest, "data": label, "classes": classes, "versions": documents.versions, "left_out": documents.left_out}
+        with replacing(place) as draft:
+            for name in SPLITS:
+                parts = [np.asarray(ids, dtype) for text in documents.splits[name] for ids in (encode(text), between)]
+                np.save(draft / f"{name}.npy", np.concatenate(parts or [np.zeros(0, dtype)]))
+            (draft / "tokens.json").write_text(json.dumps(about, indent=1))
     return Corpus(label, "tokens", digest, classes, lambda name, shape: _Windows(place / f"{name}.npy", shape[0]), documents.versions)
 
 
@@ -185,27 +215,21 @@ def _encoder(tokenizer: Path | None) -> tuple[Callable[[bytes], Iterable[int]], 
     try:
         import tokenizers
     except ModuleNotFoundError as error:
-        raise missing("tokenizers", "train") from error
+        raise missing("tokenizers", None) from error
     try:
         found = tokenizers.Tokenizer.from_file(str(tokenizer))
     except Exception as error:  # which is what that library raises
         raise ConfigError(f"{tokenizer} is no tokenizer's file: {' '.join(str(error).split())[:200]}") from error
+    found.no_truncation()  # which would drop the rest of a document
+    found.no_padding()
     end = next((found.token_to_id(word) for word in ("<|endoftext|>", "</s>", "[SEP]") if found.token_to_id(word) is not None), None)
     between = found.encode("\n\n", add_special_tokens=False).ids if end is None else [end]
     return (
         lambda text: found.encode(text.decode(), add_special_tokens=False).ids,
-        found.get_vocab_size(with_added_tokens=True),
+        max(found.get_vocab(with_added_tokens=True).values(), default=-1) + 1,  # ids may leave gaps
         between,
         hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
     )
-
-
-def _whole(path: Path, write: Callable[[Any], object]) -> None:
-    """Write a file that others see whole or not at all."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with aside.open("wb") as file:
-        write(file)
-    os.replace(aside, path)
 
 
 class _Windows(Dataset[Example]):
