@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -111,15 +112,26 @@ class Source:
         return model
 
     def digest(self) -> str:
-        """SHA-256 of what the unchanged model is: the texts of its files, and its start from seed 0."""
+        """SHA-256 of what the unchanged model is: the code of its files, whatever its comments, and its start from seed 0."""
         built = self.base(0)
         found = hashlib.sha256()
         for name, file in sorted(built.files.items()):
-            found.update(name.encode() + Path(file).read_bytes())
+            found.update(name.encode() + _code(Path(file)))
         for name, value in built.model.state_dict().items():
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+
+def _code(file: Path) -> bytes:
+    """A file; of Python what is run, which another format, comment or docstring leaves as it is."""
+    if file.suffix != ".py":
+        return file.read_bytes()
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree).encode()
 
 
 def variants(source: Source, names: Sequence[str], options: dict[str, Sequence[Any]], **selection: Any) -> list[Candidate]:
