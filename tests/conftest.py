@@ -305,3 +305,20 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """Small models: two threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{n * n} is the square of {n}\n" for n in range(1500)))
+    return str(path)

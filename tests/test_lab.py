@@ -24,22 +24,10 @@ from laurel_rewrite.sources.models import build
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "vocabulary": 256, "context": 64, "dropout": 0.1}
 GPT = str(EXAMPLES / "gpt.py")
-USUAL = {"settings": SMALL, "tokens": 640, "batch": 4, "length": 32, "evaluations": 5}
+USUAL = {"settings": SMALL, "tokens": 640, "batch": 4, "length": 32, "evaluations": 5, "profile_seconds": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{n * n} is the square of {n}\n" for n in range(1500)))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(found) -> dict:
@@ -230,7 +218,9 @@ def test_images(tmp_path):
             x = self.stem(x)
             return self.head((x + self.body(x).relu()).mean((2, 3)))
 
-    found = compare(Net, (torch.randn(2, 1, 8, 8),), variants="rw", tokens=64, batch=8, seeds=2, one_more_layer=False, out=tmp_path)
+    found = compare(
+        Net, (torch.randn(2, 1, 8, 8),), variants="rw", tokens=64, batch=8, seeds=2, one_more_layer=False, profile_seconds=0, out=tmp_path
+    )
     assert found.about["task"]["objective"] == CLASSES
     assert found.about["data"]["name"] == "builtin:digits"
     assert len(found.rows()) == 2
@@ -277,7 +267,7 @@ def loss(model, batch):
 def test_the_loss_and_the_data_of_a_model_file(written, message, tmp_path):
     path = tmp_path / f"points_{abs(hash(written))}.py"
     path.write_text(OWN.replace("LOSS", written))
-    asked = {"variants": "rw", "tokens": 64, "batch": 8, "seeds": 1, "one_more_layer": False, "out": tmp_path / "out"}
+    asked = {"variants": "rw", "tokens": 64, "batch": 8, "seeds": 1, "one_more_layer": False, "profile_seconds": 0, "out": tmp_path / "out"}
     if message:
         with pytest.raises(LaurelError, match=message):
             compare(str(path), **asked)
@@ -327,7 +317,7 @@ def test_the_command(text, tmp_path):
 
     given = [f"--set={name}={value}" for name, value in SMALL.items()]
     words = [GPT, *given, "--variant", "rw", "--variant", "rw+lr", "--rank", "2,4", "--tokens", "0.64k", "--seeds", "2", "--batch", "4"]
-    words += ["--length", "32", "--data", text, "--out", str(tmp_path / "out"), "--no-one-more-layer"]
+    words += ["--length", "32", "--data", text, "--out", str(tmp_path / "out"), "--no-one-more-layer", "--profile-seconds", "0"]
     done = CliRunner().invoke(command, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "rw+lr rank 4" in done.output
@@ -376,7 +366,19 @@ def test_what_was_trained_is_looked_into_and_its_gaining_sites_are_a_plan(text, 
         sites = [row.id for row in Plan.read(plan).sites]
         assert 0 < len(sites) < 4
         words = [GPT, *(f"--set={name}={value}" for name, value in SMALL.items()), "--plan", str(plan), "--tokens", "128", "--seeds", "1"]
-        words += ["--batch", "4", "--length", "32", "--data", text, "--no-one-more-layer", "--out", str(tmp_path / "again")]
+        words += [
+            "--batch",
+            "4",
+            "--length",
+            "32",
+            "--data",
+            text,
+            "--no-one-more-layer",
+            "--profile-seconds",
+            "0",
+            "--out",
+            str(tmp_path / "again"),
+        ]
         again = CliRunner().invoke(compared, words, catch_exceptions=False)
         assert again.exit_code == 0
         assert "gaining" in again.output

@@ -36,6 +36,8 @@ def words(tmp_path) -> list[str]:
         "--length",
         "32",
         "--no-one-more-layer",
+        "--profile-seconds",
+        "0",
     ]
     return ["-m", "laurel_rewrite", "compare", GPT, *given, *asked, "--data", str(tmp_path / "text.txt")]
 

@@ -11,11 +11,12 @@ import click
 from laurel_rewrite.app.operator_options import OPERATORS, OperatorCommand, given_options
 from laurel_rewrite.app.options import FORCE, SET, common, operator_options, seconds_of
 from laurel_rewrite.app.running import console, print_json, start
-from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.errors import ConfigError, LimitError
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "b": 1_000_000_000}
 _PASSED = (
-    "tokens", "seeds", "rates", "data", "tokenizer", "include", "exclude", "one_more_layer", "self_check", "max_seconds", "out", "force",
+    "tokens", "seeds", "rates", "data", "tokenizer", "include", "exclude", "one_more_layer", "self_check", "profile_seconds", "max_seconds",
+    "out", "force",
 )  # fmt: skip
 _RECIPE = ("batch", "length", "accumulate", "precision", "compile", "weight_decay", "warmup", "evaluations")
 
@@ -85,6 +86,15 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
 )
 @click.option("--self-check", is_flag=True, help="The unchanged model against itself, from another start: they must not be told apart.")
 @click.option(
+    "--profile-seconds", default=2.0, show_default=True, callback=seconds_of, help="To measure each graph's latency in onnxruntime; 0 for none."
+)
+@click.option("--search", is_flag=True, help="Search variants, ranks and places, and compare the best alone; writes plan.toml.")
+@click.option(
+    "--budget", "budgets", multiple=True, metavar="LIMIT",
+    help="Of a search: 'latency_ratio <= 1.02', judged by its interval's upper end, 'parameters <= 1%' more, or another figure of --fail-if.",
+)  # fmt: skip
+@click.option("--trials", type=click.IntRange(1), default=24, show_default=True, help="Of a search: models to train, most not to the end.")
+@click.option(
     "--max-time",
     "max_seconds",
     type=float,
@@ -104,25 +114,34 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     Under `accelerate launch -m laurel_rewrite compare ...` it trains on several processes or GPUs. Stopped, the same command goes on.
     """
     start(verbose, as_json)
-    from laurel_rewrite.app import terminal
+    from laurel_rewrite.app import lab_tables, terminal
     from laurel_rewrite.lab.candidates import Candidate
+    from laurel_rewrite.lab.comparing import PLAN
     from laurel_rewrite.lab.comparing import compare as train
+    from laurel_rewrite.lab.searching import RANKS
     from laurel_rewrite.plan import Plan
     from laurel_rewrite.sources import is_graph
     from laurel_rewrite.sources.models import parse_settings
 
     if is_graph(model):
         raise ConfigError(f"{model} is a graph, and only models in PyTorch are trained.")
-    plain = {name: given[name] for name in (*_RECIPE, *_PASSED)}
+    if given["budgets"] and not given["search"]:
+        raise ConfigError("--budget is for a --search.")
+    options = given_options(context, given)
     variants = given["variants"] or (() if given["plans"] else ("rw+lr",))
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
-    settings = parse_settings(given["settings"])
-    candidates = [Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]]
+    if given["search"]:
+        variants = given["variants"] or tuple(OPERATORS)
+        options = {"rank": list(RANKS)} | options
     found = train(
-        model, variants=variants, candidates=candidates, settings=settings, listener=listener, **plain, **given_options(context, given)
-    )
+        model, variants=variants, candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
+        settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],
+        listener=terminal.Stages(console(stderr=True), quiet=quiet), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
+    )  # fmt: skip
     if as_json:
         print_json(found.to_dict())
-        return
-    terminal.show_comparison(console(), found)
-    click.echo(f"Written to {given['out']}/: report.html, report.json" + ("" if found.done else "; the same command goes on"))
+    else:
+        lab_tables.show_comparison(console(), found)
+        plan = f", {PLAN}" if found.chosen is not None else ""
+        click.echo(f"Written to {given['out']}/: report.html, report.json{plan}" + ("" if found.done else "; the same command goes on"))
+    if found.search is not None and found.search.done and not found.search.finalists:
+        raise LimitError(found.search.failure)

@@ -24,7 +24,7 @@ def inspect(
 ) -> None:
     """Look inside the models that `compare` trained, site by site: what was learned, the stream, and what each site is worth."""
     start(verbose, as_json)
-    from laurel_rewrite.app import terminal
+    from laurel_rewrite.app import lab_tables, terminal
     from laurel_rewrite.lab.inspecting import inspect as look
     from laurel_rewrite.plan import check_plan_file
 
@@ -40,7 +40,7 @@ def inspect(
         print_json({"inspected": [one.to_dict() for one in found]})
     else:
         for one in found:
-            terminal.show_inside(console(), one)
+            lab_tables.show_inside(console(), one)
     if plan_out is not None:
         one = found[0]
         if one.plan is None:

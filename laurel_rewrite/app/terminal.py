@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,7 +21,6 @@ from laurel_rewrite.app.job import Report
 from laurel_rewrite.detection.explaining import Explanation
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.detection.sites import Sites
-from laurel_rewrite.lab.judging import BASELINE, BETTER, FAILED, WORSE, Judgement
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
@@ -29,12 +28,6 @@ from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
 from laurel_rewrite.report.words import figure, shortened, size, skipped_of
 from laurel_rewrite.stages import Stage
-
-if TYPE_CHECKING:
-    from laurel_rewrite.lab.comparison import Comparison
-    from laurel_rewrite.lab.inside import Difference, SiteInside
-    from laurel_rewrite.lab.inspecting import Looked
-
 
 class Stages:
     """Shows the stages on a terminal as they run; in a pipe it shows nothing."""
@@ -83,7 +76,7 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
             )
             for site in sites
         ]  # fmt: skip
-        _show(
+        show_table(
             console,
             f"{model}: {len(sites)} residual connections",
             ("site", "kind", "branch", "shape", "D (axis)>", "stream>", "where"),
@@ -92,7 +85,7 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
     counts = Counter((r.reason, short(r.where), r.detail) for r in sites.rejected)
     if counts:
         rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
-        _show(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
+        show_table(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
     for note in sites.notes if sites.sites else [sites.why_none()]:
         console.print(Text(note))
 
@@ -133,7 +126,7 @@ def show_plan(console: Console, report: Report) -> None:
         (ids[0], str(len(ids)), *(text for text, column in zip(group, columns[2:], strict=True) if column not in empty))
         for group, ids in groups.items()
     ]
-    _show(console, f"Plan for {report.model}", tuple(column for column in columns if column not in empty), rows)
+    show_table(console, f"Plan for {report.model}", tuple(column for column in columns if column not in empty), rows)
     console.print(_parameter_line(report))
     if report.plan.left_out:
         console.print(
@@ -149,7 +142,7 @@ def show_configurations(console: Console, found: Sequence[Mapping[str, Any]]) ->
         (one["variant"], str(one["rank"] or "any"), f"{one['added']:,}", f"{100 * one['added'] / max(one['model'], 1):.2f} %", f"{one['added_flops_per_position']:,}")
         for one in found
     ]  # fmt: skip
-    _show(console, "Other configurations", ("variant", "rank>", "parameters>", "of the model's>", "FLOPs a position>"), rows)
+    show_table(console, "Other configurations", ("variant", "rank>", "parameters>", "of the model's>", "FLOPs a position>"), rows)
 
 
 def show_report(console: Console, report: Report) -> None:
@@ -166,7 +159,7 @@ def show_report(console: Console, report: Report) -> None:
         )
         for check in report.checks
     ]  # fmt: skip
-    _show(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, cut={"passed"})
+    show_table(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, cut={"passed"})
     if report.profile is not None:
         show_profile(console, report.profile)
     if report.training is not None:
@@ -187,10 +180,10 @@ def show_profile(console: Console, profile: Profile) -> None:
         f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {_sizes(profile.shapes[0])}; "
         f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}"
     )
-    _show(console, "Profile in onnxruntime", ("model", *_TIMED), times, caption)
+    show_table(console, "Profile in onnxruntime", ("model", *_TIMED), times, caption)
     brief = [one for one in FIGURES if one.brief]
     costs = [(shortened(row.name, 60), *(_figure(one, row, baseline) for one in brief)) for row in profile.rows]
-    _show(console, "Cost", ("model", *(f"{one.heading}>" for one in brief)), costs)
+    show_table(console, "Cost", ("model", *(f"{one.heading}>" for one in brief)), costs)
     for row in profile.rows:
         line = f"{shortened(row.name, 60)}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
         console.print(Text(line if row is baseline else f"{line}; fusions {row.ops.against(baseline.ops)}"))
@@ -211,81 +204,9 @@ def show_training(console: Console, training: Training) -> None:
     """Time and memory of training steps."""
     rows = [(row.name, row.mode, *_timed(row.step), size(row.saved_bytes), size(row.peak_bytes)) for row in training.rows]
     headings = ("model", "mode", *_TIMED, "kept for\nbackward>", "device\npeak>")
-    _show(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
+    show_table(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
     for note in training.notes:
         console.print(Text(note, style="yellow"))
-
-
-def show_comparison(console: Console, comparison: Comparison) -> None:
-    """The table of a comparison: what each candidate came to, and what may be said of it."""
-    about, several = comparison.about, len(comparison.rates) > 1
-    rows = [
-        (
-            f"{row.name}\nlr {row.rate:g}" if several else row.name, *_judged(row.judgement),
-            "" if row.failures else "> 100 %" if row.needs is None else f"{100 * row.needs:.0f} %",
-            f"{row.size.parameters:,}\n{row.parameters:.3f}", f"{row.flops:.3f}", f"{row.seconds:.3f}",
-        )
-        for row in comparison.rows()
-    ]  # fmt: skip
-    seeds = max((row.judgement.seeds for row in comparison.rows()), default=0)
-    caption = (
-        f"{about['recipe']['tokens']:,} {about['task']['unit']} of {about['data']['name']} ({about['data']['digest'][:12]}), {about['task']['objective']}; "
-        f"{seeds} of {len(comparison.seeds)} seeds; loss on the third split, difference paired by seed, probability after Holm; needed: of these "
-        f"{about['task']['unit']}, what the baseline needs for the same loss on the second split"
-    )
-    headings = ("model", "loss>", "difference\n[95 %]>", "p>", "verdict", "needed>", "parameters>", "FLOPs>", "step>")
-    _show(console, f"Comparison of {about['model']}", headings, rows, caption)
-    for row in comparison.rows():
-        for seed, text in row.failures.items():
-            console.print(Text(f"{row.name}, seed {seed}: {text}", style="yellow"))
-
-
-def show_inside(console: Console, looked: Looked) -> None:
-    """A trained model site by site."""
-    found = looked.inside
-    rows = [
-        (
-            shortened(site.site, 40), _learned(site), _number(site.skip, "{:.2f}"), _number(site.branch, "{:.2f}"), _number(site.branch_cosine, "{:+.2f}"),
-            _number(100 * site.share, "{:.1f} %"), _worth(site.without_branch, False),
-            _worth(site.plain, site.site in looked.gaining) if site.plain is not None else Text("whole stream"),
-        )
-        for site in found.sites
-    ]  # fmt: skip
-    caption = (
-        f"loss {found.loss:.4f} on {found.batches} batches of the third split, {_signed(found.plain.loss)} with plain sums everywhere; rms of skip and "
-        f"branch, their cosine, share of the final state; the loss more without the branch, and with x + f for the operator, ± its standard error"
-    )
-    headings = ("site", "learned", "skip>", "branch>", "cosine>", "share>", "without\nbranch>", "plain\nsum>")
-    _show(console, f"Inside {looked.name}, lr {looked.rate:g}, seed {looked.seed}", headings, rows, caption)
-    gains = f"{len(looked.gaining)} of {len(found.sites)} sites gain by more than two standard errors"
-    console.print(Text(f"{gains}: {', '.join(looked.gaining)}" if looked.gaining else gains))
-
-
-def _learned(site: SiteInside) -> str:
-    shown = [f"{name} {value:.3f}" for name, value in list(site.learned.items())[:6]]
-    spectra = [f"s({name}) {values[0]:.3f}" for name, values in site.singular_values.items() if values][:1]
-    words = [*shown, *spectra]
-    return "\n".join(", ".join(words[n : n + 3]) for n in range(0, len(words), 3))
-
-
-def _worth(found: Difference, gains: bool) -> Text:
-    return Text(f"{_signed(found.loss)}\n± {_number(found.error, '{:.4f}')}", "green" if gains else "")
-
-
-def _signed(value: float) -> str:
-    return _number(value, "{:+.4f}")
-
-
-def _number(value: float, form: str) -> str:
-    return form.format(value) if math.isfinite(value) else "-"
-
-
-def _judged(found: Judgement) -> tuple[str, str, str, Text]:
-    interval = f"\n[{found.low:+.4f}, {found.high:+.4f}]" if math.isfinite(found.low) else ""
-    difference = "" if found.verdict == BASELINE or not math.isfinite(found.difference) else f"{found.difference:+.4f}{interval}"
-    style = {BETTER: "green", WORSE: "red", FAILED: "red"}.get(found.verdict, "")
-    p = f"{found.corrected:.3f}" if math.isfinite(found.corrected) else ""
-    return f"{found.mean:.4f}" if math.isfinite(found.mean) else "", difference, p, Text(found.verdict, style)
 
 
 def _figure(one: Figure, row: Row, baseline: Row) -> str:
@@ -303,7 +224,7 @@ def _timed(time: Latency) -> tuple[str, str, Text]:
     return f"{time.median_ms:.2f}\n({time.p10_ms:.2f}-{time.p90_ms:.2f})", ratio, Text(time.verdict, style)
 
 
-def _show(
+def show_table(
     console: Console,
     title: str,
     headings: Sequence[str],

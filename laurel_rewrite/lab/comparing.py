@@ -1,63 +1,32 @@
-"""Making a comparison: everything is built and tried before anything is trained; each run that is done stays done.
-
-comparison.json     what all runs have in common: a folder with another one is refused
-runs/               a file for each run that ended
-weights/            those of each candidate from the first seed, for `inspect`
-state/              of the run that has not ended
-data/               tokens
-report.html, report.json
-"""
+"""Making a comparison: everything is built and tried before anything is trained; each run that is done stays done."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from laurel_rewrite import __version__
-from laurel_rewrite.backends.module.weights import write_weights
-from laurel_rewrite.errors import ConfigError, LaurelError
-from laurel_rewrite.files.checked import read_json
+from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.drafts import check_out, replacing
-from laurel_rewrite.graph.capture import quiet, without_caches
+from laurel_rewrite.lab import folder
+from laurel_rewrite.lab.bench import Bench, sized
+from laurel_rewrite.lab.budget import Budget, parsed
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, twin, variants
-from laurel_rewrite.lab.comparison import Comparison, Key, Size, plain, slug
-from laurel_rewrite.lab.corpora import corpus, own
-from laurel_rewrite.lab.runs import Recipe, Run, Trainer, accelerator_of
-from laurel_rewrite.lab.splits import Corpus
-from laurel_rewrite.lab.tasks import Task, check, task_of
+from laurel_rewrite.lab.comparison import Comparison, Key
+from laurel_rewrite.lab.runs import Recipe
+from laurel_rewrite.lab.searching import SEED, Space, searched
+from laurel_rewrite.lab.trials import Search
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.inputs import call_inputs, copied_inputs
 from laurel_rewrite.sources.models import build
-from laurel_rewrite.stages import Listener, Stage, silent
+from laurel_rewrite.stages import Listener, silent
 
-ABOUT, RUNS, WEIGHTS, STATE = "comparison.json", "runs", "weights", "state"
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be compared; see `compare`."""
-
-    source: Source
-    label: str
-    candidates: tuple[Candidate, ...]
-    rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    recipe: Recipe
-    data: str
-    tokenizer: Path | None
-    out: Path
+PLAN = "plan.toml"
 
 
 def compare(
@@ -78,6 +47,9 @@ def compare(
     candidates: Sequence[Candidate] = (),
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    profile_seconds: float = 2.0,
+    search: int | None = None,
+    budget: str | Sequence[str] = (),
     max_seconds: float | None = None,
     force: bool = False,
     listener: Listener = silent,
@@ -104,6 +76,11 @@ def compare(
         self_check: whether the unchanged model is compared with itself from other weights: they must not be told apart.
         candidates: more of them, made by hand.
         include, exclude: sites that get the operators, see `LaurelConfig`.
+        profile_seconds: time to measure each graph's latency in onnxruntime, from the start; with 0 none is.
+        search: instead of all variants, train so many of them, at all sites or some, until they fall behind, and compare the best alone: see
+            `laurel_rewrite.lab.searching`. Its seed is another one than those of the comparison.
+        budget: limits of a search: "latency_ratio <= 1.02" (the upper end of its interval), "parameters <= 1%", or of another figure that a limit of a
+            profile names.
         max_seconds: begin no run after them.
         force: replace a report in `out` that is not ours, or was changed.
         listener: is told of the stages: each run is one.
@@ -119,17 +96,26 @@ def compare(
         CaptureError, RewriteError, VerificationError: a candidate cannot be made; nothing has been trained then.
         MissingPackageError: a package of the extra "train" is not installed.
     """
+    recipe, listed = _recipe(tokens, options)
     source, label = source_of(model, args, kwargs, settings)
+    operators = _variants(source, variants, listed, include, exclude)
+    asked = [Candidate(UNCHANGED), *([twin()] if self_check else []), *([control()] if one_more_layer else []), *candidates]
+    rates, budgets = _rates(rates), parsed(_listed(budget), profile_seconds)
+    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
+    check_out(Path(out), "compare", (JSON, HTML, PLAN), force=force)
+    where = Bench(source, label, recipe, data, tokenizer, Path(out), profile_seconds=profile_seconds, seconds=max_seconds, listener=listener)
+    with where as bench:
+        job = _Job(bench, rates, seeds, force=force)
+        if search is None:
+            return job.compared(_distinct([*asked, *operators]))
+        return job.searched(_distinct(asked), Space.of(source, operators), budgets, search)
+
+
+def _recipe(tokens: int, options: Mapping[str, Any]) -> tuple[Recipe, dict[str, Sequence[Any]]]:
+    """The recipe, and the values of operators' options."""
     known = {field.name for field in fields(Recipe)}
     recipe = Recipe(tokens, **{name: value for name, value in options.items() if name in known})
-    listed = {name: _listed(value) for name, value in options.items() if name not in known}
-    asked = [Candidate(UNCHANGED), *([twin()] if self_check else []), *([control()] if one_more_layer else [])]
-    asked += [*_variants(source, variants, listed, include, exclude), *candidates]
-    request = Request(
-        source, label, _distinct(asked), _rates(rates), tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds)),
-        recipe, data, None if tokenizer is None else Path(tokenizer), Path(out),
-    )  # fmt: skip
-    return _Job(request, force=force, listener=listener).run(max_seconds)
+    return recipe, {name: _listed(value) for name, value in options.items() if name not in known}
 
 
 def _listed(value: Any) -> Sequence[Any]:
@@ -172,148 +158,53 @@ def source_of(model: Any, args: Any, kwargs: Mapping[str, Any] | None, settings:
     return Source(lambda: Built(model().train(), *copied_inputs(given, named), label)), label
 
 
-def data_of(task: Task, built: Built, data: str, folder: Path, tokenizer: Path | None) -> Corpus:
-    """What a model is trained on: that of its file, where it offers some."""
-    if task.kind == "own":
-        return own(built.offers["dataset"], built.spec)
-    return corpus(data, task.kind, folder=folder, tokenizer=tokenizer)
-
-
 class _Job:
-    def __init__(self, request: Request, *, force: bool, listener: Listener) -> None:
-        self.request, self.force, self.listener = request, force, listener
-        out = request.out
-        check_out(out, "compare", (JSON, HTML), force=force)
-        built = request.source.base(0)
-        self.task = task_of(built, request.recipe.length)
-        with accelerator_of(request.recipe).main_process_first():  # the others then find its files
-            self.corpus = data_of(self.task, built, request.data, out, request.tokenizer)
-        self.trainer = Trainer(request.recipe, self.task, self.corpus, out / STATE)
-        self.main = self.trainer.accelerator.is_main_process
-        about = self._about(built)
-        runs = _known_runs(out, about, request)
-        self.comparison = Comparison(about, request.candidates, request.rates, request.seeds, self._tried(), runs)
-        if self.main:
-            out.mkdir(parents=True, exist_ok=True)
-            _write(
-                out / ABOUT,
-                {"format": _FORMAT, **about, "tokenizer": None if request.tokenizer is None else str(request.tokenizer.absolute())},
-            )
-        self.trainer.accelerator.wait_for_everyone()
+    """What is trained, in which order; the report is written behind each run."""
 
-    def _about(self, built: Built) -> dict[str, Any]:
-        """What all runs of a folder have in common."""
-        task = {"objective": self.task.objective, "unit": self.task.unit, "shape": list(self.task.shape)}
-        found = {
-            "model": self.request.label, "settings": built.settings, "start": self.request.source.digest(), "task": task,
-            "recipe": asdict(self.request.recipe), "data": {"name": self.corpus.name, "digest": self.corpus.digest},
-            "versions": {"laurel_rewrite": __version__, "torch": torch.__version__.partition("+")[0]},
-        }  # fmt: skip
-        return plain(found)  # type: ignore[no-any-return]
+    def __init__(self, bench: Bench, rates: tuple[float, ...], seeds: tuple[int, ...], *, force: bool) -> None:
+        self.bench, self.rates, self.seeds, self.force = bench, rates, seeds, force
 
-    def _tried(self) -> dict[str, Size]:
-        """Every candidate, made and tried with a batch before any is trained."""
-        sizes = {}
-        batch = next(iter(self.trainer.loader("train", 0, 0, 1)))
-        for candidate in self.request.candidates:
-            try:
-                model = self.request.source.model(candidate, self.request.seeds[0], verify=True).to(self.trainer.accelerator.device)
-            except LaurelError as error:
-                raise type(error)(f"{candidate.name}: {error.args[0]}") from error
-            with quiet(), without_caches(model):
-                check(self.task, model, batch, candidate.name)
-                with FlopCounterMode(display=False) as counter, torch.no_grad():
-                    self.task.loss(model, batch)
-            units = len(next(iter(batch.values()))) * self.task.size
-            sizes[candidate.name] = Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / units)
-        return sizes
+    def searched(self, others: tuple[Candidate, ...], space: Space, budgets: tuple[Budget, ...], count: int) -> Comparison:
+        """A search, and the comparison of its best with the others."""
+        self.bench.tried(others[0], SEED)
+        self.bench.begin()
+        search = searched(self.bench, space, budgets, count, self.rates)
+        return self.compared(_distinct([*others, *search.finalists]) if search.finalists else others[:1], search)
 
-    def run(self, max_seconds: float | None) -> Comparison:
+    def compared(self, candidates: tuple[Candidate, ...], search: Search | None = None) -> Comparison:
         """All runs that are not done yet, until the time is over."""
-        begin = time.perf_counter()
-        found = self.comparison
-        by_name = {candidate.name: candidate for candidate in found.candidates}
-        missing = [key for key in found.planned() if key not in found.runs]
-        for place, key in enumerate(missing):
-            spent = time.perf_counter() - begin
-            if self._all(max_seconds is not None and spent >= max_seconds):
-                break
-            left = f", {_duration(spent / place * (len(missing) - place))} left" if place else ""
-            with self.listener(_named(key, found)) as stage:
-                found.runs[key] = self._trained(by_name[key[0]], key, partial(_told, stage, left))
-                stage.done(_came_to(found.runs[key]))
-            self._report()
-        self._report()
+        bench = self.bench
+        runs = folder.known_runs(bench.out, candidates, self.rates, self.seeds)
+        sizes = {one.name: bench.tried(one, self.seeds[0]) for one in candidates}
+        bench.begin()
+        sizes = {one.name: sized(sizes[one.name], bench.served(one)) for one in candidates}
+        found = Comparison(bench.about, candidates, self.rates, self.seeds, sizes, runs, search)
+        if search is None or search.finalists:
+            self._train(found)
+        self._report(found)
         return found
 
-    def _all(self, late: bool) -> bool:
-        """What the main process says, for the clocks of several differ."""
-        from accelerate.utils import broadcast_object_list
+    def _train(self, found: Comparison) -> None:
+        by_name = {candidate.name: candidate for candidate in found.candidates}
+        missing = [key for key in found.planned() if key not in found.runs]
+        begun = time.perf_counter()
+        for place, key in enumerate(missing):
+            if self.bench.late():
+                return
+            left = f", {_duration((time.perf_counter() - begun) / place * (len(missing) - place))} left" if place else ""
+            name, rate, seed = key
+            found.runs[key] = self.bench.trained(
+                by_name[name], rate, seed, where=self.bench.out, title=_named(key, found), left=left, keep=seed == self.seeds[0]
+            )
+            self._report(found)
 
-        return bool(broadcast_object_list([late])[0])
-
-    def _trained(self, candidate: Candidate, key: Key, progress: Callable[[float, str], None]) -> Run:
-        name, rate, seed = key
-        model = self.request.source.model(candidate, seed)
-        accelerator = self.trainer.accelerator
-        where = f"{accelerator.device.type}, {accelerator.num_processes} processes, torch {torch.__version__}"
-        run = Run(name, rate * candidate.rate, seed, where=where)
-        run, weights = self.trainer.run(model, run, keep=seed == self.request.seeds[0], progress=progress)
-        if self.main:
-            out = self.request.out
-            if weights is not None:
-                (out / WEIGHTS).mkdir(exist_ok=True)
-                write_weights(weights, out / WEIGHTS / f"{slug(key)}.safetensors")
-            (out / RUNS).mkdir(exist_ok=True)
-            _write(out / RUNS / f"{slug(key)}.json", {"candidate": candidate.to_dict(), "base_rate": rate, "run": run.to_dict()})
-        self.trainer.forget()
-        accelerator.wait_for_everyone()
-        return run
-
-    def _report(self) -> None:
-        if not self.main:
+    def _report(self, found: Comparison) -> None:
+        if not self.bench.main:
             return
-        with replacing(self.request.out, "compare", force=self.force) as draft:
-            write_report(
-                {"title": f"{self.request.label}: comparison", "comparison": self.comparison.to_dict(), "out": str(self.request.out)}, draft
-            )
-
-
-def _known_runs(out: Path, about: Mapping[str, Any], request: Request) -> dict[Key, Run]:
-    """The runs of an earlier call with this folder.
-
-    Raises:
-        ConfigError: it was another comparison, or another candidate of a name.
-    """
-    if not (out / ABOUT).exists():
-        if (out / RUNS).exists():
-            raise ConfigError(f"{out} has runs and no {ABOUT}, which says what they are. Choose another folder with --out.")
-        return {}
-    earlier = read_json(out / ABOUT, "The comparison")
-    for name, value in about.items():
-        if earlier.get(name) != value:
-            raise ConfigError(
-                f"{out} holds a comparison with another {_difference(name, earlier.get(name), value)}. Its runs and new ones cannot be "
-                "compared: choose another folder with --out."
-            )
-    runs: dict[Key, Run] = {}
-    for candidate in request.candidates:
-        for rate in request.rates:
-            for seed in request.seeds:
-                file = out / RUNS / f"{slug((candidate.name, rate, seed))}.json"
-                if not file.is_file():
-                    continue
-                data = read_json(file, "The run")
-                if data["candidate"] != plain(candidate.to_dict()):
-                    raise ConfigError(
-                        f"{file} is of another {candidate.name!r}: {_difference('candidate', data['candidate'], plain(candidate.to_dict()))}."
-                    )
-                runs[candidate.name, rate, seed] = Run.from_dict(data["run"])
-    return runs
-
-
-def _told(stage: Stage, left: str, fraction: float, text: str) -> None:
-    stage.progress(fraction, text + left)
+        with replacing(self.bench.out, "compare", force=self.force) as draft:
+            if found.chosen is not None and (plan := self.bench.source.plan(found.chosen)) is not None:
+                plan.with_model(found.about["model"]).write(draft / PLAN)
+            write_report({"title": f"{found.about['model']}: comparison", "comparison": found.to_dict(), "out": str(self.bench.out)}, draft)
 
 
 def _named(key: Key, comparison: Comparison) -> str:
@@ -321,24 +212,5 @@ def _named(key: Key, comparison: Comparison) -> str:
     return f"{name}, seed {seed}" + (f", lr {rate:g}" if len(comparison.rates) > 1 else "")
 
 
-def _came_to(run: Run) -> str:
-    return f"FAILED: {run.failed}" if run.failed else f"loss {run.judge:.4f}, {run.speed:,.0f}/s"
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _difference(name: str, old: Any, new: Any) -> str:
-    """Where two values differ first, in words."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        key = next(key for key in [*new, *old] if old.get(key) != new.get(key))
-        return _difference(f"{name}, {key}", old.get(key), new.get(key))
-    return f"{name}: {str(old)[:60]}, not {str(new)[:60]}"
-
-
-def _write(path: Path, data: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f"{path.name}.new")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)

@@ -13,6 +13,7 @@ import numpy as np
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate
 from laurel_rewrite.lab.judging import Judgement, judged, tokens_for
 from laurel_rewrite.lab.runs import Run
+from laurel_rewrite.lab.trials import Search
 
 Key = tuple[str, float, int]
 """Candidate, learning rate before the candidate's own factor, seed."""
@@ -76,6 +77,7 @@ class Comparison:
         seeds: from which each is trained.
         sizes: by candidate.
         runs: by candidate, learning rate and seed.
+        search: what the candidates came from, where they were searched.
     """
 
     about: dict[str, Any]
@@ -84,6 +86,7 @@ class Comparison:
     seeds: Sequence[int]
     sizes: dict[str, Size]
     runs: dict[Key, Run]
+    search: Search | None = None
 
     def planned(self) -> list[Key]:
         """All runs, in the order in which they are made: of a seed all candidates, so that one which is stopped has pairs."""
@@ -91,7 +94,7 @@ class Comparison:
 
     @property
     def done(self) -> bool:
-        return all(key in self.runs for key in self.planned())
+        return all(key in self.runs for key in self.planned()) and (self.search is None or self.search.done)
 
     def of(self, name: str, rate: float) -> dict[int, Run]:
         """A candidate's runs by seed."""
@@ -99,12 +102,18 @@ class Comparison:
 
     def best(self, name: str) -> float:
         """The learning rate that a candidate is judged at."""
+        return min(self.rates, key=lambda rate: self._mean(name, rate))
 
-        def mean(rate: float) -> float:
-            runs = self.of(name, rate).values()
-            return float(np.mean([math.inf if run.failed else run.curve[-1].choose for run in runs])) if runs else math.inf
+    @property
+    def chosen(self) -> Candidate | None:
+        """Of the finalists of a search the one with the smallest mean loss on the second split, when all are trained."""
+        if self.search is None or not self.done or not self.search.finalists:
+            return None
+        return min(self.search.finalists, key=lambda one: self._mean(one.name, self.best(one.name)))
 
-        return min(self.rates, key=mean)
+    def _mean(self, name: str, rate: float) -> float:
+        runs = self.of(name, rate).values()
+        return float(np.mean([math.inf if run.failed else run.curve[-1].choose for run in runs])) if runs else math.inf
 
     def rows(self) -> list[Row]:
         """The table, as far as there are runs."""
@@ -153,6 +162,7 @@ class Comparison:
             "seeds": list(self.seeds),
             "runs": [self.runs[key].to_dict() | {"base_rate": key[1]} for key in self.planned() if key in self.runs],
             "rows": [row.to_dict() for row in self.rows()],
+            "search": self.search and self.search.to_dict(),
             "done": self.done,
         }
 

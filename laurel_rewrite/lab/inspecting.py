@@ -15,8 +15,10 @@ from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.graph.capture import without_caches
 from laurel_rewrite.lab.candidates import Candidate
-from laurel_rewrite.lab.comparing import ABOUT, RUNS, WEIGHTS, data_of, source_of
+from laurel_rewrite.lab.bench import data_of
+from laurel_rewrite.lab.comparing import source_of
 from laurel_rewrite.lab.comparison import slug
+from laurel_rewrite.lab.folder import ABOUT, RUNS, WEIGHTS
 from laurel_rewrite.lab.inside import Inside, gaining, inside
 from laurel_rewrite.lab.runs import Recipe, Run, Trainer
 from laurel_rewrite.lab.tasks import task_of

@@ -115,6 +115,7 @@ class Run:
         curve: to its last point.
         judge: loss on the third split at the end; None where it did not come there.
         failed: why not, in words.
+        stopped: a search stopped it before its end.
         seconds: of training, evaluations and first steps aside.
         timed: tokens (or examples) that were trained on in them.
         learned: what the connections learned, by site.
@@ -127,6 +128,7 @@ class Run:
     curve: list[Point] = field(default_factory=list)
     judge: float | None = None
     failed: str = ""
+    stopped: bool = False
     seconds: float = 0.0
     timed: int = 0
     learned: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -218,6 +220,7 @@ class Trainer:
         *,
         keep: bool = False,
         progress: Callable[[float, str], None] = lambda fraction, text: None,
+        watch: Callable[[Point], bool] | None = None,
     ) -> tuple[Run, dict[str, Tensor] | None]:
         """Train a model to the end, from where an earlier run of the same stopped.
 
@@ -226,6 +229,8 @@ class Trainer:
             asked: says what is trained; nothing of it is done yet.
             keep: give back the weights.
             progress: is told the fraction done, and loss and speed in words.
+            watch: of a search: it is told each point, those of before a stop too, and says whether that is the end. Such a run never sees the
+                third split.
 
         Returns:
             The run, and its weights on the main process, where they are asked for and it did not fail.
@@ -237,7 +242,7 @@ class Trainer:
         try:
             with without_caches(model):
                 run = self._resumed(asked)
-                self._train(engine, optimizer, schedule, run, progress)
+                self._train(engine, optimizer, schedule, run, progress, watch)
             if run.failed:
                 return run, None
             run.learned = learned(engine)
@@ -245,9 +250,15 @@ class Trainer:
         finally:
             self.accelerator.free_memory()
 
-    def _train(self, engine: nn.Module, optimizer: Any, schedule: Any, run: Run, progress: Callable[[float, str], None]) -> None:
+    def _train(
+        self, engine: nn.Module, optimizer: Any, schedule: Any, run: Run, progress: Callable[[float, str], None],
+        watch: Callable[[Point], bool] | None,
+    ) -> None:  # fmt: skip
         parts, stops, size = self.recipe.accumulate, self.recipe.stops(self.steps), self.recipe.batch * self.task.size
         begun = run.curve[-1].step if run.curve else 0
+        if watch is not None:
+            for point in run.curve:
+                watch(point)
         batches = iter(self.loader("train", run.seed, begun * parts, self.steps * parts))
         for first, stop in pairwise([begun, *(stop for stop in stops if stop > begun)]):
             losses: list[Tensor] = []
@@ -267,8 +278,13 @@ class Trainer:
             if not (math.isfinite(train) and math.isfinite(choose)):
                 run.failed = f"the loss was {choose if math.isfinite(train) else train} by step {stop} of {self.steps}"
                 return
+            if watch is not None and watch(run.curve[-1]):
+                run.stopped = stop < self.steps
+                return
             if stop < self.steps:
                 self._save(run)
+        if watch is not None:
+            return
         run.judge = self._evaluate(engine, "judge", self.recipe.looked_at(self.steps) * len(stops))
         if not math.isfinite(run.judge):
             run.judge, run.failed = None, f"the loss on the third split was {run.judge}"

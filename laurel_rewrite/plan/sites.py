@@ -85,10 +85,10 @@ class LaurelConfig:
         return _option(self, name)
 
     def but(self, variant: str, **options: Any) -> LaurelConfig:
-        """The same with another operator and its options; of the others, it keeps those that it has."""
+        """The same with another operator, its options and other fields; of the options it keeps those that the operator has."""
         kept = {name: value for name, value in self.options.items() if name in registry.operator(variant).options}
         chosen: dict[str, Any] = {"extra_turns": self.extra_turns, "include": self.include, "exclude": self.exclude, "seed": self.seed}
-        return LaurelConfig(variant, **chosen, **{**kept, **options})
+        return LaurelConfig(variant, **{**chosen, **kept, **options})
 
 
 def _option(holder: Any, name: str) -> Any:

@@ -25,6 +25,8 @@ def comparison_figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
     placed = [row for row in rows if row["judgement"]["mean"] is not None]
     if len(placed) > 1:
         found["costs"] = _costs(placed)
+    if data["search"] and any(trial["loss"] is not None for trial in data["search"]["trials"]):
+        found["search"] = _search(data["search"])
     return found
 
 
@@ -66,6 +68,31 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     found = [row["judgement"] for row in rows]
     marks(figure, [label(row["name"]) for row in rows], [(one["difference"], one["low"], one["high"]) for one in found], "")
     return around(figure, 0.0, "loss less the baseline's, paired by seed, with its 95 % interval", legend=False)
+
+
+def _search(search: Mapping[str, Any]) -> go.Figure:
+    """Loss against the cost that is limited first (or the parameters added), by how long a candidate was trained; the front is joined."""
+    figure = empty(420)
+    names = [budget.partition("<")[0].strip() for budget in search["budgets"]]
+    cost = next((name for name in names if any(name in trial["figures"] for trial in search["trials"])), "parameters")
+    tried = [trial for trial in search["trials"] if trial["loss"] is not None and cost in trial["figures"]]
+    for state, colour, symbol in (("trained", COLOURS[0], "circle"), ("stopped early", REST, "circle-open")):
+        found = sorted((trial for trial in tried if trial["state"] == state), key=lambda trial: (trial["figures"][cost], trial["loss"]))
+        if state == "trained":
+            best = [trial for n, trial in enumerate(found) if all(trial["loss"] < other["loss"] for other in found[:n])]
+            figure.add_scatter(
+                x=[trial["figures"][cost] for trial in best], y=[trial["loss"] for trial in best], mode="lines", hoverinfo="skip", showlegend=False,
+                line={"color": REST, "dash": "dot", "shape": "hv"},
+            )  # fmt: skip
+        figure.add_scatter(
+            x=[trial["figures"][cost] for trial in found], y=[trial["loss"] for trial in found], mode="markers", name=state,
+            text=[f"{label(trial['candidate'])}, {trial['tokens']:,} trained on" for trial in found], marker={"size": 10, "color": colour, "symbol": symbol},
+            hovertemplate="%{text}<br>%{x:.4g}, loss %{y:.4f}<extra></extra>",
+        )  # fmt: skip
+    if search["baseline"] is not None:
+        figure.add_hline(search["baseline"], line={"color": REST, "width": 1}, annotation_text="the unchanged model")
+    figure.update_xaxes(title="parameters added, as a share" if cost == "parameters" else cost)
+    return figure.update_yaxes(title="loss on the second split")
 
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:

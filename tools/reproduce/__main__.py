@@ -33,7 +33,7 @@ def rate_of(table: Table, folder: Path, seconds: float | None, listener: Listene
     """The learning rate of everybody: of those tried the best for the unchanged model, from a seed that is not judged. None if time was over."""
     recipe = {**table.recipe, "tokens": table.recipe["tokens"] // 4}
     found = compare(
-        table.model, settings=table.settings, variants=(), one_more_layer=False, seeds=[_OTHER_SEED], rates=table.rates, data=table.data,
+        table.model, settings=table.settings, variants=(), one_more_layer=False, seeds=[_OTHER_SEED], rates=table.rates, data=table.data, profile_seconds=0,
         out=folder / "rates", max_seconds=seconds, listener=listener, **recipe,
     )  # fmt: skip
     return found.best(UNCHANGED) if found.done else None

@@ -52,7 +52,7 @@ def main(sets: int, seeds: int, tokens: int, folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     found = compare(
         str(MODEL), settings=SETTINGS, variants=(), candidates=[twin(), SLOW], one_more_layer=False, seeds=range(sets * seeds), tokens=tokens,
-        rates=3e-3, length=64, out=folder,
+        rates=3e-3, length=64, profile_seconds=0, out=folder,
     )  # fmt: skip
     verdicts = {name: Counter[str]() for name in EXPECTED}
     rows = []

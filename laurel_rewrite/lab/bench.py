@@ -1,0 +1,194 @@
+"""Where candidates are made, tried and trained, each as the others: one model, one data set, one recipe, one folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, fields, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from laurel_rewrite import __version__
+from laurel_rewrite.errors import LaurelError
+from laurel_rewrite.files.checked import read_json
+from laurel_rewrite.graph.capture import quiet, without_caches
+from laurel_rewrite.lab import folder
+from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source
+from laurel_rewrite.lab.comparison import Size, plain
+from laurel_rewrite.lab.corpora import corpus, own
+from laurel_rewrite.lab.runs import Point, Recipe, Run, Trainer, accelerator_of
+from laurel_rewrite.lab.serving import Graphs, Served
+from laurel_rewrite.lab.splits import Corpus
+from laurel_rewrite.lab.tasks import Task, check, task_of
+from laurel_rewrite.sources.built import Built
+from laurel_rewrite.stages import Listener, Stage
+
+
+def data_of(task: Task, built: Built, data: str, folder: Path, tokenizer: Path | None) -> Corpus:
+    """What a model is trained on: that of its file, where it offers some."""
+    if task.kind == "own":
+        return own(built.offers["dataset"], built.spec)
+    return corpus(data, task.kind, folder=folder, tokenizer=tokenizer)
+
+
+class Bench(AbstractContextManager["Bench"]):
+    """Everything that candidates have in common; at its end it removes the graphs that it made.
+
+    Args:
+        source, label: of the unchanged model.
+        recipe, data, tokenizer: see `laurel_rewrite.lab.comparing.compare`.
+        out: the folder.
+        profile_seconds: of each graph in onnxruntime; with 0 none is measured.
+        seconds: after them nothing is begun.
+        listener: is told of the stages.
+
+    Attributes:
+        about: what all runs of the folder have in common.
+
+    Raises:
+        ConfigError: the model gives no loss, the data does not do, or the folder holds another comparison.
+    """
+
+    def __init__(
+        self, source: Source, label: str, recipe: Recipe, data: str, tokenizer: str | Path | None, out: Path, *,
+        profile_seconds: float, seconds: float | None, listener: Listener,
+    ) -> None:  # fmt: skip
+        self.source, self.out, self.listener = source, out, listener
+        self.tokenizer = None if tokenizer is None else Path(tokenizer)
+        self.profile_seconds, self.seconds, self.begun = profile_seconds, seconds, time.perf_counter()
+        built = source.base(0)
+        self.task = task_of(built, recipe.length)
+        with accelerator_of(recipe).main_process_first():  # the others then find its files
+            self.corpus = data_of(self.task, built, data, out, self.tokenizer)
+        self.trainer = Trainer(recipe, self.task, self.corpus, out / folder.STATE)
+        self.accelerator = self.trainer.accelerator
+        self.main = bool(self.accelerator.is_main_process)
+        self.about = self._about(label, built, recipe)
+        folder.check(out, self.about)
+
+    def _about(self, label: str, built: Built, recipe: Recipe) -> dict[str, Any]:
+        task = {"objective": self.task.objective, "unit": self.task.unit, "shape": list(self.task.shape)}
+        found = {
+            "model": label, "settings": built.settings, "start": self.source.digest(), "task": task, "recipe": asdict(recipe),
+            "data": {"name": self.corpus.name, "digest": self.corpus.digest},
+            "versions": {"laurel_rewrite": __version__, "torch": torch.__version__.partition("+")[0]},
+        }  # fmt: skip
+        return plain(found)  # type: ignore[no-any-return]
+
+    def __exit__(self, *_: object) -> None:
+        if "_graphs" in vars(self):
+            self._graphs.close()
+
+    def begin(self) -> None:
+        """Say in the folder what its runs have in common: nothing was wrong with the request."""
+        if self.main:
+            folder.begin(self.out, self.about, self.tokenizer)
+        self.accelerator.wait_for_everyone()
+
+    def late(self) -> bool:
+        """Whether the time is over, by the main process's clock."""
+        return bool(self._by_main(lambda: self.seconds is not None and time.perf_counter() - self.begun >= self.seconds))
+
+    def _by_main(self, computed: Callable[[], Any]) -> Any:
+        """What the main process computes, in all processes."""
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([computed() if self.main else None])[0]
+
+    # One candidate
+
+    def tried(self, candidate: Candidate, seed: int) -> Size:
+        """A candidate, made and tried with a batch, and what it is.
+
+        Raises:
+            LaurelError: it cannot be made, its operator's start is another model, or it gives no loss or no gradient.
+        """
+        batch = next(iter(self.trainer.loader("train", 0, 0, 1)))
+        try:
+            model = self.source.model(candidate, seed, verify=True).to(self.accelerator.device)
+        except LaurelError as error:
+            raise type(error)(f"{candidate.name}: {error.args[0]}") from error
+        with quiet(), without_caches(model):
+            check(self.task, model, batch, candidate.name)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                self.task.loss(model, batch)
+        units = len(next(iter(batch.values()))) * self.task.size
+        return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / units)
+
+    @cached_property
+    def _graphs(self) -> Graphs:
+        return Graphs(self.source, 0, self.profile_seconds, self.task.shape)
+
+    def served(self, candidate: Candidate, settle: Callable[[Served], float | None] = lambda found: None) -> Served:
+        """What a candidate costs in onnxruntime: of an earlier call with the folder, or measured; see `Graphs.served`.
+
+        Without seconds to measure for, nothing is."""
+        if self.profile_seconds == 0 or candidate.name == UNCHANGED:
+            return Served()
+        return Served(**self._by_main(lambda: self._served(candidate, settle)))
+
+    def _served(self, candidate: Candidate, settle: Callable[[Served], float | None]) -> dict[str, Any]:
+        file = self.out / folder.GRAPHS
+        known = read_json(file, "The figures of graphs") if file.is_file() else {}
+        asked = plain({"candidate": candidate.to_dict(), "seconds": self.profile_seconds})
+        entry = known.get(candidate.name)
+        if entry is None or {key: entry[key] for key in asked} != asked or not (entry["precise"] or settle(_of(entry)) is None):
+            with self.listener(f"graph of {candidate.name}") as stage:
+                found = self._graphs.served(candidate, settle)
+                stage.done(f"{found.figures['latency_ratio']:.3f}x the latency" if found.figures else f"not measured: {found.problem}")
+            entry = asked | plain(found.to_dict())
+            folder.write_json(file, known | {candidate.name: entry})
+        return _of(entry).to_dict()
+
+    def trained(
+        self, candidate: Candidate, rate: float, seed: int, *,
+        where: Path, title: str, left: str = "", keep: bool = False, watch: Callable[[Point], bool] | None = None,
+    ) -> Run:  # fmt: skip
+        """A candidate's run from a seed, which is kept.
+
+        Args:
+            candidate: what to train.
+            rate: before the candidate's own factor.
+            seed: of weights and batches.
+            where: folder of the run.
+            title: of the stage.
+            left: how long it will still take, in words.
+            keep: its weights, too.
+            watch: see `Trainer.run`.
+        """
+        device = f"{self.accelerator.device.type}, {self.accelerator.num_processes} processes, torch {torch.__version__}"
+        run = Run(candidate.name, rate * candidate.rate, seed, where=device)
+        with self.listener(title) as stage:
+            model = self.source.model(candidate, seed)
+            run, weights = self.trainer.run(model, run, keep=keep, progress=partial(_told, stage, left), watch=watch)
+            if self.main:
+                folder.keep(where, candidate, rate, run, weights)
+            self.trainer.forget()
+            self.accelerator.wait_for_everyone()
+            stage.done(_came_to(run))
+        return run
+
+
+def sized(found: Size, served: Served) -> Size:
+    """With its latency."""
+    return replace(found, latency=served.latency)
+
+
+def _of(entry: dict[str, Any]) -> Served:
+    return Served(**{field.name: entry[field.name] for field in fields(Served)})
+
+
+def _told(stage: Stage, left: str, fraction: float, text: str) -> None:
+    stage.progress(fraction, text + left)
+
+
+def _came_to(run: Run) -> str:
+    if run.failed:
+        return f"FAILED: {run.failed}"
+    loss = run.curve[-1].choose if run.judge is None else run.judge
+    return f"loss {loss:.4f}, {run.speed:,.0f}/s" + (", stopped" if run.stopped else "")
