@@ -16,7 +16,7 @@ from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, variants
 from laurel_rewrite.lab.comparing import compare
 from laurel_rewrite.lab.comparison import slug
-from laurel_rewrite.lab.runs import Recipe
+from laurel_rewrite.lab.runs import Recipe, Trainer
 from laurel_rewrite.lab.tasks import CLASSES, MASKED, NEXT, check, logits_of, task_of
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.built import Built
@@ -24,7 +24,7 @@ from laurel_rewrite.sources.models import build
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "vocabulary": 256, "context": 64, "dropout": 0.1}
 GPT = str(EXAMPLES / "gpt.py")
-USUAL = {"settings": SMALL, "tokens": 640, "batch": 4, "length": 32, "evaluations": 5, "profile_seconds": 0}
+USUAL = {"settings": SMALL, "tokens": 640, "batch": 4, "length": 32, "evaluations": 5, "profile_seconds": 0, "inspect": 0}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,15 +190,24 @@ def test_one_seed_is_not_judged_and_several_rates_are_chosen_from(text, tmp_path
     assert len(found.runs) == 4
 
 
-def test_a_run_that_diverges_is_a_result(text, tmp_path):
+def test_a_run_that_diverges_is_a_result(text, tmp_path, monkeypatch):
     wild = Candidate("wild", LaurelConfig("rw"), rate=1e12)
-    found = compare(
-        GPT, **{**USUAL, "tokens": 2560}, data=text, variants=(), candidates=[wild], seeds=2, one_more_layer=False, out=tmp_path
-    )
-    _, row = found.rows()
-    assert row.judgement.verdict in ("failed", "worse")
-    if row.judgement.verdict == "failed":
-        assert all("the loss was" in reason for reason in row.failures.values())
+    asked = {
+        **USUAL,
+        "tokens": 2560,
+        "data": text,
+        "variants": (),
+        "candidates": [wild],
+        "seeds": 2,
+        "one_more_layer": False,
+        "out": tmp_path,
+    }
+    _, row = compare(GPT, **asked).rows()
+    assert row.judgement.verdict == "failed"
+    assert all("the loss was" in reason for reason in row.failures.values())
+    monkeypatch.setattr(Trainer, "run", lambda *args, **kwargs: pytest.fail("it has its runs"))
+    _, again = compare(GPT, **asked).rows()
+    assert again.failures == row.failures
 
 
 def test_no_run_begins_behind_the_time(text, tmp_path):
@@ -286,6 +295,7 @@ def test_the_loss_and_the_data_of_a_model_file(written, message, tmp_path):
         ({"length": 128}, "does not run with its first argument"),
         ({"rates": (0.0,)}, "Learning rates must be above 0"),
         ({"batch": 4, "accumulate": 3}, "cannot be computed in 3 equal parts"),
+        ({"inspect": 1}, "two batches or more"),
         ({"precision": "int8"}, "precision must be one of"),
     ],
 )
@@ -332,13 +342,21 @@ def test_the_report_is_as_its_schema_says_and_draws(text, tmp_path):
     from laurel_rewrite.report.comparison_plots import comparison_figures
 
     wild = Candidate("wild <b>", LaurelConfig("rw"), rate=1e12)
-    compare(GPT, **USUAL, data=text, variants="rw", candidates=[wild], seeds=2, one_more_layer=False, out=tmp_path)
+    asked = {**USUAL, "inspect": 2, "data": text, "candidates": [wild], "seeds": 2, "one_more_layer": False, "out": tmp_path}
+    found = compare(GPT, variants="rw", **asked)
+    assert [one["name"] for one in found.inside] == [
+        one.name for one in found.candidates if one.rewritten and found.runs[one.name, 1e-3, 0].judge
+    ]
     report = json.loads((tmp_path / "report.json").read_text())
     jsonschema.validate(report, schema())
-    assert set(comparison_figures(report["comparison"])) == {"curves", "differences", "costs"}
+    assert set(comparison_figures(report["comparison"])) == {"curves", "differences", "costs", "inside"}
     drawn = page(report)
     assert "wild &lt;b&gt;" in drawn
     assert "not told apart" in drawn
+    assert "sites gain by more than two standard errors" in drawn
+    before = (tmp_path / "inside.json").read_bytes()
+    assert compare(GPT, variants="rw", **asked).inside == report["comparison"]["inside"]
+    assert (tmp_path / "inside.json").read_bytes() == before
 
 
 def test_what_was_trained_is_looked_into_and_its_gaining_sites_are_a_plan(text, tmp_path):

@@ -15,7 +15,7 @@ from laurel_rewrite.errors import ConfigError, LimitError
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "b": 1_000_000_000}
 _PASSED = (
-    "tokens", "seeds", "rates", "data", "tokenizer", "include", "exclude", "one_more_layer", "self_check", "profile_seconds", "max_seconds",
+    "tokens", "seeds", "rates", "data", "tokenizer", "include", "exclude", "one_more_layer", "self_check", "profile_seconds", "inspect", "max_seconds",
     "out", "force",
 )  # fmt: skip
 _RECIPE = ("batch", "length", "accumulate", "precision", "compile", "weight_decay", "warmup", "evaluations")
@@ -86,7 +86,14 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
 )
 @click.option("--self-check", is_flag=True, help="The unchanged model against itself, from another start: they must not be told apart.")
 @click.option(
-    "--profile-seconds", default=2.0, show_default=True, callback=seconds_of, help="To measure each graph's latency in onnxruntime; 0 for none."
+    "--profile-seconds",
+    default=2.0,
+    show_default=True,
+    callback=seconds_of,
+    help="To measure each graph's latency in onnxruntime; 0 for none.",
+)
+@click.option(
+    "--inspect", type=int, default=4, show_default=True, help="Batches to look inside the trained models with, for the report; 0 for none."
 )
 @click.option("--search", is_flag=True, help="Search variants, ranks and places, and compare the best alone; writes plan.toml.")
 @click.option(

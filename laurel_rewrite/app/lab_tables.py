@@ -42,7 +42,18 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         f"{seeds} of {len(comparison.seeds)} seeds; loss on the third split, difference paired by seed, probability after Holm; needed: of these "
         f"{about['task']['unit']}, what the baseline needs for the same loss on the second split"
     )
-    headings = ("model", "loss>", "difference\n[95 %]>", "p>", "verdict", "needed>", "parameters>", "FLOPs>", "step>", *(["latency>"] if timed else []))
+    headings = (
+        "model",
+        "loss>",
+        "difference\n[95 %]>",
+        "p>",
+        "verdict",
+        "needed>",
+        "parameters>",
+        "FLOPs>",
+        "step>",
+        *(["latency>"] if timed else []),
+    )
     show_table(console, f"Comparison of {about['model']}", headings, rows, caption)
     for row in comparison.rows():
         for seed, text in row.failures.items():
@@ -51,7 +62,9 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
 
 def _show_search(console: Console, search: Search) -> None:
     counts = Counter(trial.state for trial in search.trials)
-    ordered = sorted(search.trials, key=lambda trial: (trial.excess > 0, -trial.tokens, math.inf if trial.loss is None else trial.loss, trial.excess))
+    ordered = sorted(
+        search.trials, key=lambda trial: (trial.excess > 0, -trial.tokens, math.inf if trial.loss is None else trial.loss, trial.excess)
+    )
     rows = [
         (
             trial.candidate.name, trial.state, _number(math.nan if trial.loss is None else trial.loss, "{:.4f}"), f"{trial.tokens:,}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
 from laurel_rewrite.report.words import figure, shortened, size, skipped_of
 from laurel_rewrite.stages import Stage
+
 
 class Stages:
     """Shows the stages on a terminal as they run; in a pipe it shows nothing."""

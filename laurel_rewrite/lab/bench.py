@@ -15,25 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from laurel_rewrite import __version__
 from laurel_rewrite.errors import LaurelError
-from laurel_rewrite.files.checked import read_json
+from laurel_rewrite.files.checked import plain, read_json
 from laurel_rewrite.graph.capture import quiet, without_caches
 from laurel_rewrite.lab import folder
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source
-from laurel_rewrite.lab.comparison import Size, plain
-from laurel_rewrite.lab.corpora import corpus, own
+from laurel_rewrite.lab.comparison import Size, slug
+from laurel_rewrite.lab.corpora import data_of
+from laurel_rewrite.lab.inspecting import looked
 from laurel_rewrite.lab.runs import Point, Recipe, Run, Trainer, accelerator_of
 from laurel_rewrite.lab.serving import Graphs, Served
-from laurel_rewrite.lab.splits import Corpus
-from laurel_rewrite.lab.tasks import Task, check, task_of
+from laurel_rewrite.lab.tasks import check, task_of
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.stages import Listener, Stage
-
-
-def data_of(task: Task, built: Built, data: str, folder: Path, tokenizer: Path | None) -> Corpus:
-    """What a model is trained on: that of its file, where it offers some."""
-    if task.kind == "own":
-        return own(built.offers["dataset"], built.spec)
-    return corpus(data, task.kind, folder=folder, tokenizer=tokenizer)
 
 
 class Bench(AbstractContextManager["Bench"]):
@@ -172,6 +165,40 @@ class Bench(AbstractContextManager["Bench"]):
             self.accelerator.wait_for_everyone()
             stage.done(_came_to(run))
         return run
+
+    def seen(self, candidate: Candidate, rate: float, seed: int, batches: int) -> dict[str, Any] | None:
+        """What is inside a trained candidate, as the report holds it; of an earlier call with the folder, or looked at now.
+
+        None where there is nothing: no operator, or a training that failed. Where it cannot be looked at, the reason is in the place of what is inside."""
+        name = slug((candidate.name, rate, seed))
+        weights = self.out / folder.WEIGHTS / f"{name}.safetensors"
+        run = folder.known_run(self.out, candidate, rate, seed)
+        if not candidate.rewritten or run is None or run.failed or not weights.is_file():
+            return None
+        return dict(self._by_main(lambda: self._seen(name, candidate, run, weights, batches)))
+
+    def _seen(self, name: str, candidate: Candidate, run: Run, weights: Path, batches: int) -> dict[str, Any]:
+        file = self.out / folder.INSIDE
+        known = read_json(file, "What is inside the models") if file.is_file() else {}
+        if name not in known:
+            with self.listener(f"inside {candidate.name}") as stage:
+                found: dict[str, Any] = {
+                    "name": candidate.name,
+                    "rate": run.rate,
+                    "seed": run.seed,
+                    "inside": None,
+                    "gaining": [],
+                    "problem": "",
+                }
+                try:
+                    found |= looked(self.source, self.trainer, candidate, run, weights, batches).to_dict()
+                    stage.done(f"{len(found['gaining'])} sites gain")
+                except LaurelError as error:
+                    found["problem"] = f"{type(error).__name__}: {str(error.args[0])[:300]}"
+                    stage.done(f"not looked at: {found['problem']}")
+            folder.write_json(file, known | {name: found})
+            return found
+        return dict(known[name])
 
 
 def sized(found: Size, served: Served) -> Size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE
 from laurel_rewrite.profiling.training import one_more_block
 from laurel_rewrite.sources.built import Built
+from laurel_rewrite.sources.inputs import call_inputs, copied_inputs
+from laurel_rewrite.sources.models import build
 
 UNCHANGED = "baseline"
 TWIN = "another start"
@@ -48,6 +50,11 @@ class Candidate:
     more: bool = False
     start: int = 0
     rate: float = 1.0
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether it has an operator."""
+        return self.config is not None or self.plan is not None
 
     def to_dict(self) -> dict[str, Any]:
         """As results hold it: what makes it another model, and not its name."""
@@ -133,7 +140,10 @@ def _code(file: Path) -> bytes:
         return file.read_bytes()
     tree = ast.parse(file.read_bytes())
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree).encode()
 
@@ -181,3 +191,20 @@ def control() -> Candidate:
 def twin() -> Candidate:
     """The unchanged model from other weights: what it differs by is noise."""
     return Candidate(TWIN, start=_DONOR // 2)
+
+
+def source_of(model: Any, args: Any, kwargs: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> tuple[Source, str]:
+    """What makes the unchanged model, and its name."""
+    if isinstance(model, str):
+        if args != () or kwargs:
+            raise ConfigError("A MODEL that is named has its own inputs; args and kwargs are for modules.")
+        return Source(lambda: build(model, settings)), model
+    if settings:
+        raise ConfigError("settings are for a MODEL that is named.")
+    given, named = call_inputs(args, kwargs)
+    if isinstance(model, nn.Module):
+        from laurel_rewrite.backends.module.surgery import copied
+
+        return Source(lambda: Built(copied(model).train(), *copied_inputs(given, named), type(model).__name__)), type(model).__name__
+    label = getattr(model, "__name__", type(model).__name__)
+    return Source(lambda: Built(model().train(), *copied_inputs(given, named), label)), label

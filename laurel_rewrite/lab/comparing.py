@@ -15,15 +15,12 @@ from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.lab import folder
 from laurel_rewrite.lab.bench import Bench, sized
 from laurel_rewrite.lab.budget import Budget, parsed
-from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, twin, variants
+from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, source_of, twin, variants
 from laurel_rewrite.lab.comparison import Comparison, Key
 from laurel_rewrite.lab.runs import Recipe
 from laurel_rewrite.lab.searching import SEED, Space, searched
 from laurel_rewrite.lab.trials import Search
 from laurel_rewrite.report import HTML, JSON, write_report
-from laurel_rewrite.sources.built import Built
-from laurel_rewrite.sources.inputs import call_inputs, copied_inputs
-from laurel_rewrite.sources.models import build
 from laurel_rewrite.stages import Listener, silent
 
 PLAN = "plan.toml"
@@ -48,6 +45,7 @@ def compare(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     profile_seconds: float = 2.0,
+    inspect: int = 4,
     search: int | None = None,
     budget: str | Sequence[str] = (),
     max_seconds: float | None = None,
@@ -68,8 +66,7 @@ def compare(
         tokens: to train each on; images, where the model takes those.
         seeds: how many, or which. With one, nothing is judged.
         rates: learning rates. Of several, each candidate is judged at its own best, by the loss on the second split.
-        data: "builtin", "builtin:NAME", a file or folder of text, or "datasets:NAME"; see `laurel_rewrite.lab.corpora.corpus`.
-        tokenizer: file of `tokenizers`; bytes by default.
+        data, tokenizer: see `laurel_rewrite.lab.corpora.corpus`.
         out: folder of runs and report.
         settings: of a named MODEL.
         one_more_layer: whether that is compared, too.
@@ -77,15 +74,14 @@ def compare(
         candidates: more of them, made by hand.
         include, exclude: sites that get the operators, see `LaurelConfig`.
         profile_seconds: time to measure each graph's latency in onnxruntime, from the start; with 0 none is.
+        inspect: batches of the third split to look inside the trained models with, see `laurel_rewrite.lab.inspecting`; with 0 nobody looks.
         search: instead of all variants, train so many of them, at all sites or some, until they fall behind, and compare the best alone: see
             `laurel_rewrite.lab.searching`. Its seed is another one than those of the comparison.
-        budget: limits of a search: "latency_ratio <= 1.02" (the upper end of its interval), "parameters <= 1%", or of another figure that a limit of a
-            profile names.
+        budget: limits of a search: "latency_ratio <= 1.02", "parameters <= 1%"; see `laurel_rewrite.lab.budget`.
         max_seconds: begin no run after them.
         force: replace a report in `out` that is not ours, or was changed.
         listener: is told of the stages: each run is one.
-        options: fields of `Recipe` (batch, length, ...), and options of operators (rank, history, ...); of several values of such an option,
-            each makes a candidate.
+        options: fields of `Recipe` (batch, length, ...), and options of operators (rank, ...), of whose values each makes a candidate.
 
     Returns:
         The comparison, whose `rows()` are the table. Where `max_seconds` were over, `done` is False.
@@ -101,11 +97,12 @@ def compare(
     operators = _variants(source, variants, listed, include, exclude)
     asked = [Candidate(UNCHANGED), *([twin()] if self_check else []), *([control()] if one_more_layer else []), *candidates]
     rates, budgets = _rates(rates), parsed(_listed(budget), profile_seconds)
-    seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     check_out(Path(out), "compare", (JSON, HTML, PLAN), force=force)
-    where = Bench(source, label, recipe, data, tokenizer, Path(out), profile_seconds=profile_seconds, seconds=max_seconds, listener=listener)
+    where = Bench(
+        source, label, recipe, data, tokenizer, Path(out), profile_seconds=profile_seconds, seconds=max_seconds, listener=listener
+    )
     with where as bench:
-        job = _Job(bench, rates, seeds, force=force)
+        job = _Job(bench, rates, seeds, inspect=inspect, force=force)
         if search is None:
             return job.compared(_distinct([*asked, *operators]))
         return job.searched(_distinct(asked), Space.of(source, operators), budgets, search)
@@ -141,28 +138,14 @@ def _distinct(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(candidates)
 
 
-def source_of(model: Any, args: Any, kwargs: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> tuple[Source, str]:
-    """What makes the unchanged model, and its name."""
-    if isinstance(model, str):
-        if args != () or kwargs:
-            raise ConfigError("A MODEL that is named has its own inputs; args and kwargs are for modules.")
-        return Source(lambda: build(model, settings)), model
-    if settings:
-        raise ConfigError("settings are for a MODEL that is named.")
-    given, named = call_inputs(args, kwargs)
-    if isinstance(model, nn.Module):
-        from laurel_rewrite.backends.module.surgery import copied
-
-        return Source(lambda: Built(copied(model).train(), *copied_inputs(given, named), type(model).__name__)), type(model).__name__
-    label = getattr(model, "__name__", type(model).__name__)
-    return Source(lambda: Built(model().train(), *copied_inputs(given, named), label)), label
-
-
 class _Job:
     """What is trained, in which order; the report is written behind each run."""
 
-    def __init__(self, bench: Bench, rates: tuple[float, ...], seeds: tuple[int, ...], *, force: bool) -> None:
-        self.bench, self.rates, self.seeds, self.force = bench, rates, seeds, force
+    def __init__(self, bench: Bench, rates: tuple[float, ...], seeds: int | Sequence[int], *, inspect: int, force: bool) -> None:
+        if inspect < 0 or inspect == 1:
+            raise ConfigError("Looking inside takes two batches or more, for one has no standard error; 0 for none.")
+        self.bench, self.rates, self.inspect, self.force = bench, rates, inspect, force
+        self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
 
     def searched(self, others: tuple[Candidate, ...], space: Space, budgets: tuple[Budget, ...], count: int) -> Comparison:
         """A search, and the comparison of its best with the others."""
@@ -181,6 +164,10 @@ class _Job:
         found = Comparison(bench.about, candidates, self.rates, self.seeds, sizes, runs, search)
         if search is None or search.finalists:
             self._train(found)
+        if found.done and self.inspect:
+            found.inside = [
+                seen for one in candidates if (seen := bench.seen(one, found.best(one.name), self.seeds[0], self.inspect)) is not None
+            ]
         self._report(found)
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -78,6 +77,7 @@ class Comparison:
         sizes: by candidate.
         runs: by candidate, learning rate and seed.
         search: what the candidates came from, where they were searched.
+        inside: what was seen inside those with an operator, as `laurel_rewrite.lab.inspecting.Looked.to_dict` gives it.
     """
 
     about: dict[str, Any]
@@ -87,6 +87,7 @@ class Comparison:
     sizes: dict[str, Size]
     runs: dict[Key, Run]
     search: Search | None = None
+    inside: Sequence[Mapping[str, Any]] = ()
 
     def planned(self) -> list[Key]:
         """All runs, in the order in which they are made: of a seed all candidates, so that one which is stopped has pairs."""
@@ -162,6 +163,7 @@ class Comparison:
             "seeds": list(self.seeds),
             "runs": [self.runs[key].to_dict() | {"base_rate": key[1]} for key in self.planned() if key in self.runs],
             "rows": [row.to_dict() for row in self.rows()],
+            "inside": list(self.inside),
             "search": self.search and self.search.to_dict(),
             "done": self.done,
         }
@@ -178,8 +180,3 @@ def slug(key: Key) -> str:
     name, rate, seed = key
     plain = "".join(letter if letter.isalnum() or letter in "+-." else "_" for letter in name)
     return f"{plain}-lr{rate:g}-seed{seed}"
-
-
-def plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value, default=str))

@@ -9,6 +9,8 @@ from typing import Any
 from laurel_rewrite.errors import FOREIGN, ConfigError, missing, nearest
 from laurel_rewrite.lab import images, text
 from laurel_rewrite.lab.splits import SPLITS, Corpus
+from laurel_rewrite.lab.tasks import Task
+from laurel_rewrite.sources.built import Built
 
 
 def corpus(data: str, kind: str, *, folder: Path, tokenizer: Path | None = None) -> Corpus:
@@ -89,3 +91,10 @@ def own(dataset: Callable[[str], Any], label: str) -> Corpus:
         except FOREIGN as error:  # whatever the file's code raises
             raise ConfigError(f"{label}: dataset({name!r}) is no map-style dataset of tensors: {type(error).__name__}: {error}") from error
     return Corpus(f"dataset of {label}", "own", found.hexdigest(), 0, lambda name, shape: known[name])
+
+
+def data_of(task: Task, built: Built, data: str, folder: Path, tokenizer: Path | None) -> Corpus:
+    """What a model is trained on: that of its file, where it offers some."""
+    if task.kind == "own":
+        return own(built.offers["dataset"], built.spec)
+    return corpus(data, task.kind, folder=folder, tokenizer=tokenizer)

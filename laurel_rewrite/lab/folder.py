@@ -4,6 +4,7 @@ comparison.json     what all runs have in common: a folder with another one is r
 runs/               a file for each run that ended
 weights/            those of each candidate from the first seed, for `inspect`
 graphs.json         what the candidates cost in onnxruntime
+inside.json         what was seen inside them
 search/             runs of a search, likewise
 state/              of the run that has not ended
 data/               tokens
@@ -22,12 +23,14 @@ from torch import Tensor
 
 from laurel_rewrite.backends.module.weights import write_weights
 from laurel_rewrite.errors import ConfigError
-from laurel_rewrite.files.checked import read_json
+from laurel_rewrite.files.checked import plain, read_json
 from laurel_rewrite.lab.candidates import Candidate
-from laurel_rewrite.lab.comparison import Key, plain, slug
+from laurel_rewrite.lab.comparison import Key, slug
 from laurel_rewrite.lab.runs import Run
 
-ABOUT, RUNS, WEIGHTS, STATE, SEARCH, GRAPHS = "comparison.json", "runs", "weights", "state", "search", "graphs.json"
+ABOUT, RUNS, WEIGHTS, STATE, SEARCH, GRAPHS, INSIDE = (
+    "comparison.json", "runs", "weights", "state", "search", "graphs.json", "inside.json",
+)  # fmt: skip
 _FORMAT = 1
 
 
@@ -95,5 +98,5 @@ def _difference(name: str, old: Any, new: Any) -> str:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     aside = path.with_name(f"{path.name}.new")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(aside, path)

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from laurel_rewrite.backends.module.surgery import rewriting_of
 from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.files.checked import plain
 from laurel_rewrite.graph.capture import training
 from laurel_rewrite.graph.snapshot import preserved
 from laurel_rewrite.lab.around import PlainSum, Seen, WithoutBranch, standing
@@ -140,7 +141,7 @@ class Inside:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; what is no finite number is None."""
-        found: dict[str, Any] = _json(asdict(self))
+        found: dict[str, Any] = plain(asdict(self))
         return found
 
 
@@ -412,11 +413,3 @@ def _eagerly() -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # else nothing was
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

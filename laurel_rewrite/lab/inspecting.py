@@ -14,10 +14,9 @@ from laurel_rewrite.backends.module.weights import load_weights
 from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.graph.capture import without_caches
-from laurel_rewrite.lab.candidates import Candidate
-from laurel_rewrite.lab.bench import data_of
-from laurel_rewrite.lab.comparing import source_of
+from laurel_rewrite.lab.candidates import Candidate, Source, source_of
 from laurel_rewrite.lab.comparison import slug
+from laurel_rewrite.lab.corpora import data_of
 from laurel_rewrite.lab.folder import ABOUT, RUNS, WEIGHTS
 from laurel_rewrite.lab.inside import Inside, gaining, inside
 from laurel_rewrite.lab.runs import Recipe, Run, Trainer
@@ -83,19 +82,29 @@ def inspect(
     if corpus.digest != about["data"]["digest"]:
         raise ConfigError(f"{corpus.name} is not the data that was trained on in {folder}: its digest is another one now.")
     trainer = Trainer(recipe, task, corpus, folder / "state")
-    found = []
-    for made, run, path in _trained(folder, candidate):
-        trained: nn.Module = source.model(made, run.seed)
-        load_weights(trained, path)
-        trained.to(trainer.accelerator.device)
-        most = trainer.splits["judge"].size // recipe.batch * recipe.accumulate
-        with without_caches(trained):
-            seen = inside(trained, trainer.loader("judge", 0, 0, min(batches, most)), task.loss)
-        sites = gaining(seen)
-        plan = rewriting_of(trained).plan
-        helps = plan.only(sites) if sites and len(sites) < len(plan.sites) else None
-        found.append(Looked(made.name, run.rate, run.seed, seen, helps, tuple(sites)))
-    return found
+    return [looked(source, trainer, made, run, path, batches) for made, run, path in _trained(folder, candidate)]
+
+
+def looked(source: Source, trainer: Trainer, made: Candidate, run: Run, weights: Path, batches: int) -> Looked:
+    """Look inside one trained candidate.
+
+    Args:
+        source: of the unchanged model.
+        trainer: whose third split is used.
+        made, run: the candidate, and how it was trained.
+        weights: their file.
+        batches: how many to look with, at least 2; fewer where the split has no more.
+    """
+    trained: nn.Module = source.model(made, run.seed)
+    load_weights(trained, weights)
+    trained.to(trainer.accelerator.device)
+    most = trainer.splits["judge"].size // trainer.recipe.batch * trainer.recipe.accumulate
+    with without_caches(trained):
+        seen = inside(trained, trainer.loader("judge", 0, 0, min(batches, most)), trainer.task.loss)
+    sites = gaining(seen)
+    plan = rewriting_of(trained).plan
+    helps = plan.only(sites) if sites and len(sites) < len(plan.sites) else None
+    return Looked(made.name, run.rate, run.seed, seen, helps, tuple(sites))
 
 
 def _trained(folder: Path, asked: str | None) -> list[tuple[Candidate, Run, Path]]:

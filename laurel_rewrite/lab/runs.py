@@ -144,7 +144,9 @@ class Run:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Run:
-        return Run(**{**data, "curve": [Point(**point) for point in data["curve"]]})
+        """As a file holds it, where a loss that is no number is null."""
+        points = ({**point, **{name: math.nan for name in ("train", "choose") if point[name] is None}} for point in data["curve"])
+        return Run(**{**data, "curve": [Point(**point) for point in points]})
 
 
 class _Order(Sampler[list[int]]):

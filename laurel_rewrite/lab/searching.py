@@ -95,9 +95,7 @@ def _distinct(sites: Sequence[str], parts: Mapping[str, frozenset[str]]) -> dict
     return {name: part for part, name in found.items()}
 
 
-def searched(
-    bench: Bench, space: Space, budgets: tuple[Budget, ...], count: int, rates: Sequence[float], *, keep: int = KEPT
-) -> Search:
+def searched(bench: Bench, space: Space, budgets: tuple[Budget, ...], count: int, rates: Sequence[float], *, keep: int = KEPT) -> Search:
     """Search until so many candidates were trained, or there are no more.
 
     Args:
@@ -181,7 +179,9 @@ class _Search:
             if run is None and self.bench.late():
                 return None
             title = "search: the unchanged model" + (f", lr {rate:g}" if len(rates) > 1 else "")
-            found.append(run or self.bench.trained(Candidate(UNCHANGED), rate, SEED, where=self.where, title=title, watch=lambda point: False))
+            found.append(
+                run or self.bench.trained(Candidate(UNCHANGED), rate, SEED, where=self.where, title=title, watch=lambda point: False)
+            )
         reached = [run for run in found if not run.failed]
         if not reached:
             raise ConfigError(f"The unchanged model cannot be trained: {found[0].failed}. Give another --lr.")

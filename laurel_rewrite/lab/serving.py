@@ -104,7 +104,9 @@ class Graphs:
         if not self.shape:
             return {}
         inputs = ir.load(self._baseline).graph.inputs
-        sizes = ((size, real) for given in inputs if given.shape is not None for size, real in zip(given.shape, (1, *self.shape), strict=False))
+        sizes = (
+            (size, real) for given in inputs if given.shape is not None for size, real in zip(given.shape, (1, *self.shape), strict=False)
+        )
         return {str(size.value): [real] for size, real in sizes if isinstance(size, ir.SymbolicDim) and size.value is not None}
 
     def _exported(self, candidate: Candidate, name: str) -> Path:

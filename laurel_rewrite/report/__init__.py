@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.site import short
+from laurel_rewrite.files.checked import plain
 from laurel_rewrite.report.words import breakable, count, figure, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
@@ -30,20 +30,9 @@ def write_report(data: Mapping[str, Any], folder: Path) -> None:
         data: as `schema.json` describes it; what is not given is empty.
         folder: which exists.
     """
-    text = json.dumps(_plain({"schema": SCHEMA_VERSION, "version": __version__, **_NOTHING, **data}), indent=1, allow_nan=False)
+    text = json.dumps(plain({"schema": SCHEMA_VERSION, "version": __version__, **_NOTHING, **data}), indent=1, allow_nan=False)
     (folder / JSON).write_text(text + "\n", encoding="utf-8")
     (folder / HTML).write_text(page(json.loads(text)), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has: a number that is none becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
 
 
 def page(report: Mapping[str, Any]) -> str:

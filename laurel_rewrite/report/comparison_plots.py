@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from laurel_rewrite.report.inside_plots import depth_profile
 from laurel_rewrite.report.plots import COLOURS, REST, around, empty, label, marks, rows_of
 
 _COSTS = {"parameters": "parameters", "flops": "FLOPs", "seconds": "time of a step", "latency": "latency"}
@@ -27,6 +28,9 @@ def comparison_figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
         found["costs"] = _costs(placed)
     if data["search"] and any(trial["loss"] is not None for trial in data["search"]["trials"]):
         found["search"] = _search(data["search"])
+    inside = depth_profile(data["inside"])
+    if inside is not None:
+        found["inside"] = inside
     return found
 
 
