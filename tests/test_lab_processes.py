@@ -48,7 +48,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def run(tmp_path: Path, *words: str) -> None:
     done = subprocess.run([sys.executable, *words], env=environment(tmp_path), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]  # that of a launcher begins with the reason
 
 
 def numbers(out: Path) -> list:

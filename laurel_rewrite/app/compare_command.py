@@ -10,7 +10,7 @@ import click
 
 from laurel_rewrite.app.operator_options import OPERATORS, OperatorCommand, given_options
 from laurel_rewrite.app.options import FORCE, SET, common, operator_options, seconds_of
-from laurel_rewrite.app.running import console, print_json, start
+from laurel_rewrite.app.running import console, first_process, print_json, start
 from laurel_rewrite.errors import ConfigError, LimitError
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "b": 1_000_000_000}
@@ -123,8 +123,8 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     start(verbose, as_json)
     from laurel_rewrite.app import lab_tables, terminal
     from laurel_rewrite.lab.candidates import Candidate
-    from laurel_rewrite.lab.comparing import PLAN
     from laurel_rewrite.lab.comparing import compare as train
+    from laurel_rewrite.lab.folder import PLAN
     from laurel_rewrite.lab.searching import RANKS
     from laurel_rewrite.plan import Plan
     from laurel_rewrite.sources import is_graph
@@ -142,11 +142,11 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     found = train(
         model, variants=variants, candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
         settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],
-        listener=terminal.Stages(console(stderr=True), quiet=quiet), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
+        listener=terminal.Stages(console(stderr=True), quiet=quiet or not first_process()), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
     )  # fmt: skip
-    if as_json:
+    if as_json and first_process():
         print_json(found.to_dict())
-    else:
+    elif first_process():
         lab_tables.show_comparison(console(), found)
         plan = f", {PLAN}" if found.chosen is not None else ""
         click.echo(f"Written to {given['out']}/: report.html, report.json{plan}" + ("" if found.done else "; the same command goes on"))

@@ -34,6 +34,11 @@ def start(verbose: bool, as_json: bool) -> None:
         warnings.simplefilter("ignore")  # of the libraries a model is made of: nothing a user of this command can mend
 
 
+def first_process() -> bool:
+    """Whether this is the one of several processes that speaks for all: launchers number them so."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 

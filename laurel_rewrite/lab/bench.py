@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from laurel_rewrite import __version__
 from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.files.checked import plain, read_json
+from laurel_rewrite.files.drafts import check_out
 from laurel_rewrite.graph.capture import quiet, without_caches
 from laurel_rewrite.lab import folder
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source
@@ -25,6 +26,7 @@ from laurel_rewrite.lab.inspecting import looked
 from laurel_rewrite.lab.runs import Point, Recipe, Run, Trainer, accelerator_of
 from laurel_rewrite.lab.serving import Graphs, Served
 from laurel_rewrite.lab.tasks import check, task_of
+from laurel_rewrite.report import HTML, JSON
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.stages import Listener, Stage
 
@@ -38,6 +40,7 @@ class Bench(AbstractContextManager["Bench"]):
         out: the folder.
         profile_seconds: of each graph in onnxruntime; with 0 none is measured.
         seconds: after them nothing is begun.
+        force: see `laurel_rewrite.files.drafts.check_out`.
         listener: is told of the stages.
 
     Attributes:
@@ -49,14 +52,17 @@ class Bench(AbstractContextManager["Bench"]):
 
     def __init__(
         self, source: Source, label: str, recipe: Recipe, data: str, tokenizer: str | Path | None, out: Path, *,
-        profile_seconds: float, seconds: float | None, listener: Listener,
+        profile_seconds: float, seconds: float | None, force: bool, listener: Listener,
     ) -> None:  # fmt: skip
-        self.source, self.out, self.listener = source, out, listener
+        self.source, self.out, self.force, self.listener = source, out, force, listener
         self.tokenizer = None if tokenizer is None else Path(tokenizer)
         self.profile_seconds, self.seconds, self.begun = profile_seconds, seconds, time.perf_counter()
         built = source.base(0)
         self.task = task_of(built, recipe.length)
-        with accelerator_of(recipe).main_process_first():  # the others then find its files
+        accelerator = accelerator_of(recipe)
+        if accelerator.is_main_process:  # alone: to find out whether a folder can be written it is made, and removed
+            check_out(out, "compare", (JSON, HTML, folder.PLAN), force=force)
+        with accelerator.main_process_first():  # the others then find its files
             self.corpus = data_of(self.task, built, data, out, self.tokenizer)
         self.trainer = Trainer(recipe, self.task, self.corpus, out / folder.STATE)
         self.accelerator = self.trainer.accelerator

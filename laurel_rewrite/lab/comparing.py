@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from laurel_rewrite.errors import ConfigError
-from laurel_rewrite.files.drafts import check_out, replacing
+from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.lab import folder
 from laurel_rewrite.lab.bench import Bench, sized
 from laurel_rewrite.lab.budget import Budget, parsed
@@ -20,10 +20,8 @@ from laurel_rewrite.lab.comparison import Comparison, Key
 from laurel_rewrite.lab.runs import Recipe
 from laurel_rewrite.lab.searching import SEED, Space, searched
 from laurel_rewrite.lab.trials import Search
-from laurel_rewrite.report import HTML, JSON, write_report
+from laurel_rewrite.report import write_report
 from laurel_rewrite.stages import Listener, silent
-
-PLAN = "plan.toml"
 
 
 def compare(
@@ -56,53 +54,52 @@ def compare(
     """Train the unchanged model, the model with one more layer and the model with each operator, from the same seeds, on the same batches in the
     same order, for the same tokens; and say which differences the seeds allow.
 
-    A call with the folder of an earlier one goes on where that stopped; more variants, rates and seeds may be asked for then.
+    The result's `rows()` are the table; it is not `done` where `max_seconds` were over. A call with the folder of an earlier one goes on where that stopped;
+    more variants, rates and seeds may be asked for then.
 
     Args:
         model: MODEL as the command takes it; or a module, or a function that makes one, with inputs of its forward. Of a module every run
             begins with its weights as they are, so that seeds differ in their batches alone.
-        args, kwargs: inputs of forward, where the model is not named.
-        variants: operators.
-        tokens: to train each on; images, where the model takes those.
-        seeds: how many, or which. With one, nothing is judged.
+        args, kwargs, settings: inputs of forward, where the model is not named; settings of one that is.
+        variants, include, exclude: operators, and the sites that get them, see `LaurelConfig`.
+        tokens, seeds: to train each on (images, where the model takes those); how many seeds, or which. With one, nothing is judged.
         rates: learning rates. Of several, each candidate is judged at its own best, by the loss on the second split.
         data, tokenizer: see `laurel_rewrite.lab.corpora.corpus`.
-        out: folder of runs and report.
-        settings: of a named MODEL.
-        one_more_layer: whether that is compared, too.
-        self_check: whether the unchanged model is compared with itself from other weights: they must not be told apart.
+        out, force: folder of runs and report; whether a report there that is not ours, or was changed, is replaced.
+        one_more_layer, self_check: whether that is compared, and the unchanged model from other weights, which must be not told apart.
         candidates: more of them, made by hand.
-        include, exclude: sites that get the operators, see `LaurelConfig`.
         profile_seconds: time to measure each graph's latency in onnxruntime, from the start; with 0 none is.
         inspect: batches of the third split to look inside the trained models with, see `laurel_rewrite.lab.inspecting`; with 0 nobody looks.
-        search: instead of all variants, train so many of them, at all sites or some, until they fall behind, and compare the best alone: see
-            `laurel_rewrite.lab.searching`. Its seed is another one than those of the comparison.
-        budget: limits of a search: "latency_ratio <= 1.02", "parameters <= 1%"; see `laurel_rewrite.lab.budget`.
+        search, budget: instead of all variants, train so many of them, at all sites or some, until they fall behind, within limits such as
+            "latency_ratio <= 1.02" or "parameters <= 1%", and compare the best: see `laurel_rewrite.lab.searching` and `.budget`.
         max_seconds: begin no run after them.
-        force: replace a report in `out` that is not ours, or was changed.
         listener: is told of the stages: each run is one.
         options: fields of `Recipe` (batch, length, ...), and options of operators (rank, ...), of whose values each makes a candidate.
-
-    Returns:
-        The comparison, whose `rows()` are the table. Where `max_seconds` were over, `done` is False.
 
     Raises:
         ConfigError: the request cannot be meant; the model gives no loss, or no gradient; the data is too short, or has more words than the
             model knows; the folder holds another comparison.
-        CaptureError, RewriteError, VerificationError: a candidate cannot be made; nothing has been trained then.
-        MissingPackageError: a package of the extra "train" is not installed.
+        CaptureError, RewriteError, VerificationError, MissingPackageError: a candidate cannot be made; nothing has been trained then.
     """
     recipe, listed = _recipe(tokens, options)
     source, label = source_of(model, args, kwargs, settings)
     operators = _variants(source, variants, listed, include, exclude)
     asked = [Candidate(UNCHANGED), *([twin()] if self_check else []), *([control()] if one_more_layer else []), *candidates]
     rates, budgets = _rates(rates), parsed(_listed(budget), profile_seconds)
-    check_out(Path(out), "compare", (JSON, HTML, PLAN), force=force)
     where = Bench(
-        source, label, recipe, data, tokenizer, Path(out), profile_seconds=profile_seconds, seconds=max_seconds, listener=listener
+        source,
+        label,
+        recipe,
+        data,
+        tokenizer,
+        Path(out),
+        profile_seconds=profile_seconds,
+        seconds=max_seconds,
+        force=force,
+        listener=listener,
     )
     with where as bench:
-        job = _Job(bench, rates, seeds, inspect=inspect, force=force)
+        job = _Job(bench, rates, seeds, inspect=inspect)
         if search is None:
             return job.compared(_distinct([*asked, *operators]))
         return job.searched(_distinct(asked), Space.of(source, operators), budgets, search)
@@ -141,10 +138,10 @@ def _distinct(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
 class _Job:
     """What is trained, in which order; the report is written behind each run."""
 
-    def __init__(self, bench: Bench, rates: tuple[float, ...], seeds: int | Sequence[int], *, inspect: int, force: bool) -> None:
+    def __init__(self, bench: Bench, rates: tuple[float, ...], seeds: int | Sequence[int], *, inspect: int) -> None:
         if inspect < 0 or inspect == 1:
             raise ConfigError("Looking inside takes two batches or more, for one has no standard error; 0 for none.")
-        self.bench, self.rates, self.inspect, self.force = bench, rates, inspect, force
+        self.bench, self.rates, self.inspect = bench, rates, inspect
         self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
 
     def searched(self, others: tuple[Candidate, ...], space: Space, budgets: tuple[Budget, ...], count: int) -> Comparison:
@@ -188,9 +185,9 @@ class _Job:
     def _report(self, found: Comparison) -> None:
         if not self.bench.main:
             return
-        with replacing(self.bench.out, "compare", force=self.force) as draft:
+        with replacing(self.bench.out, "compare", force=self.bench.force) as draft:
             if found.chosen is not None and (plan := self.bench.source.plan(found.chosen)) is not None:
-                plan.with_model(found.about["model"]).write(draft / PLAN)
+                plan.with_model(found.about["model"]).write(draft / folder.PLAN)
             write_report({"title": f"{found.about['model']}: comparison", "comparison": found.to_dict(), "out": str(self.bench.out)}, draft)
 
 

@@ -6,6 +6,7 @@ weights/            those of each candidate from the first seed, for `inspect`
 graphs.json         what the candidates cost in onnxruntime
 inside.json         what was seen inside them
 search/             runs of a search, likewise
+plan.toml           of the best that it found
 state/              of the run that has not ended
 data/               tokens
 report.html, report.json
@@ -31,6 +32,7 @@ from laurel_rewrite.lab.runs import Run
 ABOUT, RUNS, WEIGHTS, STATE, SEARCH, GRAPHS, INSIDE = (
     "comparison.json", "runs", "weights", "state", "search", "graphs.json", "inside.json",
 )  # fmt: skip
+PLAN = "plan.toml"
 _FORMAT = 1
 
 
