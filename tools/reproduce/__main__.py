@@ -17,9 +17,11 @@ import click
 
 from laurel_rewrite.app.running import console
 from laurel_rewrite.app.terminal import Stages
+from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.lab.candidates import UNCHANGED
 from laurel_rewrite.lab.comparing import compare
 from laurel_rewrite.lab.comparison import Comparison, Row
+from laurel_rewrite.lab.folder import GRAPHS
 from laurel_rewrite.lab.judging import ALIKE, BASELINE, BETTER, WORSE
 from laurel_rewrite.stages import Listener
 from tools.reproduce.tables import GPU_TABLES, TABLES, Table
@@ -33,13 +35,13 @@ def rate_of(table: Table, folder: Path, seconds: float | None, listener: Listene
     """The learning rate of everybody: of those tried the best for the unchanged model, from a seed that is not judged. None if time was over."""
     recipe = {**table.recipe, "tokens": table.recipe["tokens"] // 4}
     found = compare(
-        table.model, settings=table.settings, variants=(), one_more_layer=False, seeds=[_OTHER_SEED], rates=table.rates, data=table.data, profile_seconds=0,
+        table.model, settings=table.settings, variants=(), one_more_layer=False, seeds=[_OTHER_SEED], rates=table.rates, data=table.data, profile_seconds=0, inspect=0,
         out=folder / "rates", max_seconds=seconds, listener=listener, **recipe,
     )  # fmt: skip
     return found.best(UNCHANGED) if found.done else None
 
 
-def made(table: Table, folder: Path, seeds: int, seconds: float | None, listener: Listener) -> Comparison | None:
+def made(table: Table, folder: Path, seeds: int, seconds: float | None, profile_seconds: float, listener: Listener) -> Comparison | None:
     """The comparison, as far as the time goes."""
     begun = time.monotonic()
     rate = rate_of(table, folder, seconds, listener)
@@ -48,11 +50,11 @@ def made(table: Table, folder: Path, seeds: int, seconds: float | None, listener
         return None
     return compare(
         table.model, settings=table.settings, variants=(), candidates=table.candidates(), seeds=seeds, rates=rate, data=table.data,
-        out=folder, max_seconds=left, listener=listener, **table.recipe,
+        profile_seconds=profile_seconds, out=folder, max_seconds=left, listener=listener, **table.recipe,
     )  # fmt: skip
 
 
-def written(table: Table, found: Comparison) -> str:
+def written(table: Table, found: Comparison, folder: Path) -> str:
     """The table in Markdown, with its conditions."""
     about, rows = found.about, found.rows()
     runs = list(found.runs.values())
@@ -69,11 +71,24 @@ def written(table: Table, found: Comparison) -> str:
         f"Cut: {table.cut}.", "",
         "Loss on the third split, its difference to the unchanged model's paired by seed with the interval of 95 % over seeds (Student), the probability",
         "after Holm; needed: of the tokens, what the unchanged model needs for the same loss. Parameters, FLOPs and step time are ratios to it; the time",
-        "is the median over seeds of runs that were not interleaved.", "",
-        "| model | loss | difference [95 %] | p | verdict | needed | parameters | FLOPs | step |",
-        "|---|---:|---|---:|---|---:|---:|---:|---:|", *(_line(row) for row in rows), "",
+        f"is the median over seeds of runs that were not interleaved.{_served(folder)}", "",
+        "| model | loss | difference [95 %] | p | verdict | needed | parameters | FLOPs | step | latency [95 %] |",
+        "|---|---:|---|---:|---|---:|---:|---:|---:|---|", *(_line(row) for row in rows), "",
     ]  # fmt: skip
     return "\n".join(text)
+
+
+def _served(folder: Path) -> str:
+    """The conditions of the latencies, in a sentence."""
+    file = folder / GRAPHS
+    entry = next((one for one in read_json(file, "The figures of graphs").values() if one["figures"]), None) if file.is_file() else None
+    if entry is None:
+        return ""
+    about, inputs = entry["conditions"], ", ".join(f"{name} {shape}" for name, shape in entry["shapes"].items())
+    return (
+        f" Latency is that of the lowered graph in onnxruntime {about['onnxruntime']} ({about['cpu']}, {about['threads']} threads, {inputs}), the median of "
+        "interleaved runs."
+    )
 
 
 def _model(table: Table) -> str:
@@ -89,7 +104,9 @@ def _line(row: Row) -> str:
     p = f"{found.corrected:.3f}" if math.isfinite(found.corrected) else ""
     needed = "" if row.failures else "> 100 %" if row.needs is None else f"{100 * row.needs:.0f} %"
     ratios = " | ".join(f"{ratio:.3f}" for ratio in (row.parameters, row.flops, row.seconds))
-    return f"| {row.name} | {found.mean:.4f} ± {found.spread:.4f} | {interval} | {p} | {found.verdict} | {needed} | {ratios} |"
+    latency = "" if row.size.latency is None else "{:.3f} [{:.3f}, {:.3f}]".format(*row.size.latency)
+    loss = f"{found.mean:.4f} ± {found.spread:.4f}" if math.isfinite(found.mean) else ""
+    return f"| {row.name} | {loss} | {interval} | {p} | {found.verdict} | {needed} | {ratios} | {latency} |"
 
 
 @click.command()
@@ -97,19 +114,21 @@ def _line(row: Row) -> str:
 @click.option("--scale", type=click.Choice(sorted(SCALES)), default="cpu", show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--minutes", type=float, help="After which no run begins; the same command goes on later.")
+@click.option("--profile-seconds", default=5.0, show_default=True, help="To measure the latency of each graph; 0 for none.")
 @click.option(
     "--results", default=RESULTS, type=click.Path(path_type=Path), help="Folder of the tables.  [default: tools/results/reproduce]"
 )
-def main(name: str, scale: str, seeds: int, minutes: float | None, results: Path) -> None:
+def main(name: str, scale: str, seeds: int, minutes: float | None, profile_seconds: float, results: Path) -> None:
     """Make the table NAME, or more of it."""
     if name not in SCALES[scale]:
         raise click.UsageError(f"{name} has no scale {scale!r}: {', '.join(SCALES[scale])} have.")
     table, folder = SCALES[scale][name], results / (name if scale == "cpu" else f"{name}-{scale}")
-    found = made(table, folder, seeds, None if minutes is None else 60 * minutes, Stages(console(stderr=True), quiet=False))
+    seconds = None if minutes is None else 60 * minutes
+    found = made(table, folder, seeds, seconds, profile_seconds, Stages(console(stderr=True), quiet=False))
     if found is None:
         click.echo("The time is over, and no learning rate is chosen yet; the same command goes on.")
         return
-    text = written(table, found)
+    text = written(table, found, folder)
     folder.with_suffix(".md").write_text(text)
     click.echo(text)
 
