@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from conftest import EXAMPLES, output, real
@@ -208,6 +209,17 @@ def test_a_run_that_diverges_is_a_result(text, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "run", lambda *args, **kwargs: pytest.fail("it has its runs"))
     _, again = compare(GPT, **asked).rows()
     assert again.failures == row.failures
+
+
+def test_a_model_that_was_compiled_is_looked_into(text, tmp_path, monkeypatch):
+    """In bfloat16, as GPUs train; its weights are those of the model that was not."""
+    plugin = accelerate.utils.TorchDynamoPlugin
+    monkeypatch.setattr(accelerate.utils, "TorchDynamoPlugin", lambda backend: plugin(backend="eager"))
+    asked = {**USUAL, "inspect": 2, "compile": True, "precision": "bf16"}
+    found = compare(GPT, **asked, data=text, variants="rw+lr", rank=2, seeds=1, one_more_layer=False, out=tmp_path)
+    (seen,) = found.inside
+    assert seen["problem"] == ""
+    assert {site["site"] for site in seen["inside"]["sites"]} == set(found.runs["rw+lr", 1e-3, 0].learned)
 
 
 def test_no_run_begins_behind_the_time(text, tmp_path):

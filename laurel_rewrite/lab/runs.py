@@ -26,7 +26,7 @@ from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.graph.capture import without_caches
 from laurel_rewrite.lab.splits import Corpus
 from laurel_rewrite.lab.tasks import MASKED, TOKENS, Task
-from laurel_rewrite.operators.connections import learned, param_groups
+from laurel_rewrite.operators.connections import learned, param_groups, unwrapped
 
 PRECISIONS = ("no", "bf16", "fp16")
 _RUN = "run.json"
@@ -248,7 +248,9 @@ class Trainer:
             if run.failed:
                 return run, None
             run.learned = learned(engine)
-            return run, self.accelerator.get_state_dict(engine) if keep else None
+            if not keep:
+                return run, None
+            return run, {unwrapped(name): value for name, value in self.accelerator.get_state_dict(engine).items()}
         finally:
             self.accelerator.free_memory()
 

@@ -87,7 +87,12 @@ def asked(model: nn.Module, question: Callable[[Connection], Mapping[str, Tensor
 
 def by_path(model: nn.Module) -> dict[str, Connection]:
     """The connections of a model that may be wrapped, by path without the names of wrappers."""
-    return {".".join(part for part in name.split(".") if part not in _WRAPPERS): module for name, module in sites_of(bare(model)).items()}
+    return {unwrapped(name): module for name, module in sites_of(bare(model)).items()}
+
+
+def unwrapped(path: str) -> str:
+    """A path, of a module or a parameter, as it was before engines wrapped modules."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def bare(model: nn.Module) -> nn.Module:
