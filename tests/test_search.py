@@ -110,11 +110,13 @@ def test_a_search_keeps_its_budget_and_goes_on_where_it_stopped(text, tmp_path, 
     for trial in search.trials:
         plan = trial.candidate.config
         assert (trial.state == trials.OVER) == (trial.figures["parameters"] > 0.01), plan
-        assert (trial.loss is None) == (trial.state == trials.OVER)
+        assert (trial.loss is None) == (trial.difference is None) == (trial.state == trials.OVER)
         assert (trial.tokens == 128 * 9) == (trial.state == trials.TRAINED)
     assert search.of(trials.OVER)
     assert {candidate.name for candidate in found.candidates} == {"baseline", *(one.name for one in search.finalists)}
     assert SEED not in found.seeds
+    ended = [trial for trial in search.trials if trial.state == trials.TRAINED]
+    assert [trial.difference for trial in ended] == [pytest.approx(trial.loss - search.baseline, abs=1e-12) for trial in ended]
     runs = [json.loads(path.read_text())["run"] for path in (tmp_path / "whole" / "search" / "runs").iterdir()]
     assert all(run["judge"] is None and run["seed"] == SEED for run in runs), "a search never sees the third split"
     plan = (tmp_path / "whole" / "plan.toml").read_text()

@@ -62,21 +62,25 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
 
 def _show_search(console: Console, search: Search) -> None:
     counts = Counter(trial.state for trial in search.trials)
-    ordered = sorted(
-        search.trials, key=lambda trial: (trial.excess > 0, -trial.tokens, math.inf if trial.loss is None else trial.loss, trial.excess)
-    )
+    ordered = sorted(search.trials, key=lambda trial: (trial.excess > 0, -trial.tokens, _or_nan(trial.loss, math.inf), trial.excess))
     rows = [
         (
-            trial.candidate.name, trial.state, _number(math.nan if trial.loss is None else trial.loss, "{:.4f}"), f"{trial.tokens:,}",
+            trial.candidate.name, trial.state, _number(_or_nan(trial.loss), "{:.4f}"), _signed(_or_nan(trial.difference)), f"{trial.tokens:,}",
             "\n".join(f"{name} {value:.4g}" for name, value in trial.figures.items()),
         )
         for trial in ordered[:_TRIALS]
     ]  # fmt: skip
     caption = (
         f"{', '.join(f'{number} {state}' for state, number in counts.items())}, of {search.places} candidates; within "
-        f"{' and '.join(search.budgets) or 'no budget'}; the unchanged model comes to {search.baseline:.4f}; of latencies the upper end of the interval"
+        f"{' and '.join(search.budgets) or 'no budget'}; loss on the second split, and less the unchanged model's after the same tokens, which comes to "
+        f"{search.baseline:.4f}{'; of latencies the upper end of the interval' if 'latency' in ' '.join(search.budgets) else ''}"
     )
-    show_table(console, f"Search, the best {len(rows)}", ("candidate", "state", "loss>", "tokens>", "costs"), rows, caption)
+    headings = ("candidate", "state", "loss>", "difference>", "tokens>", "costs")
+    show_table(console, f"Search, the best {len(rows)}", headings, rows, caption)
+
+
+def _or_nan(value: float | None, otherwise: float = math.nan) -> float:
+    return otherwise if value is None else value
 
 
 def show_inside(console: Console, looked: Looked) -> None:

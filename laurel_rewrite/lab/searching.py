@@ -141,7 +141,7 @@ class _Search:
             )  # fmt: skip
             trial = None if candidate is None else self.known.get(candidate.name)
             if candidate is not None and trial is None:
-                trial = self.known[candidate.name] = self._trial(asked, candidate, found.rate)
+                trial = self.known[candidate.name] = self._trial(asked, candidate, baseline)
                 found.trials.append(trial)
             self._tell(study, asked, trial, found.baseline)
         found.done = True
@@ -187,7 +187,7 @@ class _Search:
             raise ConfigError(f"The unchanged model cannot be trained: {found[0].failed}. Give another --lr.")
         return min(reached, key=lambda run: run.curve[-1].choose)
 
-    def _trial(self, asked: Any, candidate: Candidate, rate: float) -> Trial:
+    def _trial(self, asked: Any, candidate: Candidate, baseline: Run) -> Trial:
         plan = self.bench.source.plan(candidate)
         assert plan is not None
         figures: dict[str, float] = {PARAMETERS: plan.parameters() / self.bench.source.parameters()}
@@ -201,10 +201,12 @@ class _Search:
             over = max(over, excess(graphs, served.figures))
         if over > 0:
             return Trial(candidate, trials.OVER, figures, over)
-        run = self._run(asked, candidate, rate)
+        run = self._run(asked, candidate, baseline.rate)
         state = trials.FAILED if run.failed else trials.STOPPED if run.stopped else trials.TRAINED
-        last = run.curve[-1] if run.curve else None
-        return Trial(candidate, state, figures, over, last.choose if last else None, last.tokens if last else 0, run.failed)
+        if not run.curve:
+            return Trial(candidate, state, figures, over, problem=run.failed)
+        last, other = run.curve[-1], baseline.curve[len(run.curve) - 1]
+        return Trial(candidate, state, figures, over, last.choose, last.choose - other.choose, last.tokens, run.failed)
 
     def _run(self, asked: Any, candidate: Candidate, rate: float) -> Run:
         counted = itertools.count(1)

@@ -21,6 +21,7 @@ class Trial:
         figures: what the budgets name, and "parameters", the share of them added.
         excess: how far it is above the limit that it misses most, as a share of that; 0 or less is within.
         loss: on the second split, where it came to; None where it was not trained.
+        difference: to the unchanged model's there, from the same seed and tokens.
         tokens: that it was trained on.
         problem: what went wrong, in words.
     """
@@ -30,6 +31,7 @@ class Trial:
     figures: dict[str, float]
     excess: float
     loss: float | None = None
+    difference: float | None = None
     tokens: int = 0
     problem: str = ""
 

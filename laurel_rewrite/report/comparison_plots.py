@@ -75,28 +75,29 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def _search(search: Mapping[str, Any]) -> go.Figure:
-    """Loss against the cost that is limited first (or the parameters added), by how long a candidate was trained; the front is joined."""
+    """What each came to, less the unchanged model after the same tokens, against the cost that is limited first (or the parameters added); the front of
+    those that were trained to the end is joined."""
     figure = empty(420)
     names = [budget.partition("<")[0].strip() for budget in search["budgets"]]
     cost = next((name for name in names if any(name in trial["figures"] for trial in search["trials"])), "parameters")
-    tried = [trial for trial in search["trials"] if trial["loss"] is not None and cost in trial["figures"]]
+    tried = [trial for trial in search["trials"] if trial["difference"] is not None and cost in trial["figures"]]
     for state, colour, symbol in (("trained", COLOURS[0], "circle"), ("stopped early", REST, "circle-open")):
-        found = sorted((trial for trial in tried if trial["state"] == state), key=lambda trial: (trial["figures"][cost], trial["loss"]))
+        found = sorted(
+            (trial for trial in tried if trial["state"] == state), key=lambda trial: (trial["figures"][cost], trial["difference"])
+        )
+        x, y = [trial["figures"][cost] for trial in found], [trial["difference"] for trial in found]
         if state == "trained":
-            best = [trial for n, trial in enumerate(found) if all(trial["loss"] < other["loss"] for other in found[:n])]
-            figure.add_scatter(
-                x=[trial["figures"][cost] for trial in best], y=[trial["loss"] for trial in best], mode="lines", hoverinfo="skip", showlegend=False,
-                line={"color": REST, "dash": "dot", "shape": "hv"},
-            )  # fmt: skip
+            best = [n for n in range(len(found)) if all(y[n] < other for other in y[:n])]
+            line = {"color": REST, "dash": "dot", "shape": "hv"}
+            figure.add_scatter(x=[x[n] for n in best], y=[y[n] for n in best], mode="lines", hoverinfo="skip", showlegend=False, line=line)
         figure.add_scatter(
-            x=[trial["figures"][cost] for trial in found], y=[trial["loss"] for trial in found], mode="markers", name=state,
-            text=[f"{label(trial['candidate'])}, {trial['tokens']:,} trained on" for trial in found], marker={"size": 10, "color": colour, "symbol": symbol},
-            hovertemplate="%{text}<br>%{x:.4g}, loss %{y:.4f}<extra></extra>",
+            x=x, y=y, mode="markers", name=state, marker={"size": 10, "color": colour, "symbol": symbol},
+            text=[f"{label(trial['candidate'])}, {trial['tokens']:,} trained on" for trial in found],
+            hovertemplate="%{text}<br>%{x:.4g}, %{y:+.4f}<extra></extra>",
         )  # fmt: skip
-    if search["baseline"] is not None:
-        figure.add_hline(search["baseline"], line={"color": REST, "width": 1}, annotation_text="the unchanged model")
+    figure.add_hline(0, line={"color": REST, "width": 1}, annotation_text="the unchanged model")
     figure.update_xaxes(title="parameters added, as a share" if cost == "parameters" else cost)
-    return figure.update_yaxes(title="loss on the second split")
+    return figure.update_yaxes(title="loss less the unchanged model's")
 
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:

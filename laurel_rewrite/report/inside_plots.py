@@ -30,13 +30,14 @@ def depth_profile(found: Sequence[Mapping[str, Any]]) -> go.Figure | None:
     models = [(one["name"], one["inside"]["sites"]) for one in found if one["inside"] and one["inside"]["sites"]]
     if not models:
         return None
+    order = list(dict.fromkeys(site["site"] for _, sites in sorted(models, key=lambda one: -len(one[1])) for site in sites))
     names = list(dict.fromkeys(name for _, sites in models for site in sites for name in site["learned"]))[:_LEARNED]
     quantities = {**_QUANTITIES, **{f"learned: {name}": (_learned(name), lambda site: None) for name in names}}
     figure = empty(420)
     owners: list[str] = []
     for quantity, (value, error) in quantities.items():
         for number, (name, sites) in enumerate(models):
-            placed = [(depth, site) for depth, site in enumerate(sites) if value(site) is not None]
+            placed = [(order.index(site["site"]), site) for site in sites if value(site) is not None]
             if not placed:
                 continue
             errors = [2 * (error(site) or 0.0) for _, site in placed]
@@ -52,7 +53,7 @@ def depth_profile(found: Sequence[Mapping[str, Any]]) -> go.Figure | None:
         for quantity in shown
     ]
     figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.2, "yanchor": "top"}], showlegend=True)
-    figure.update_xaxes(title="site, in order of execution")
+    figure.update_xaxes(title="site, in the order of those that have most", dtick=-(-len(order) // 12))
     return figure.update_yaxes(title=shown[0])
 
 
