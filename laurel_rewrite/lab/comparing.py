@@ -135,13 +135,18 @@ def _distinct(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     return tuple(candidates)
 
 
+_PAUSE = 10
+"""Between two reports, in times of what one takes: hundreds of small runs would else wait for their reports."""
+
+
 class _Job:
-    """What is trained, in which order; the report is written behind each run."""
+    """What is trained, in which order; the report is written behind each run, but not all the time."""
 
     def __init__(self, bench: Bench, rates: tuple[float, ...], seeds: int | Sequence[int], *, inspect: int) -> None:
         if inspect < 0 or inspect == 1:
             raise ConfigError("Looking inside takes two batches or more, for one has no standard error; 0 for none.")
         self.bench, self.rates, self.inspect = bench, rates, inspect
+        self._due = 0.0
         self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
 
     def searched(self, others: tuple[Candidate, ...], space: Space, budgets: tuple[Budget, ...], count: int) -> Comparison:
@@ -180,15 +185,18 @@ class _Job:
             found.runs[key] = self.bench.trained(
                 by_name[name], rate, seed, where=self.bench.out, title=_named(key, found), left=left, keep=seed == self.seeds[0]
             )
-            self._report(found)
+            if time.perf_counter() >= self._due:
+                self._report(found)
 
     def _report(self, found: Comparison) -> None:
         if not self.bench.main:
             return
+        begun = time.perf_counter()
         with replacing(self.bench.out, "compare", force=self.bench.force) as draft:
             if found.chosen is not None and (plan := self.bench.source.plan(found.chosen)) is not None:
                 plan.with_model(found.about["model"]).write(draft / folder.PLAN)
             write_report({"title": f"{found.about['model']}: comparison", "comparison": found.to_dict(), "out": str(self.bench.out)}, draft)
+        self._due = time.perf_counter() + _PAUSE * (time.perf_counter() - begun)
 
 
 def _named(key: Key, comparison: Comparison) -> str:
