@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import EXAMPLES, output, real
 from torch import nn
+from torch._dynamo.utils import counters
 
 from laurel_rewrite import ConfigError, LaurelConfig
 from laurel_rewrite.errors import LaurelError
@@ -215,8 +216,13 @@ def test_a_model_that_was_compiled_is_looked_into(text, tmp_path, monkeypatch):
     """In bfloat16, as GPUs train; its weights are those of the model that was not."""
     plugin = accelerate.utils.TorchDynamoPlugin
     monkeypatch.setattr(accelerate.utils, "TorchDynamoPlugin", lambda backend: plugin(backend="eager"))
+    compare(
+        GPT, **USUAL, data=text, variants=(), seeds=1, one_more_layer=False, max_seconds=0, out=tmp_path / "plain"
+    )  # Accelerate's state is now of it
+    counters.clear()
     asked = {**USUAL, "inspect": 2, "compile": True, "precision": "bf16"}
-    found = compare(GPT, **asked, data=text, variants="rw+lr", rank=2, seeds=1, one_more_layer=False, out=tmp_path)
+    found = compare(GPT, **asked, data=text, variants="rw+lr", rank=2, seeds=1, one_more_layer=False, out=tmp_path / "out")
+    assert counters["stats"]["unique_graphs"] > 0
     (seen,) = found.inside
     assert seen["problem"] == ""
     assert {site["site"] for site in seen["inside"]["sites"]} == set(found.runs["rw+lr", 1e-3, 0].learned)
@@ -320,6 +326,14 @@ def test_what_cannot_be_meant_is_said_before_training(changed, message, text, tm
     with pytest.raises(LaurelError, match=message):
         compare(GPT, **{**USUAL, "data": text, "seeds": 1, "out": tmp_path / "out", **changed})
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_sharding_that_would_not_happen_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"shards models \(FSDP\) on accelerators alone"):
+        compare(GPT, **USUAL, data=text, variants="rw", seeds=1, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_warms_up_and_cools_down():

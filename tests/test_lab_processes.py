@@ -43,7 +43,7 @@ def words(tmp_path) -> list[str]:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(EXAMPLES.parent.parent)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent.parent)}
 
 
 def run(tmp_path: Path, *words: str) -> None:

@@ -366,6 +366,10 @@ def _words(run: Run, task: Task) -> str:
     return f"loss {run.curve[-1].choose:.4f}, {run.speed:,.0f} {task.unit}/s"
 
 
+_STARTED: list[Recipe] = []
+"""Recipes that Accelerate was started with in this process."""
+
+
 def accelerator_of(recipe: Recipe) -> Any:
     """The engine, as the recipe and `accelerate launch` say."""
     try:
@@ -373,9 +377,12 @@ def accelerator_of(recipe: Recipe) -> Any:
         from accelerate.utils import DataLoaderConfiguration, TorchDynamoPlugin
     except ModuleNotFoundError as error:
         raise missing("accelerate", "train") from error
+    if _STARTED:  # Accelerate keeps one state a process, of the first precision and compilation: this one is ours
+        accelerate.state.AcceleratorState._reset_state()
     options: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor")} if recipe.compile else {}
     try:
         accelerator = accelerate.Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else it would not see the processes of a machine without one
             gradient_accumulation_steps=recipe.accumulate,
             mixed_precision=recipe.precision,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -383,6 +390,14 @@ def accelerator_of(recipe: Recipe) -> Any:
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(f"Accelerate cannot train so: {' '.join(str(error).split())[:300]}") from error
+    _STARTED.append(recipe)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigError(f"{started} processes were started, and Accelerate sees {accelerator.num_processes}: each would train by itself.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.distributed_type != accelerate.DistributedType.FSDP:
+        raise ConfigError(
+            "Accelerate shards models (FSDP) on accelerators alone, and this machine has none: every process would hold all of it."
+        )
     part = recipe.batch // recipe.accumulate
     if part % accelerator.num_processes:
         raise ConfigError(f"{accelerator.num_processes} processes cannot share {part} examples equally. Give another --batch.")
