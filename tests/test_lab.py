@@ -245,9 +245,12 @@ def test_images(tmp_path):
             x = self.stem(x)
             return self.head((x + self.body(x).relu()).mean((2, 3)))
 
-    found = compare(
-        Net, (torch.randn(2, 1, 8, 8),), variants="rw", tokens=64, batch=8, seeds=2, one_more_layer=False, profile_seconds=0, out=tmp_path
-    )
+    found = compare(Net, (torch.randn(2, 1, 8, 8),), variants="rw", tokens=64, batch=8, seeds=2, profile_seconds=0, out=tmp_path)
+    assert [candidate.name for candidate in found.candidates] == ["baseline", "rw"]
+    assert found.notes == [
+        "one more layer: Net: no layer of it can be put in once more, so that its example inputs run through it. It is left out."
+    ]
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == found.notes
     assert found.about["task"]["objective"] == CLASSES
     assert found.about["data"]["name"] == "builtin:digits"
     assert len(found.rows()) == 2

@@ -55,6 +55,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
         *(["latency>"] if timed else []),
     )
     show_table(console, f"Comparison of {about['model']}", headings, rows, caption)
+    for note in comparison.notes:
+        console.print(Text(note, style="yellow"))
     for row in comparison.rows():
         for seed, text in row.failures.items():
             console.print(Text(f"{row.name}, seed {seed}: {text}", style="yellow"))

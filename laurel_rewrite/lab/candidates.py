@@ -31,6 +31,10 @@ _DONOR = 1 << 20
 """Added to the seed of the model that the weights of one more layer come from."""
 
 
+class NoLayerError(ConfigError):
+    """No layer of a model can be repeated."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A model to be trained.
@@ -102,7 +106,8 @@ class Source:
         """A candidate's model from a seed.
 
         Raises:
-            ConfigError: no layer of the model can be doubled, or the operator does not fit.
+            NoLayerError: no layer of the model can be doubled.
+            ConfigError: the operator does not fit.
             RewriteError: sites stand where they cannot be rewritten.
             VerificationError: the operator's start is not the unchanged model, where that is asked for.
         """
@@ -112,7 +117,7 @@ class Source:
             owners = [site.owner for site in self.sites() if site.kind == "identity"]
             taller = one_more_block(built.model, owners, built.args, built.kwargs, donor=donor)
             if taller is None:
-                raise ConfigError(f"{built.spec}: no layer of it can be put in once more, so that its example inputs run through it.")
+                raise NoLayerError(f"{built.spec}: no layer of it can be put in once more, so that its example inputs run through it.")
             return taller
         plan = self.plan(candidate)
         if plan is None:

@@ -15,10 +15,10 @@ from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.lab import folder
 from laurel_rewrite.lab.bench import Bench, sized
 from laurel_rewrite.lab.budget import Budget, parsed
-from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source, control, source_of, twin, variants
-from laurel_rewrite.lab.comparison import Comparison, Key
+from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, NoLayerError, Source, control, source_of, twin, variants
+from laurel_rewrite.lab.comparison import Comparison, Key, Size
 from laurel_rewrite.lab.runs import Recipe
-from laurel_rewrite.lab.searching import SEED, Space, searched
+from laurel_rewrite.lab.searching import Space, searched
 from laurel_rewrite.lab.trials import Search
 from laurel_rewrite.report import write_report
 from laurel_rewrite.stages import Listener, silent
@@ -146,24 +146,27 @@ class _Job:
         if inspect < 0 or inspect == 1:
             raise ConfigError("Looking inside takes two batches or more, for one has no standard error; 0 for none.")
         self.bench, self.rates, self.inspect = bench, rates, inspect
+        self.notes: list[str] = []
         self._due = 0.0
         self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
 
-    def searched(self, others: tuple[Candidate, ...], space: Space, budgets: tuple[Budget, ...], count: int) -> Comparison:
+    def searched(self, others: Sequence[Candidate], space: Space, budgets: tuple[Budget, ...], count: int) -> Comparison:
         """A search, and the comparison of its best with the others."""
-        self.bench.tried(others[0], SEED)
+        possible = self._tried(others)
         self.bench.begin()
         search = searched(self.bench, space, budgets, count, self.rates)
-        return self.compared(_distinct([*others, *search.finalists]) if search.finalists else others[:1], search)
+        chosen = _distinct([one for one in others if one.name in possible] + search.finalists) if search.finalists else tuple(others[:1])
+        return self.compared(chosen, search)
 
-    def compared(self, candidates: tuple[Candidate, ...], search: Search | None = None) -> Comparison:
+    def compared(self, candidates: Sequence[Candidate], search: Search | None = None) -> Comparison:
         """All runs that are not done yet, until the time is over."""
         bench = self.bench
         runs = folder.known_runs(bench.out, candidates, self.rates, self.seeds)
-        sizes = {one.name: bench.tried(one, self.seeds[0]) for one in candidates}
+        sizes = self._tried(candidates)
+        candidates = [one for one in candidates if one.name in sizes]
         bench.begin()
         sizes = {one.name: sized(sizes[one.name], bench.served(one)) for one in candidates}
-        found = Comparison(bench.about, candidates, self.rates, self.seeds, sizes, runs, search)
+        found = Comparison(bench.about, candidates, self.rates, self.seeds, sizes, runs, search, notes=self.notes)
         if search is None or search.finalists:
             self._train(found)
         if found.done and self.inspect:
@@ -172,6 +175,16 @@ class _Job:
             ]
         self._report(found)
         return found
+
+    def _tried(self, candidates: Sequence[Candidate]) -> dict[str, Size]:
+        """What each is, before any is trained. One more layer is left out, with a note, where the model has none to repeat."""
+        sizes = {}
+        for one in candidates:
+            try:
+                sizes[one.name] = self.bench.tried(one, self.seeds[0])
+            except NoLayerError as error:
+                self.notes.append(f"{error.args[0]} It is left out.")
+        return sizes
 
     def _train(self, found: Comparison) -> None:
         by_name = {candidate.name: candidate for candidate in found.candidates}
@@ -195,7 +208,15 @@ class _Job:
         with replacing(self.bench.out, "compare", force=self.bench.force) as draft:
             if found.chosen is not None and (plan := self.bench.source.plan(found.chosen)) is not None:
                 plan.with_model(found.about["model"]).write(draft / folder.PLAN)
-            write_report({"title": f"{found.about['model']}: comparison", "comparison": found.to_dict(), "out": str(self.bench.out)}, draft)
+            write_report(
+                {
+                    "title": f"{found.about['model']}: comparison",
+                    "comparison": found.to_dict(),
+                    "notes": found.notes,
+                    "out": str(self.bench.out),
+                },
+                draft,
+            )
         self._due = time.perf_counter() + _PAUSE * (time.perf_counter() - begun)
 
 

@@ -78,6 +78,7 @@ class Comparison:
         runs: by candidate, learning rate and seed.
         search: what the candidates came from, where they were searched.
         inside: what was seen inside those with an operator, as `laurel_rewrite.lab.inspecting.Looked.to_dict` gives it.
+        notes: what was left out, in sentences.
     """
 
     about: dict[str, Any]
@@ -88,6 +89,7 @@ class Comparison:
     runs: dict[Key, Run]
     search: Search | None = None
     inside: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
     def planned(self) -> list[Key]:
         """All runs, in the order in which they are made: of a seed all candidates, so that one which is stopped has pairs."""
