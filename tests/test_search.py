@@ -150,6 +150,10 @@ def test_a_search_that_is_late_is_not_done(text, tmp_path):
     assert not found.done
     assert not found.runs
     assert found.chosen is None
+    assert found.search.places == 3 * 9  # of two blocks: all, of a role, of a half
+    ranks = {name: value for name, value in ASKED.items() if name != "rank"}
+    assert compare(GPT, out=tmp_path, data=text, **{**ranks, "search": 3, "max_seconds": 0}).search.places == 4 * 9, "rank 32 has no room"
+    assert compare(GPT, out=tmp_path, data=text, **{**ranks, "variants": "rw", "search": 3, "max_seconds": 0}).search.places == 9
 
 
 def test_a_budget_that_cannot_be_met_names_the_nearest(text, tmp_path, here):

@@ -125,7 +125,6 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     from laurel_rewrite.lab.candidates import Candidate
     from laurel_rewrite.lab.comparing import compare as train
     from laurel_rewrite.lab.folder import PLAN
-    from laurel_rewrite.lab.searching import RANKS
     from laurel_rewrite.plan import Plan
     from laurel_rewrite.sources import is_graph
     from laurel_rewrite.sources.models import parse_settings
@@ -138,7 +137,6 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     variants = given["variants"] or (() if given["plans"] else ("rw+lr",))
     if given["search"]:
         variants = given["variants"] or tuple(OPERATORS)
-        options = {"rank": list(RANKS)} | options
     found = train(
         model, variants=variants, candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
         settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],

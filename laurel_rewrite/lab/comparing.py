@@ -18,8 +18,10 @@ from laurel_rewrite.lab.budget import Budget, parsed
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, NoLayerError, Source, control, source_of, twin, variants
 from laurel_rewrite.lab.comparison import Comparison, Key, Size
 from laurel_rewrite.lab.runs import Recipe
-from laurel_rewrite.lab.searching import Space, searched
+from laurel_rewrite.lab.searching import Space, fitting_ranks, searched
 from laurel_rewrite.lab.trials import Search
+from laurel_rewrite.operators import registry
+from laurel_rewrite.plan import LaurelConfig
 from laurel_rewrite.report import write_report
 from laurel_rewrite.stages import Listener, silent
 
@@ -83,7 +85,7 @@ def compare(
     """
     recipe, listed = _recipe(tokens, options)
     source, label = source_of(model, args, kwargs, settings)
-    operators = _variants(source, variants, listed, include, exclude)
+    operators = _variants(source, variants, listed, include, exclude, search=search is not None)
     asked = [Candidate(UNCHANGED), *([twin()] if self_check else []), *([control()] if one_more_layer else []), *candidates]
     rates, budgets = _rates(rates), parsed(_listed(budget), profile_seconds)
     where = Bench(
@@ -116,8 +118,15 @@ def _listed(value: Any) -> Sequence[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _variants(source: Source, names: str | Sequence[str], options: dict[str, Sequence[Any]], include: Any, exclude: Any) -> list[Candidate]:
-    return variants(source, [names] if isinstance(names, str) else names, options, include=include, exclude=exclude)
+def _variants(
+    source: Source, names: str | Sequence[str], options: dict[str, Sequence[Any]], include: Any, exclude: Any, *, search: bool
+) -> list[Candidate]:
+    names = [names] if isinstance(names, str) else names
+    ranked = [name for name in names if "rank" in registry.operator(registry.canonical(name)).options]
+    if search and ranked and "rank" not in options:
+        configs = [LaurelConfig(name, include=include, exclude=exclude) for name in ranked]
+        options = {**options, "rank": fitting_ranks(source, configs)}
+    return variants(source, names, options, include=include, exclude=exclude)
 
 
 def _rates(rates: float | Sequence[float]) -> tuple[float, ...]:

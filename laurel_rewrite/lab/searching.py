@@ -23,6 +23,7 @@ from laurel_rewrite.lab.budget import PARAMETERS, Budget, excess, precision_for
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source
 from laurel_rewrite.lab.runs import Point, Run
 from laurel_rewrite.lab.trials import Search, Trial
+from laurel_rewrite.plan import LaurelConfig
 
 EVERYWHERE = "everywhere"
 SEED = 1_000_003
@@ -85,6 +86,19 @@ class Space:
         """All points, each set of sites once."""
         found = (self.candidate(*place) for place in itertools.product(self.operators, self.roles, self.depths))
         return list({one.name: one for one in found if one is not None}.values())
+
+
+def fitting_ranks(source: Source, configs: Sequence[LaurelConfig]) -> list[int]:
+    """Those of `RANKS` that some site has room for; the smallest where none has."""
+    found = []
+    for rank in RANKS:
+        try:
+            for config in configs:
+                source.plan(Candidate("", config.but(config.variant, rank=rank)))
+        except ConfigError:
+            break
+        found.append(rank)
+    return found or [RANKS[0]]
 
 
 def _distinct(sites: Sequence[str], parts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
