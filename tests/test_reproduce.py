@@ -53,6 +53,7 @@ def test_tables_add_up_over_calls(tmp_path, monkeypatch):
         assert seen in done.output
     text = (tmp_path / "paper.md").read_text()
     assert "learning rate 0.01 for all" in text
+    assert "](paper.md) Against the unchanged model, " in (tmp_path / "README.md").read_text()
     assert str(REPOSITORY) not in text
     assert len(list((tmp_path / "paper" / "runs").iterdir())) == 6
     assert str(REPOSITORY) not in (tmp_path / "paper" / "comparison.json").read_text()

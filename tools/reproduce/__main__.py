@@ -68,7 +68,7 @@ def written(table: Table, found: Comparison, folder: Path) -> str:
         f"{', '.join(f'{rate:g}' for rate in table.rates)} for the unchanged model from another seed; {seeds} of {len(found.seeds)} seeds, "
         f"{len(runs)} of {len(found.planned())} runs; {'; '.join(sorted({run.where for run in runs}))}.",
         f"Recipe: {', '.join(f'{name} {value}' for name, value in about['recipe'].items() if value is not None)}.",
-        f"Cut: {table.cut}.", "",
+        f"Cut: {table.cut}.", *found.notes, "",
         "Loss on the third split, its difference to the unchanged model's paired by seed with the interval of 95 % over seeds (Student), the probability",
         "after Holm; needed: of the tokens, what the unchanged model needs for the same loss. Parameters, FLOPs and step time are ratios to it; the time",
         f"is the median over seeds of runs that were not interleaved.{_served(folder)}", "",
@@ -76,6 +76,25 @@ def written(table: Table, found: Comparison, folder: Path) -> str:
         "|---|---:|---|---:|---|---:|---:|---:|---:|---|", *(_line(row) for row in rows), "",
     ]  # fmt: skip
     return "\n".join(text)
+
+
+def index(results: Path) -> str:
+    """A list of the tables in a folder: what each asks, and what it says."""
+    found = []
+    for path in sorted(results.glob("*.md")):
+        if path.name != "README.md":
+            question, _, said, *_ = path.read_text().split("\n")
+            found.append(f"* [{question.removeprefix('# ')}]({path.name}) {said}")
+    return "\n".join(
+        [
+            "# Does it help?",
+            "",
+            "Tables made by `python -m tools.reproduce NAME`: small models, and few seeds, of which each table says how many.",
+            "",
+            *found,
+            "",
+        ]
+    )
 
 
 def _served(folder: Path) -> str:
@@ -130,6 +149,7 @@ def main(name: str, scale: str, seeds: int, minutes: float | None, profile_secon
         return
     text = written(table, found, folder)
     folder.with_suffix(".md").write_text(text)
+    (results / "README.md").write_text(index(results))
     click.echo(text)
 
 
