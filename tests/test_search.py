@@ -144,6 +144,15 @@ def test_a_search_keeps_its_budget_and_goes_on_where_it_stopped(text, tmp_path, 
     assert told(compare(GPT, out=tmp_path / "part", **asked)) == told(found)
 
 
+def test_an_operator_that_needs_its_whole_stream_is_searched_there_alone(text, tmp_path, toys):
+    asked = {name: value for name, value in ASKED.items() if name != "rank"}
+    found = compare(GPT, out=tmp_path, data=text, **{**asked, "variants": ["toy-dense"], "search": 3, "seeds": 1}).search
+    states = {trial.candidate.name: trial.state for trial in found.trials}
+    assert states.pop("toy-dense") == trials.TRAINED
+    assert set(states.values()) == {trials.UNFIT}
+    assert all("toy-dense" in trial.problem for trial in found.of(trials.UNFIT))
+
+
 def test_a_search_that_is_late_is_not_done(text, tmp_path):
     found = compare(GPT, out=tmp_path, data=text, **{**ASKED, "search": 3, "max_seconds": 0})
     assert not found.search.done

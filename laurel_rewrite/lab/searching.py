@@ -7,16 +7,15 @@ trials, so that a search that was stopped goes on when its runs are read again.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from laurel_rewrite.errors import ConfigError, missing
+from laurel_rewrite.errors import ConfigError, LaurelError, missing
 from laurel_rewrite.lab import folder, trials
 from laurel_rewrite.lab.bench import Bench
 from laurel_rewrite.lab.budget import PARAMETERS, Budget, excess, precision_for
@@ -80,7 +79,7 @@ class Space:
         assert found.config is not None
         config = found.config.but(found.config.variant, include=tuple(site for site in self.sites if site in chosen), exclude=())
         places = [place for place in (role, depth) if place != EVERYWHERE]
-        return dataclasses.replace(found, name=", ".join([operator, *places]), config=config)
+        return replace(found, name=", ".join([operator, *places]), config=config)
 
     def candidates(self) -> list[Candidate]:
         """All points, each set of sites once."""
@@ -134,7 +133,16 @@ class _Search:
         self.known: dict[str, Trial] = {}
 
     def run(self, rates: Sequence[float]) -> Search:
-        study = self._study()
+        optuna = _optuna()
+        said = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            return self._searched(optuna, rates)
+        finally:
+            optuna.logging.set_verbosity(said)
+
+    def _searched(self, optuna: Any, rates: Sequence[float]) -> Search:
+        study = self._study(optuna)
         baseline = self._baseline(rates)
         places = self.space.candidates()
         budgets = [budget.text for budget in self.budgets]
@@ -161,12 +169,7 @@ class _Search:
         found.done = True
         return found
 
-    def _study(self) -> Any:
-        try:
-            import optuna
-        except ModuleNotFoundError as error:
-            raise missing("optuna", "train") from error
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+    def _study(self, optuna: Any) -> Any:
         points = len(self.bench.trainer.recipe.stops(self.bench.trainer.steps))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -179,7 +182,7 @@ class _Search:
         """What became of a suggestion; what costs too much, or cannot be, is one that keeps no constraint."""
         from optuna.trial import TrialState
 
-        asked.set_constraint("budget", 1.0 if trial is None or trial.state == trials.UNMEASURED else max(trial.excess, -1.0))
+        asked.set_constraint("budget", 1.0 if trial is None else min(max(trial.excess, -1.0), 1.0))
         if trial is not None and trial.state in (trials.STOPPED, trials.FAILED):
             study.tell(asked, state=TrialState.PRUNED)
         else:
@@ -202,6 +205,22 @@ class _Search:
         return min(reached, key=lambda run: run.curve[-1].choose)
 
     def _trial(self, asked: Any, candidate: Candidate, baseline: Run) -> Trial:
+        try:
+            trial = self._priced(candidate)
+            if trial.excess > 0:
+                return trial
+            self.bench.tried(candidate, SEED)
+        except LaurelError as error:  # an operator need not fit a part of a stream
+            return Trial(candidate, trials.UNFIT, {}, math.inf, problem=str(error.args[0])[:300])
+        run = self._run(asked, candidate, baseline.rate)
+        state = trials.FAILED if run.failed else trials.STOPPED if run.stopped else trials.TRAINED
+        if not run.curve:
+            return replace(trial, state=state, problem=run.failed)
+        last, other = run.curve[-1], baseline.curve[len(run.curve) - 1]
+        return replace(trial, state=state, loss=last.choose, difference=last.choose - other.choose, tokens=last.tokens, problem=run.failed)
+
+    def _priced(self, candidate: Candidate) -> Trial:
+        """What a candidate costs; what needs no graph is asked first."""
         plan = self.bench.source.plan(candidate)
         assert plan is not None
         figures: dict[str, float] = {PARAMETERS: plan.parameters() / self.bench.source.parameters()}
@@ -213,14 +232,7 @@ class _Search:
                 return Trial(candidate, trials.UNMEASURED, figures, math.inf, problem=served.problem)
             figures |= {budget.name: budget.value(served.figures) for budget in graphs}
             over = max(over, excess(graphs, served.figures))
-        if over > 0:
-            return Trial(candidate, trials.OVER, figures, over)
-        run = self._run(asked, candidate, baseline.rate)
-        state = trials.FAILED if run.failed else trials.STOPPED if run.stopped else trials.TRAINED
-        if not run.curve:
-            return Trial(candidate, state, figures, over, problem=run.failed)
-        last, other = run.curve[-1], baseline.curve[len(run.curve) - 1]
-        return Trial(candidate, state, figures, over, last.choose, last.choose - other.choose, last.tokens, run.failed)
+        return Trial(candidate, trials.OVER if over > 0 else trials.TRAINED, figures, over)
 
     def _run(self, asked: Any, candidate: Candidate, rate: float) -> Run:
         counted = itertools.count(1)
@@ -235,3 +247,11 @@ class _Search:
         for point in run.curve:
             behind(point)
         return run
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise missing("optuna", "train") from error
+    return optuna

@@ -8,7 +8,8 @@ from typing import Any
 
 from laurel_rewrite.lab.candidates import Candidate
 
-TRAINED, STOPPED, OVER, UNMEASURED, FAILED = "trained", "stopped early", "over budget", "not measured", "failed"
+TRAINED, STOPPED, OVER, FAILED = "trained", "stopped early", "over budget", "failed"
+UNMEASURED, UNFIT = "not measured", "does not fit"
 
 
 @dataclass(frozen=True)
