@@ -29,7 +29,7 @@ GPT = str(EXAMPLES / "gpt.py")
 USUAL = {"settings": SMALL, "tokens": 640, "batch": 4, "length": 32, "evaluations": 5, "profile_seconds": 0, "inspect": 0}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("one_thread")]
 
 
 def losses(found) -> dict:

@@ -13,7 +13,7 @@ from laurel_rewrite.sources.models import build
 from tools.reproduce import __main__ as reproduce
 from tools.reproduce.tables import GPU_TABLES, TABLES, each
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("one_thread")]
 REPOSITORY = Path(__file__).parent.parent
 
 

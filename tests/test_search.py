@@ -19,7 +19,7 @@ from laurel_rewrite.lab.searching import SEED, Space
 from laurel_rewrite.lab.serving import Graphs, Served
 from laurel_rewrite.sources.models import build
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.engines, pytest.mark.usefixtures("one_thread")]
 
 ASKED = {
     **USUAL, "settings": {**SMALL, "dropout": 0.0}, "tokens": 128 * 9, "evaluations": 9, "variants": ["rw", "rw+lr"], "rank": [2, 4], "seeds": 2,

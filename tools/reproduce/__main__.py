@@ -70,10 +70,10 @@ def written(table: Table, found: Comparison, folder: Path) -> str:
         f"Recipe: {', '.join(f'{name} {value}' for name, value in about['recipe'].items() if value is not None)}.",
         f"Cut: {table.cut}.", *found.notes, "",
         "Loss on the third split, its difference to the unchanged model's paired by seed with the interval of 95 % over seeds (Student), the probability",
-        "after Holm; needed: of the tokens, what the unchanged model needs for the same loss. Parameters, FLOPs and step time are ratios to it; the time",
-        f"is the median over seeds of runs that were not interleaved.{_served(folder)}", "",
-        "| model | loss | difference [95 %] | p | verdict | needed | parameters | FLOPs | step | latency [95 %] |",
-        "|---|---:|---|---:|---|---:|---:|---:|---:|---|", *(_line(row) for row in rows), "",
+        "after Holm; needed: of the tokens, what the unchanged model needs for the same loss. Parameters, FLOPs and latency are ratios to it. What a training",
+        f"step costs is in the benchmark of training: these runs were not interleaved.{_served(folder)}", "",
+        "| model | loss | difference [95 %] | p | verdict | needed | parameters | FLOPs | latency [95 %] |",
+        "|---|---:|---|---:|---|---:|---:|---:|---|", *(_line(row) for row in rows), "",
     ]  # fmt: skip
     return "\n".join(text)
 
@@ -122,7 +122,7 @@ def _line(row: Row) -> str:
         interval = ""
     p = f"{found.corrected:.3f}" if math.isfinite(found.corrected) else ""
     needed = "" if row.failures else "> 100 %" if row.needs is None else f"{100 * row.needs:.0f} %"
-    ratios = " | ".join(f"{ratio:.3f}" for ratio in (row.parameters, row.flops, row.seconds))
+    ratios = " | ".join(f"{ratio:.3f}" for ratio in (row.parameters, row.flops))
     latency = "" if row.size.latency is None else "{:.3f} [{:.3f}, {:.3f}]".format(*row.size.latency)
     loss = f"{found.mean:.4f} ± {found.spread:.4f}" if math.isfinite(found.mean) else ""
     return f"| {row.name} | {loss} | {interval} | {p} | {found.verdict} | {needed} | {ratios} | {latency} |"
