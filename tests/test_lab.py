@@ -104,6 +104,17 @@ def test_candidates_of_a_seed_begin_alike():
     assert not torch.equal(other.tokens.weight, base.tokens.weight)
 
 
+def test_a_comment_makes_no_other_model(tmp_path):
+    def digest(text: str) -> str:
+        (tmp_path / "net.py").write_text(text)
+        return Source(lambda: build(str(tmp_path / "net.py"), {})).digest()
+
+    plain = OWN.replace("LOSS", "batch['points'].mean()")
+    said = plain.replace("class Net(nn.Module):", 'class Net(nn.Module):  # small\n    """A net."""\n')
+    assert digest(said) == digest(plain)
+    assert digest(plain.replace("* scale", "/ scale")) != digest(plain)
+
+
 def test_the_layer_more_has_weights_of_its_own():
     taller = Source(lambda: build(GPT, SMALL)).model(control(), 0)
     assert len(taller.blocks) == 3
