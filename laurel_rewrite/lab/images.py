@@ -18,7 +18,7 @@ from laurel_rewrite.lab.splits import SPLITS, Corpus, Example
 
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "plus", "bars", "half disc", "diamond")
 _SIZES = {"train": 50_000, "choose": 2_000, "judge": 10_000}
-_DRAWN = 1
+_DRAWN = 2
 """Raised where what is drawn changes: it is another data set then."""
 
 
@@ -69,7 +69,8 @@ def digits() -> Corpus:
 
 
 def shapes() -> Corpus:
-    """Shapes at any place, size, angle and colour, on noise and beside lines, drawn in the size that the model takes."""
+    """Shapes of any place, size, angle and colour, dark on bright or the reverse, under noise and a line, drawn in the size that the model takes: a
+    small ResNet tells nine of ten after 16,000 images, a small ViT half of them."""
 
     def made(name: str, shape: tuple[int, ...]) -> Dataset[Example]:
         first = SPLITS.index(name) << 32
@@ -94,17 +95,17 @@ def drawn(number: int, size: tuple[int, int]) -> tuple[Tensor, int]:
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     y, x = (y + 0.5) / height * 2 - 1, (x + 0.5) / width * 2 - 1
-    radius, angle = generator.uniform(0.3, 0.6), generator.uniform(-0.5, 0.5)
-    middle = generator.uniform(-0.35, 0.35, 2)
+    radius, angle = generator.uniform(0.4, 0.75), generator.uniform(-0.4, 0.4)
+    middle = generator.uniform(-0.3, 0.3, 2)
     u, v = (x - middle[0]) / radius, (y - middle[1]) / radius
     u, v = np.cos(angle) * u + np.sin(angle) * v, np.cos(angle) * v - np.sin(angle) * u
-    colours = generator.uniform(-1, 1, (2, 3, 1, 1)).astype(np.float32)
-    image = np.where(_inside(SHAPES[label], u, v), colours[0], colours[1])
-    for _ in range(2):  # lines that belong to no shape
-        turn, place = generator.uniform(0, np.pi), generator.uniform(-0.9, 0.9)
-        line = np.abs(np.cos(turn) * x + np.sin(turn) * y - place) < 0.05
-        image = np.where(line, generator.uniform(-1, 1, (3, 1, 1)), image)
-    noisy = image + generator.normal(0, 0.35, (3, height, width))
+    dark, bright = generator.uniform(-1, -0.1, (3, 1, 1)), generator.uniform(0.1, 1, (3, 1, 1))
+    shape, ground = (dark, bright) if generator.uniform() < 0.5 else (bright, dark)
+    image = np.where(_inside(SHAPES[label], u, v), shape, ground)
+    turn, place = generator.uniform(0, np.pi), generator.uniform(-0.9, 0.9)  # of a line that belongs to no shape
+    line = np.abs(np.cos(turn) * x + np.sin(turn) * y - place) < 0.05
+    image = np.where(line, generator.uniform(-1, 1, (3, 1, 1)), image)
+    noisy = image + generator.normal(0, 0.3, (3, height, width))
     return torch.from_numpy(noisy.astype(np.float32)), label
 
 

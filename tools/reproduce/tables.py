@@ -90,9 +90,9 @@ TABLES = {
     ),
     "resnet": Table(
         "A ResNet-18 a quarter as wide on images: rw, and rw+lr of rank 4 to 32",
-        "timm:resnet18", {"num_classes": 10, "channels": [16, 32, 64, 128], "pretrained_cfg_overlay": {"input_size": [3, 64, 64]}},
+        "timm:resnet18", {"num_classes": 10, "channels": [16, 32, 64, 128], "pretrained_cfg_overlay": {"input_size": [3, 48, 48]}},
         both(each("rw"), ranks("rw+lr", 4, 8, 16, 32)), "builtin:shapes", _IMAGES, (1e-3, 3e-3, 1e-2),
-        "drawn shapes of 64 x 64 pixels in ten classes for ImageNet; 16,000 images (65 M pixels); AdamW",
+        "drawn shapes of 48 x 48 pixels in ten classes for ImageNet; 16,000 images (37 M pixels); AdamW",
     ),
     "llama": Table(
         "A Llama: does low rank add to the residual weights?",
