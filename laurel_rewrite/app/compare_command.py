@@ -95,7 +95,11 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
 @click.option(
     "--inspect", type=int, default=4, show_default=True, help="Batches to look inside the trained models with, for the report; 0 for none."
 )
-@click.option("--search", is_flag=True, help="Search variants, ranks and places, and compare the best alone; writes plan.toml.")
+@click.option(
+    "--search",
+    is_flag=True,
+    help="Search variants (all, or those given), ranks (4 to 32, or those given) and places, compare the best alone, and write plan.toml.",
+)
 @click.option(
     "--budget", "budgets", multiple=True, metavar="LIMIT",
     help="Of a search: 'latency_ratio <= 1.02', judged by its interval's upper end, 'parameters <= 1%' more, or another figure of --fail-if.",

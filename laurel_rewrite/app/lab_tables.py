@@ -64,10 +64,13 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
 
 def _show_search(console: Console, search: Search) -> None:
     counts = Counter(trial.state for trial in search.trials)
-    ordered = sorted(search.trials, key=lambda trial: (trial.excess > 0, -trial.tokens, _or_nan(trial.loss, math.inf), trial.excess))
+    ordered = sorted(
+        search.trials, key=lambda trial: (trial.excess > 0, -trial.tokens, math.inf if trial.loss is None else trial.loss, trial.excess)
+    )
     rows = [
         (
-            trial.candidate.name, trial.state, _number(_or_nan(trial.loss), "{:.4f}"), _signed(_or_nan(trial.difference)), f"{trial.tokens:,}",
+            trial.candidate.name, trial.state, "" if trial.loss is None else _number(trial.loss, "{:.4f}"),
+            "" if trial.difference is None else _signed(trial.difference), f"{trial.tokens:,}" if trial.tokens else "",
             "\n".join(f"{name} {value:.4g}" for name, value in trial.figures.items()),
         )
         for trial in ordered[:_TRIALS]
@@ -79,10 +82,6 @@ def _show_search(console: Console, search: Search) -> None:
     )
     headings = ("candidate", "state", "loss>", "difference>", "tokens>", "costs")
     show_table(console, f"Search, the best {len(rows)}", headings, rows, caption)
-
-
-def _or_nan(value: float | None, otherwise: float = math.nan) -> float:
-    return otherwise if value is None else value
 
 
 def show_inside(console: Console, looked: Looked) -> None:
