@@ -81,3 +81,14 @@ def test_two_processes_come_to_the_losses_of_one(words, tmp_path):
         assert found == pytest.approx(judge, rel=1e-5)
     report = json.loads((tmp_path / "two" / "report.json").read_text())["comparison"]
     assert {run["where"].partition(",")[2].partition(",")[0].strip() for run in report["runs"]} == {"2 processes"}
+
+
+def test_two_processes_search_as_one(words, tmp_path):
+    asked = [*words, "--search", "--trials", "2", "--budget", "flops_ratio <= 2", "--profile-seconds", "0.05", "--seeds", "1"]
+    run(tmp_path, *asked, "--out", str(tmp_path / "one"))
+    run(tmp_path, *PROCESSES, *asked, "--out", str(tmp_path / "two"))
+    one, two = (json.loads((tmp_path / out / "report.json").read_text())["comparison"]["search"] for out in ("one", "two"))
+    assert one["finalists"] == two["finalists"]
+    for trial, other in zip(one["trials"], two["trials"], strict=True):
+        assert {**trial, "loss": 0, "difference": 0} == {**other, "loss": 0, "difference": 0}
+        assert other["loss"] == pytest.approx(trial["loss"], rel=1e-5)  # float32, gradients in another order of addition
