@@ -251,6 +251,25 @@ def test_sharding_that_would_not_happen_is_refused(text, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_that_would_train_by_themselves_are_refused(text, tmp_path, monkeypatch):
+    """As torchrun starts them, where Accelerate looks for accelerators alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="2 processes were started, and Accelerate sees 1"):
+        compare(GPT, **USUAL, data=text, variants="rw", seeds=1, out=tmp_path / "out")
+
+
+def test_a_state_of_accelerate_that_was_there_stays(text, tmp_path):
+    before = accelerate.Accelerator(cpu=True)
+    try:
+        compare(GPT, **USUAL, data=text, variants=(), seeds=1, one_more_layer=False, max_seconds=0, out=tmp_path)
+        assert before.state.mixed_precision == "no"
+        with pytest.raises(ConfigError, match="Accelerate cannot train so"):
+            compare(GPT, **USUAL, precision="bf16", data=text, variants=(), seeds=1, one_more_layer=False, out=tmp_path / "other")
+    finally:
+        accelerate.state.AcceleratorState._reset_state()
+
+
 def test_a_recipe_warms_up_and_cools_down():
     recipe = Recipe(1000, warmup=0.1, final=0.1)
     rates = [recipe.rate(step, 100) for step in range(100)]

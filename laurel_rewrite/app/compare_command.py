@@ -138,11 +138,9 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     if given["budgets"] and not given["search"]:
         raise ConfigError("--budget is for a --search.")
     options = given_options(context, given)
-    variants = given["variants"] or (() if given["plans"] else ("rw+lr",))
-    if given["search"]:
-        variants = given["variants"] or tuple(OPERATORS)
+    usual = OPERATORS if given["search"] else () if given["plans"] else ("rw+lr",)
     found = train(
-        model, variants=variants, candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
+        model, variants=given["variants"] or tuple(usual), candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
         settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],
         listener=terminal.Stages(console(stderr=True), quiet=quiet or not first_process()), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
     )  # fmt: skip

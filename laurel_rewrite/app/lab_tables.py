@@ -30,7 +30,7 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     rows: list[tuple[str | Text, ...]] = [
         (
             f"{row.name}\nlr {row.rate:g}" if several else row.name, *_judged(row.judgement),
-            "" if row.failures else "> 100 %" if row.needs is None else f"{100 * row.needs:.0f} %",
+            row.needed,
             f"{row.size.parameters:,}\n{row.parameters:.3f}", f"{row.flops:.3f}", f"{row.seconds:.3f}",
             *([_latency(row.size.latency)] if timed else []),
         )
@@ -76,7 +76,7 @@ def _show_search(console: Console, search: Search) -> None:
         for trial in ordered[:_TRIALS]
     ]  # fmt: skip
     caption = (
-        f"{', '.join(f'{number} {state}' for state, number in counts.items())}, of {search.places} candidates; within "
+        f"{', '.join(f'{number} {state}' for state, number in counts.items())}, of {search.choices} candidates; within "
         f"{' and '.join(search.budgets) or 'no budget'}; loss on the second split, and less the unchanged model's after the same tokens, which comes to "
         f"{search.baseline:.4f}{'; of latencies the upper end of the interval' if 'latency' in ' '.join(search.budgets) else ''}"
     )

@@ -7,7 +7,6 @@ row = checked(data, SITE, "plan.toml, site 3")
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -204,14 +203,3 @@ def require_file(path: Path) -> None:
     except OSError as error:
         raise ConfigError(f"The file {str(path)[:80]}... cannot be read: {error.strerror}.") from error
     raise ConfigError(f"There is no file {path}. {near}")
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON gives it back. A number that is none becomes None, and what JSON does not know its text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)

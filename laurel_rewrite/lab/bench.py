@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, fields, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from laurel_rewrite import __version__
 from laurel_rewrite.errors import LaurelError
-from laurel_rewrite.files.checked import plain, read_json
 from laurel_rewrite.files.drafts import check_out
+from laurel_rewrite.files.written import plain
 from laurel_rewrite.graph.capture import quiet, without_caches
 from laurel_rewrite.lab import folder
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source
@@ -32,7 +33,7 @@ from laurel_rewrite.stages import Listener, Stage
 
 
 class Bench(AbstractContextManager["Bench"]):
-    """Everything that candidates have in common; at its end it removes the graphs that it made.
+    """Everything that candidates have in common; at its end it removes the graphs that it made, and leaves Accelerate.
 
     Args:
         source, label: of the unchanged model.
@@ -59,16 +60,17 @@ class Bench(AbstractContextManager["Bench"]):
         self.profile_seconds, self.seconds, self.begun = profile_seconds, seconds, time.perf_counter()
         built = source.base(0)
         self.task = task_of(built, recipe.length)
-        accelerator = accelerator_of(recipe)
-        if accelerator.is_main_process:  # alone: to find out whether a folder can be written it is made, and removed
-            check_out(out, "compare", (JSON, HTML, folder.PLAN), force=force)
-        with accelerator.main_process_first():  # the others then find its files
-            self.corpus = data_of(self.task, built, data, out, self.tokenizer)
-        self.trainer = Trainer(recipe, self.task, self.corpus, out / folder.STATE)
-        self.accelerator = self.trainer.accelerator
-        self.main = bool(self.accelerator.is_main_process)
-        self.about = self._about(label, built, recipe)
-        folder.check(out, self.about)
+        with ExitStack() as stack:
+            self.accelerator = stack.enter_context(accelerator_of(recipe))
+            self.main = bool(self.accelerator.is_main_process)
+            if self.main:  # alone: to find out whether a folder can be written it is made, and removed
+                check_out(out, "compare", (JSON, HTML, folder.PLAN), force=force)
+            with self.accelerator.main_process_first():  # the others then find its files
+                self.corpus = data_of(self.task, built, data, out, self.tokenizer)
+            self.trainer = Trainer(recipe, self.task, self.corpus, out / folder.STATE, self.accelerator)
+            self.about = self._about(label, built, recipe)
+            folder.check(out, self.about)
+            self._stack = stack.pop_all()
 
     def _about(self, label: str, built: Built, recipe: Recipe) -> dict[str, Any]:
         task = {"objective": self.task.objective, "unit": self.task.unit, "shape": list(self.task.shape)}
@@ -80,8 +82,7 @@ class Bench(AbstractContextManager["Bench"]):
         return plain(found)  # type: ignore[no-any-return]
 
     def __exit__(self, *_: object) -> None:
-        if "_graphs" in vars(self):
-            self._graphs.close()
+        self._stack.close()
 
     def begin(self) -> None:
         """Say in the folder what its runs have in common: nothing was wrong with the request."""
@@ -121,7 +122,8 @@ class Bench(AbstractContextManager["Bench"]):
 
     @cached_property
     def _graphs(self) -> Graphs:
-        return Graphs(self.source, 0, self.profile_seconds, self.task.shape)
+        where = self._stack.enter_context(TemporaryDirectory(prefix="laurel_graphs_"))
+        return Graphs(self.source, 0, self.profile_seconds, self.task.shape, Path(where))
 
     def served(self, candidate: Candidate, settle: Callable[[Served], float | None] = lambda found: None) -> Served:
         """What a candidate costs in onnxruntime: of an earlier call with the folder, or measured; see `Graphs.served`.
@@ -132,17 +134,15 @@ class Bench(AbstractContextManager["Bench"]):
         return Served(**self._by_main(lambda: self._served(candidate, settle)))
 
     def _served(self, candidate: Candidate, settle: Callable[[Served], float | None]) -> dict[str, Any]:
-        file = self.out / folder.GRAPHS
-        known = read_json(file, "The figures of graphs") if file.is_file() else {}
-        asked = plain({"candidate": candidate.to_dict(), "seconds": self.profile_seconds})
-        entry = known.get(candidate.name)
-        if entry is None or {key: entry[key] for key in asked} != asked or not (entry["precise"] or settle(_of(entry)) is None):
+        def measured() -> dict[str, Any]:
             with self.listener(f"graph of {candidate.name}") as stage:
                 found = self._graphs.served(candidate, settle)
                 stage.done(f"{found.figures['latency_ratio']:.3f}x the latency" if found.figures else f"not measured: {found.problem}")
-            entry = asked | plain(found.to_dict())
-            folder.write_json(file, known | {candidate.name: entry})
-        return _of(entry).to_dict()
+            return found.to_dict()
+
+        asked = {"candidate": candidate.to_dict(), "seconds": self.profile_seconds}
+        fits = lambda found: found["precise"] or settle(Served(**found)) is None  # noqa: E731  # beside what it is for
+        return folder.remembered(self.out / folder.GRAPHS, candidate.name, asked, measured, fits)
 
     def trained(
         self, candidate: Candidate, rate: float, seed: int, *,
@@ -175,45 +175,37 @@ class Bench(AbstractContextManager["Bench"]):
     def seen(self, candidate: Candidate, rate: float, seed: int, batches: int) -> dict[str, Any] | None:
         """What is inside a trained candidate, as the report holds it; of an earlier call with the folder, or looked at now.
 
-        None where there is nothing: no operator, or a training that failed. Where it cannot be looked at, the reason is in the place of what is inside."""
-        name = slug((candidate.name, rate, seed))
-        weights = self.out / folder.WEIGHTS / f"{name}.safetensors"
+        None where there is nothing: no operator, a training that failed, or weights that are not there."""
         run = folder.known_run(self.out, candidate, rate, seed)
-        if not candidate.rewritten or run is None or run.failed or not weights.is_file():
+        if not candidate.rewritten or run is None or run.failed:
             return None
-        return dict(self._by_main(lambda: self._seen(name, candidate, run, weights, batches)))
+        found: dict[str, Any] | None = self._by_main(lambda: self._seen(candidate, rate, run, batches))
+        return found
 
-    def _seen(self, name: str, candidate: Candidate, run: Run, weights: Path, batches: int) -> dict[str, Any]:
-        file = self.out / folder.INSIDE
-        known = read_json(file, "What is inside the models") if file.is_file() else {}
-        if name not in known:
+    def _seen(self, candidate: Candidate, rate: float, run: Run, batches: int) -> dict[str, Any] | None:
+        name = slug((candidate.name, rate, run.seed))
+        weights = self.out / folder.WEIGHTS / f"{name}.safetensors"
+
+        def looked_at() -> dict[str, Any]:
+            found: dict[str, Any] = {
+                "name": candidate.name,
+                "rate": run.rate,
+                "seed": run.seed,
+                "inside": None,
+                "gaining": [],
+                "problem": "",
+            }
             with self.listener(f"inside {candidate.name}") as stage:
-                found: dict[str, Any] = {
-                    "name": candidate.name,
-                    "rate": run.rate,
-                    "seed": run.seed,
-                    "inside": None,
-                    "gaining": [],
-                    "problem": "",
-                }
                 try:
                     found |= looked(self.source, self.trainer, candidate, run, weights, batches).to_dict()
                     stage.done(f"{len(found['gaining'])} sites gain")
-                except LaurelError as error:
+                except LaurelError as error:  # what is left of a report is worth having
                     found["problem"] = f"{type(error).__name__}: {str(error.args[0])[:300]}"
                     stage.done(f"not looked at: {found['problem']}")
-            folder.write_json(file, known | {name: found})
             return found
-        return dict(known[name])
 
-
-def sized(found: Size, served: Served) -> Size:
-    """With its latency."""
-    return replace(found, latency=served.latency)
-
-
-def _of(entry: dict[str, Any]) -> Served:
-    return Served(**{field.name: entry[field.name] for field in fields(Served)})
+        file, asked = self.out / folder.INSIDE, {"candidate": candidate.to_dict(), "batches": batches}
+        return folder.remembered(file, name, asked, looked_at) if weights.is_file() else folder.recalled(file, name, asked)
 
 
 def _told(stage: Stage, left: str, fraction: float, text: str) -> None:

@@ -92,10 +92,6 @@ class Source:
             self._sites = detect(built.model, built.args, built.kwargs)
         return self._sites
 
-    def parameters(self) -> int:
-        """Their number."""
-        return self.base(0).parameters
-
     def plan(self, candidate: Candidate) -> Plan | None:
         """What the sites of a candidate get."""
         if candidate.plan is not None:

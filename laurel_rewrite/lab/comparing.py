@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.lab import folder
-from laurel_rewrite.lab.bench import Bench, sized
+from laurel_rewrite.lab.bench import Bench
 from laurel_rewrite.lab.budget import Budget, parsed
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, NoLayerError, Source, control, source_of, twin, variants
 from laurel_rewrite.lab.comparison import Comparison, Key, Size
@@ -160,12 +160,12 @@ class _Job:
         self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
 
     def searched(self, others: Sequence[Candidate], space: Space, budgets: tuple[Budget, ...], count: int) -> Comparison:
-        """A search, and the comparison of its best with the others."""
+        """A search, and the comparison of its best with the others; of nothing, where it found none."""
         possible = self._tried(others)
         self.bench.begin()
         search = searched(self.bench, space, budgets, count, self.rates)
-        chosen = _distinct([one for one in others if one.name in possible] + search.finalists) if search.finalists else tuple(others[:1])
-        return self.compared(chosen, search)
+        chosen = [*(one for one in others if one.name in possible), *search.finalists] if search.finalists else []
+        return self.compared(_distinct(chosen), search)
 
     def compared(self, candidates: Sequence[Candidate], search: Search | None = None) -> Comparison:
         """All runs that are not done yet, until the time is over."""
@@ -174,14 +174,15 @@ class _Job:
         sizes = self._tried(candidates)
         candidates = [one for one in candidates if one.name in sizes]
         bench.begin()
-        sizes = {one.name: sized(sizes[one.name], bench.served(one)) for one in candidates}
+        latencies = {one.name: bench.served(one).latency for one in candidates}
+        if any(latencies.values()):
+            latencies[UNCHANGED] = (1.0, 1.0, 1.0)
+        sizes = {name: replace(sizes[name], latency=latency) for name, latency in latencies.items()}
         found = Comparison(bench.about, candidates, self.rates, self.seeds, sizes, runs, search, notes=self.notes)
-        if search is None or search.finalists:
-            self._train(found)
+        self._train(found)
         if found.done and self.inspect:
-            found.inside = [
-                seen for one in candidates if (seen := bench.seen(one, found.best(one.name), self.seeds[0], self.inspect)) is not None
-            ]
+            seen = (bench.seen(one, found.best(one.name), self.seeds[0], self.inspect) for one in candidates)
+            found.inside = [one for one in seen if one is not None]
         self._report(found)
         return found
 

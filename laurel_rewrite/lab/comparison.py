@@ -61,6 +61,11 @@ class Row:
     gains: dict[str, float]
     failures: dict[int, str]
 
+    @property
+    def needed(self) -> str:
+        """`needs` in words."""
+        return "" if self.failures else "> 100 %" if self.needs is None else f"{100 * self.needs:.0f} %"
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "failures": {str(seed): text for seed, text in self.failures.items()}}
 

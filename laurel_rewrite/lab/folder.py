@@ -14,9 +14,7 @@ report.html, report.json
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from torch import Tensor
 
 from laurel_rewrite.backends.module.weights import write_weights
 from laurel_rewrite.errors import ConfigError
-from laurel_rewrite.files.checked import plain, read_json
+from laurel_rewrite.files.checked import read_json
+from laurel_rewrite.files.written import plain, write_json
 from laurel_rewrite.lab.candidates import Candidate
 from laurel_rewrite.lab.comparison import Key, slug
 from laurel_rewrite.lab.runs import Run
@@ -89,16 +88,40 @@ def keep(folder: Path, candidate: Candidate, rate: float, run: Run, weights: Map
     write_json(folder / RUNS / f"{name}.json", {"candidate": candidate.to_dict(), "base_rate": rate, "run": run.to_dict()})
 
 
+def recalled(file: Path, name: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier call computed for a name, see `remembered`; None where it did not, or where that was of something else."""
+    entry = read_json(file, "What is kept of a comparison").get(name) if file.is_file() else None
+    return dict(entry["found"]) if entry is not None and entry["asked"] == plain(asked) else None
+
+
+def remembered(
+    file: Path,
+    name: str,
+    asked: Mapping[str, Any],
+    computed: Callable[[], Mapping[str, Any]],
+    fits: Callable[[Mapping[str, Any]], bool] = lambda found: True,
+) -> dict[str, Any]:
+    """What was computed for a name in an earlier call, or is now and is kept.
+
+    Args:
+        file: of all names.
+        name: of one.
+        asked: what it depends on; of something else it is computed anew.
+        computed: the new value, of what JSON holds.
+        fits: whether an earlier value will do.
+    """
+    found = recalled(file, name, asked)
+    if found is not None and fits(found):
+        return found
+    found = dict(plain(computed()))
+    known = read_json(file, "What is kept of a comparison") if file.is_file() else {}
+    write_json(file, known | {name: {"asked": asked, "found": found}})
+    return found
+
+
 def _difference(name: str, old: Any, new: Any) -> str:
     """Where two values differ first, in words."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         key = next(key for key in [*new, *old] if old.get(key) != new.get(key))
         return _difference(f"{name}, {key}", old.get(key), new.get(key))
     return f"{name}: {str(old)[:60]}, not {str(new)[:60]}"
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f"{path.name}.new")
-    aside.write_text(json.dumps(plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)

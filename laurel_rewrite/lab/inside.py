@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from laurel_rewrite.backends.module.surgery import rewriting_of
 from laurel_rewrite.errors import ConfigError
-from laurel_rewrite.files.checked import plain
+from laurel_rewrite.files.written import plain
 from laurel_rewrite.graph.capture import training
 from laurel_rewrite.graph.snapshot import preserved
 from laurel_rewrite.lab.around import PlainSum, Seen, WithoutBranch, standing

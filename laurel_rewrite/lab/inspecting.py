@@ -17,9 +17,9 @@ from laurel_rewrite.graph.capture import without_caches
 from laurel_rewrite.lab.candidates import Candidate, Source, source_of
 from laurel_rewrite.lab.comparison import slug
 from laurel_rewrite.lab.corpora import data_of
-from laurel_rewrite.lab.folder import ABOUT, RUNS, WEIGHTS
+from laurel_rewrite.lab.folder import ABOUT, RUNS, STATE, WEIGHTS
 from laurel_rewrite.lab.inside import Inside, gaining, inside
-from laurel_rewrite.lab.runs import Recipe, Run, Trainer
+from laurel_rewrite.lab.runs import Recipe, Run, Trainer, accelerator_of
 from laurel_rewrite.lab.tasks import task_of
 from laurel_rewrite.plan import LaurelConfig, Plan
 
@@ -81,8 +81,9 @@ def inspect(
     corpus = data_of(task, built, about["data"]["name"], folder, None if tokenizer is None else Path(tokenizer))
     if corpus.digest != about["data"]["digest"]:
         raise ConfigError(f"{corpus.name} is not the data that was trained on in {folder}: its digest is another one now.")
-    trainer = Trainer(recipe, task, corpus, folder / "state")
-    return [looked(source, trainer, made, run, path, batches) for made, run, path in _trained(folder, candidate)]
+    with accelerator_of(recipe) as accelerator:
+        trainer = Trainer(recipe, task, corpus, folder / STATE, accelerator)
+        return [looked(source, trainer, made, run, path, batches) for made, run, path in _trained(folder, candidate)]
 
 
 def looked(source: Source, trainer: Trainer, made: Candidate, run: Run, weights: Path, batches: int) -> Looked:

@@ -6,6 +6,7 @@ last evaluation and comes to the same numbers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -180,15 +181,15 @@ class Trainer:
         task: for what.
         corpus: on what.
         folder: where a run that is not at its end keeps its state.
+        accelerator: of `accelerator_of`, for the same recipe.
 
     Raises:
-        ConfigError: a split holds less than a batch, the batch cannot be shared by the processes, or the model knows fewer words than the data.
-        MissingPackageError: Accelerate is not installed.
+        ConfigError: a split holds less than a batch, or the model knows fewer words than the data.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, corpus: Corpus, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, task: Task, corpus: Corpus, folder: Path, accelerator: Any) -> None:
         self.recipe, self.task, self.corpus, self.folder = recipe, task, corpus, folder
-        self.accelerator = accelerator_of(recipe)
+        self.accelerator = accelerator
         self.steps = recipe.steps(task)
         self.mask = corpus.classes
         check_words(task, corpus)
@@ -366,42 +367,55 @@ def _words(run: Run, task: Task) -> str:
     return f"loss {run.curve[-1].choose:.4f}, {run.speed:,.0f} {task.unit}/s"
 
 
-_STARTED: list[Recipe] = []
-"""Recipes that Accelerate was started with in this process."""
+@contextlib.contextmanager
+def accelerator_of(recipe: Recipe) -> Iterator[Any]:
+    """The engine, as the recipe and `accelerate launch` say, for a while: Accelerate keeps one state a process, that of the first precision and
+    compilation, and it would be the next comparison's, too. A state that was there before stays.
 
-
-def accelerator_of(recipe: Recipe) -> Any:
-    """The engine, as the recipe and `accelerate launch` say."""
+    Raises:
+        ConfigError: Accelerate cannot train so, or not in the processes that were started; or these cannot share the batch.
+        MissingPackageError: it is not installed.
+    """
     try:
         import accelerate
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DataLoaderConfiguration, TorchDynamoPlugin
     except ModuleNotFoundError as error:
         raise missing("accelerate", "train") from error
-    if _STARTED:  # Accelerate keeps one state a process, of the first precision and compilation: this one is ours
-        accelerate.state.AcceleratorState._reset_state()
     options: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor")} if recipe.compile else {}
+    ours = not AcceleratorState._shared_state
     try:
-        accelerator = accelerate.Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else it would not see the processes of a machine without one
-            gradient_accumulation_steps=recipe.accumulate,
-            mixed_precision=recipe.precision,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
-            **options,
-        )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"Accelerate cannot train so: {' '.join(str(error).split())[:300]}") from error
-    _STARTED.append(recipe)
+        try:
+            accelerator = accelerate.Accelerator(
+                cpu=not torch.accelerator.is_available(),  # else it would not see the processes of a machine without one
+                gradient_accumulation_steps=recipe.accumulate,
+                mixed_precision=recipe.precision,
+                dataloader_config=DataLoaderConfiguration(split_batches=True),
+                **options,
+            )
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"Accelerate cannot train so: {' '.join(str(error).split())[:300]}") from error
+        check_processes(recipe, accelerator)
+        yield accelerator
+    finally:
+        if ours:
+            AcceleratorState._reset_state()
+
+
+def check_processes(recipe: Recipe, accelerator: Any) -> None:
+    """ConfigError where processes would train by themselves, hold all of a model that is to be sharded, or cannot share a batch."""
+    from accelerate import DistributedType
+
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ConfigError(f"{started} processes were started, and Accelerate sees {accelerator.num_processes}: each would train by itself.")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.distributed_type != accelerate.DistributedType.FSDP:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ConfigError(
             "Accelerate shards models (FSDP) on accelerators alone, and this machine has none: every process would hold all of it."
         )
     part = recipe.batch // recipe.accumulate
     if part % accelerator.num_processes:
         raise ConfigError(f"{accelerator.num_processes} processes cannot share {part} examples equally. Give another --batch.")
-    return accelerator
 
 
 def check_words(task: Task, corpus: Corpus) -> None:

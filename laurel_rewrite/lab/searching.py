@@ -130,6 +130,7 @@ class _Search:
     def __init__(self, bench: Bench, space: Space, budgets: tuple[Budget, ...], count: int, keep: int) -> None:
         self.bench, self.space, self.budgets, self.count, self.keep = bench, space, budgets, count, keep
         self.where = bench.out / folder.SEARCH
+        self.parameters = bench.source.base(0).parameters
         self.known: dict[str, Trial] = {}
 
     def run(self, rates: Sequence[float]) -> Search:
@@ -144,14 +145,14 @@ class _Search:
     def _searched(self, optuna: Any, rates: Sequence[float]) -> Search:
         study = self._study(optuna)
         baseline = self._baseline(rates)
-        places = self.space.candidates()
+        choices = len(self.space.candidates())
         budgets = [budget.text for budget in self.budgets]
         if baseline is None:
-            return Search(budgets, SEED, math.nan, math.nan, len(places), self.keep)
-        found = Search(budgets, SEED, baseline.rate, baseline.curve[-1].choose, len(places), self.keep)
+            return Search(budgets, SEED, math.nan, math.nan, choices, self.keep)
+        found = Search(budgets, SEED, baseline.rate, baseline.curve[-1].choose, choices, self.keep)
         for _ in range(_ASKED * self.count):
             enough = len(found.of(trials.TRAINED, trials.STOPPED, trials.FAILED)) >= self.count
-            if enough or len(found.trials) >= min(_TRIED * self.count, len(places)):
+            if enough or len(found.trials) >= min(_TRIED * self.count, choices):
                 break
             if self.bench.late():
                 return found
@@ -206,33 +207,31 @@ class _Search:
 
     def _trial(self, asked: Any, candidate: Candidate, baseline: Run) -> Trial:
         try:
-            trial = self._priced(candidate)
-            if trial.excess > 0:
-                return trial
+            figures, over, problem = self._priced(candidate)
+            if problem or over > 0:
+                return Trial(candidate, trials.UNMEASURED if problem else trials.OVER, figures, over, problem=problem)
             self.bench.tried(candidate, SEED)
         except LaurelError as error:  # an operator need not fit a part of a stream
             return Trial(candidate, trials.UNFIT, {}, math.inf, problem=str(error.args[0])[:300])
         run = self._run(asked, candidate, baseline.rate)
         state = trials.FAILED if run.failed else trials.STOPPED if run.stopped else trials.TRAINED
-        if not run.curve:
-            return replace(trial, state=state, problem=run.failed)
-        last, other = run.curve[-1], baseline.curve[len(run.curve) - 1]
-        return replace(trial, state=state, loss=last.choose, difference=last.choose - other.choose, tokens=last.tokens, problem=run.failed)
+        last, other = run.curve[-1], baseline.curve[len(run.curve) - 1]  # the first point is there whatever happens
+        return Trial(candidate, state, figures, over, last.choose, last.choose - other.choose, last.tokens, run.failed)
 
-    def _priced(self, candidate: Candidate) -> Trial:
-        """What a candidate costs; what needs no graph is asked first."""
+    def _priced(self, candidate: Candidate) -> tuple[dict[str, float], float, str]:
+        """What a candidate costs, how far that is above a budget, and why it could not be measured; what needs no graph is asked first."""
         plan = self.bench.source.plan(candidate)
         assert plan is not None
-        figures: dict[str, float] = {PARAMETERS: plan.parameters() / self.bench.source.parameters()}
+        figures: dict[str, float] = {PARAMETERS: plan.parameters() / self.parameters}
         cheap, graphs = (tuple(budget for budget in self.budgets if budget.of_graph is of) for of in (False, True))
         over = excess(cheap, figures)
-        if over <= 0 and graphs:
-            served = self.bench.served(candidate, partial(precision_for, graphs))
-            if served.problem:
-                return Trial(candidate, trials.UNMEASURED, figures, math.inf, problem=served.problem)
-            figures |= {budget.name: budget.value(served.figures) for budget in graphs}
-            over = max(over, excess(graphs, served.figures))
-        return Trial(candidate, trials.OVER if over > 0 else trials.TRAINED, figures, over)
+        if over > 0 or not graphs:
+            return figures, over, ""
+        served = self.bench.served(candidate, partial(precision_for, graphs))
+        if served.problem:
+            return figures, math.inf, served.problem
+        figures |= {budget.name: budget.value(served.figures) for budget in graphs}
+        return figures, max(over, excess(graphs, served.figures)), ""
 
     def _run(self, asked: Any, candidate: Candidate, rate: float) -> Run:
         counted = itertools.count(1)

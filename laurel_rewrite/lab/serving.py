@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -57,15 +56,12 @@ class Graphs:
         seed: that all start from.
         seconds: of interleaved runs of each with the unchanged model's graph.
         shape: of an example that is trained on; the graphs get one such. Empty: sizes that `profile` chooses.
+        folder: for the graphs.
     """
 
-    def __init__(self, source: Source, seed: int, seconds: float, shape: Sequence[int]) -> None:
+    def __init__(self, source: Source, seed: int, seconds: float, shape: Sequence[int], folder: Path) -> None:
         self.source, self.seed, self.seconds, self.shape = source, seed, seconds, shape
-        self._folder = tempfile.TemporaryDirectory(prefix="laurel_graphs_")
-
-    def close(self) -> None:
-        """Remove the graphs."""
-        self._folder.cleanup()
+        self.folder = folder
 
     def served(self, candidate: Candidate, settle: Callable[[Served], float | None] = lambda found: None) -> Served:
         """A candidate's figures.
@@ -112,4 +108,4 @@ class Graphs:
     def _exported(self, candidate: Candidate, name: str) -> Path:
         built = self.source.base(self.seed)
         args, kwargs = widened(built.args, built.kwargs)
-        return Exporter(self.source.model(candidate, self.seed), args, kwargs).write(Path(self._folder.name) / name).path
+        return Exporter(self.source.model(candidate, self.seed), args, kwargs).write(self.folder / name).path

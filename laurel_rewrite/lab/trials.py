@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from laurel_rewrite.lab.candidates import Candidate
@@ -37,7 +37,7 @@ class Trial:
     problem: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "candidate": self.candidate.name}
+        return {**vars(self), "candidate": self.candidate.name}
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Search:
         budgets: limits, as they were given.
         seed, rate: that all trials were trained with; no run of the comparison has this seed.
         baseline: loss of the unchanged model, trained likewise.
-        places: how many candidates there were to choose from.
+        choices: how many candidates there were.
         trials: in the order in which they were tried.
         done: whether it came to its end.
         keep: how many of the best are compared.
@@ -58,7 +58,7 @@ class Search:
     seed: int
     rate: float
     baseline: float
-    places: int
+    choices: int
     keep: int
     trials: list[Trial] = field(default_factory=list)
     done: bool = False
@@ -89,11 +89,9 @@ class Search:
             "latency" in name for name in self.nearest.figures
         ) else ""  # fmt: skip
         return (
-            f"None of {len(self.trials)} candidates tried, of {self.places}, is within {' and '.join(self.budgets)}. The nearest is "
+            f"None of {len(self.trials)} candidates tried, of {self.choices}, is within {' and '.join(self.budgets)}. The nearest is "
             f"{self.nearest.candidate.name} ({figures}).{unresolved}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self), "trials": [trial.to_dict() for trial in self.trials], "finalists": [one.name for one in self.finalists],
-        }  # fmt: skip
+        return {**vars(self), "trials": [trial.to_dict() for trial in self.trials], "finalists": [one.name for one in self.finalists]}

@@ -12,7 +12,7 @@ from typing import Any
 
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.site import short
-from laurel_rewrite.files.checked import plain
+from laurel_rewrite.files.written import json_of
 from laurel_rewrite.report.words import breakable, count, figure, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
@@ -30,8 +30,8 @@ def write_report(data: Mapping[str, Any], folder: Path) -> None:
         data: as `schema.json` describes it; what is not given is empty.
         folder: which exists.
     """
-    text = json.dumps(plain({"schema": SCHEMA_VERSION, "version": __version__, **_NOTHING, **data}), indent=1, allow_nan=False)
-    (folder / JSON).write_text(text + "\n", encoding="utf-8")
+    text = json_of({"schema": SCHEMA_VERSION, "version": __version__, **_NOTHING, **data})
+    (folder / JSON).write_text(text, encoding="utf-8")
     (folder / HTML).write_text(page(json.loads(text)), encoding="utf-8")
 
 

@@ -87,9 +87,7 @@ def _search(search: Mapping[str, Any]) -> go.Figure:
         )
         x, y = [trial["figures"][cost] for trial in found], [trial["difference"] for trial in found]
         if state == "trained":
-            best = [n for n in range(len(found)) if all(y[n] < other for other in y[:n])]
-            line = {"color": REST, "dash": "dot", "shape": "hv"}
-            figure.add_scatter(x=[x[n] for n in best], y=[y[n] for n in best], mode="lines", hoverinfo="skip", showlegend=False, line=line)
+            _join_front(figure, x, y)
         figure.add_scatter(
             x=x, y=y, mode="markers", name=state, marker={"size": 10, "color": colour, "symbol": symbol},
             text=[f"{label(trial['candidate'])}, {trial['tokens']:,} trained on" for trial in found],
@@ -100,22 +98,25 @@ def _search(search: Mapping[str, Any]) -> go.Figure:
     return figure.update_yaxes(title="loss less the unchanged model's")
 
 
+def _join_front(figure: go.Figure, x: Sequence[float], y: Sequence[float], *, visible: bool = True) -> None:
+    """A line through the points that have nothing better at their cost, of points in the order of that."""
+    best = [n for n, value in enumerate(y) if all(value < other for other in y[:n])]
+    line = {"color": REST, "dash": "dot", "shape": "hv"}
+    figure.add_scatter(
+        x=[x[n] for n in best], y=[y[n] for n in best], mode="lines", hoverinfo="skip", showlegend=False, visible=visible, line=line
+    )
+
+
 def _costs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Loss against each cost, one at a time; what no other is below and left of is joined."""
     figure = empty(420, showlegend=False)
     costs = [cost for cost in _COSTS if sum(row[cost] is not None for row in rows) > 1]
     for cost in costs:
         placed = sorted((row for row in rows if row[cost] is not None), key=lambda row: (row[cost], row["judgement"]["mean"]))
-        best: list[Mapping[str, Any]] = []
-        for row in placed:
-            if not best or row["judgement"]["mean"] < best[-1]["judgement"]["mean"]:
-                best.append(row)
+        x, y = [row[cost] for row in placed], [row["judgement"]["mean"] for row in placed]
+        _join_front(figure, x, y, visible=cost == costs[0])
         figure.add_scatter(
-            x=[row[cost] for row in best], y=[row["judgement"]["mean"] for row in best], mode="lines", hoverinfo="skip", visible=cost == costs[0],
-            line={"color": REST, "dash": "dot", "shape": "hv"},
-        )  # fmt: skip
-        figure.add_scatter(
-            x=[row[cost] for row in placed], y=[row["judgement"]["mean"] for row in placed], mode="markers+text", visible=cost == costs[0],
+            x=x, y=y, mode="markers+text", visible=cost == costs[0],
             text=[label(row["name"], 24) for row in placed], textposition=[("top center", "bottom center")[n % 2] for n in range(len(placed))], marker={"size": 11, "color": COLOURS[0]},
             hovertemplate="%{text}<br>%{x:.4f} of the baseline's, loss %{y:.4f}<extra></extra>",
         )  # fmt: skip

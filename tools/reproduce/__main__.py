@@ -100,7 +100,8 @@ def index(results: Path) -> str:
 def _served(folder: Path) -> str:
     """The conditions of the latencies, in a sentence."""
     file = folder / GRAPHS
-    entry = next((one for one in read_json(file, "The figures of graphs").values() if one["figures"]), None) if file.is_file() else None
+    kept = read_json(file, "The figures of graphs").values() if file.is_file() else ()
+    entry = next((one["found"] for one in kept if one["found"]["figures"]), None)
     if entry is None:
         return ""
     about, inputs = entry["conditions"], ", ".join(f"{name} {shape}" for name, shape in entry["shapes"].items())
@@ -121,11 +122,10 @@ def _line(row: Row) -> str:
     if found.verdict == BASELINE:
         interval = ""
     p = f"{found.corrected:.3f}" if math.isfinite(found.corrected) else ""
-    needed = "" if row.failures else "> 100 %" if row.needs is None else f"{100 * row.needs:.0f} %"
     ratios = " | ".join(f"{ratio:.3f}" for ratio in (row.parameters, row.flops))
     latency = "" if row.size.latency is None else "{:.3f} [{:.3f}, {:.3f}]".format(*row.size.latency)
     loss = f"{found.mean:.4f} ± {found.spread:.4f}" if math.isfinite(found.mean) else ""
-    return f"| {row.name} | {loss} | {interval} | {p} | {found.verdict} | {needed} | {ratios} | {latency} |"
+    return f"| {row.name} | {loss} | {interval} | {p} | {found.verdict} | {row.needed} | {ratios} | {latency} |"
 
 
 @click.command()
