@@ -407,7 +407,7 @@ def check_processes(recipe: Recipe, accelerator: Any) -> None:
     from accelerate import DistributedType
 
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
+    if accelerator.num_processes < started:
         raise ConfigError(f"{started} processes were started, and Accelerate sees {accelerator.num_processes}: each would train by itself.")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ConfigError(
