@@ -15,7 +15,7 @@ import pytest
 from conftest import EXAMPLES, run, slow
 from toys import D
 
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 
 NET = f"""
 import torch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from laurel_rewrite.operators import fused
 from laurel_rewrite.operators.config import SiteConfig
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 from laurel_rewrite.operators.registry import operator
 from laurel_rewrite.testing import moved
 

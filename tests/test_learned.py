@@ -20,7 +20,7 @@ from toys import CASES, Branch, D
 from laurel_rewrite import ConfigError, learned, rewrite
 from laurel_rewrite.operators.config import SiteConfig
 from laurel_rewrite.operators.connections import sites_of
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 from laurel_rewrite.operators.registry import operator
 
 CLOSE = {"rel": 1e-5}  # float32 in another order of sums

@@ -12,7 +12,7 @@ import torch
 
 from laurel_rewrite import ConfigError, LaurelConfig, LaurelError
 from laurel_rewrite.operators.config import SiteConfig
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 from laurel_rewrite.operators.registry import canonical, operator, operators
 from laurel_rewrite.operators.state import Link, Slot, Stream
 

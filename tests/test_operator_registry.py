@@ -43,7 +43,7 @@ def refused(text: str, match: str, **data: object) -> None:
 
 
 def test_what_cannot_be_registered_is_refused():
-    refused("a name that is taken", "the name is taken by laurel_rewrite.operators.laurel.Laurel", name="rw+lr")
+    refused("a name that is taken", "the name is taken by laurel_rewrite.operators.families.laurel.Laurel", name="rw+lr")
     refused("no name", "its name must be", name="Not A Name")
     refused("an option of the command", "its option 'seed' has the name of one of ours", seed=Option(1, "x"))
     refused("a fact of the place", "its option 'dim' has the name of one of ours", dim=Option(1, "x"))

@@ -12,7 +12,7 @@ from torch import nn
 from laurel_rewrite import VerificationError, rewrite
 from laurel_rewrite.backends.proof import first_wrong
 from laurel_rewrite.operators.connections import sites_of
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 
 D = 16
 

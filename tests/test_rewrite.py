@@ -14,7 +14,7 @@ from toys import CASES, Branch, D, Helper, Plain, TwoBranches
 from laurel_rewrite import ConfigError, NoSiteError, RewriteError, detect, load, remove, rewrite, save
 from laurel_rewrite.backends.module.surgery import rewriting_of
 from laurel_rewrite.operators.connections import sites_of
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.testing import Stack
 

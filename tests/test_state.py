@@ -19,7 +19,7 @@ from toys import D, Plain
 
 from laurel_rewrite import LaurelError, RewriteError, detect, load, remove, rewrite, save
 from laurel_rewrite.operators.connections import sites_of
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 from laurel_rewrite.operators.state import Stream
 from laurel_rewrite.plan import LaurelConfig, Plan
 

@@ -18,6 +18,8 @@ _FACTS = {
     "length": 0,
     "first": None,
     "last": None,
+    "block": 0,
+    "starts_block": False,
     "ends_block": False,
     "role": "unknown",
     "linked": False,
@@ -91,7 +93,8 @@ class SiteConfig:
         position: how many connections of the stream come before it.
         length: how many connections the stream has; 0 where that is unknown.
         first, last: of its stream, where nothing else is said. A `step` that looks at these, and not at positions, is compiled once for equal blocks.
-        ends_block: it is the last of its stream in a repeated block.
+        block: how many repeated blocks of its stream end before it.
+        starts_block, ends_block: it is the first, the last of its stream in such a block.
         role: what its branch does; see `laurel_rewrite.detection.anatomy.ROLES`.
         linked: a norm or an activation stands between it and the next connection, and what is behind that is given to `read`.
         separate: the next branch has queries, keys and values of their own: what it reads may be returned as `Reads`.
@@ -109,6 +112,8 @@ class SiteConfig:
     length: int
     first: bool
     last: bool
+    block: int
+    starts_block: bool
     ends_block: bool
     role: str
     linked: bool

@@ -38,10 +38,10 @@ from laurel_rewrite.operators.sums import add, laid_out, laid_out_like, state_li
 if TYPE_CHECKING:
     from laurel_rewrite.operators.affine import Affine
 
-STARTS = ("exact", "scale-free", "inexact")
+STARTS = ("exact", "evaluation", "scale-free", "inexact")
 _SHORT = 8
 """Up to so many numbers of a parameter are logged one by one."""
-NEEDS = ("features", "maps", "plain links", "whole stream", "features last", "branch input", "projections")
+NEEDS = ("features", "maps", "plain links", "norms between", "whole stream", "features last", "branch input", "attention", "projections")
 
 
 class Reads(NamedTuple):
@@ -72,12 +72,12 @@ class Connection(SumInParts):
         title: what its ONNX functions are called by; the class's name where it is empty.
         formula: in one line, of x, f and parameters.
         paper: where it comes from.
-        start: "exact" (at its start the model computes what it computed), "scale-free" (where every reader of the stream is a normalisation,
+        start: "exact" (at its start the model computes what it computed), "evaluation" (in evaluation mode), "scale-free" (where every reader of the stream is a normalisation,
             up to its epsilon) or "inexact".
         needs: of `NEEDS`: "features" (D is known), "maps" (and the axis fits linear maps: `self.linear`), "plain links" (no norm or
-            activation between two connections), "whole stream" (every connection of it), "features last", "branch input" (`step` and
-            `skip` get it as the keyword `n`: what the branch's first mixing op reads, behind its norm where it has one), "projections"
-            (each attention of the stream has separate ones).
+            activation between two connections), "norms between" (a norm between any two), "whole stream" (every connection of it), "features last", "branch input" (`step` and
+            `skip` get it as the keyword `n`: what the branch's first mixing op reads, behind its norm where it has one), "attention" (a branch
+            of the stream is one), "projections" (each attention of the stream has separate ones).
         separate: it returns `Reads` where it can.
         reader: name of what reads earlier states, for messages; "" where nothing does.
         grows: its state has more tensors from connection to connection; such a block, compiled alone, is several graphs.
@@ -185,6 +185,11 @@ class Connection(SumInParts):
     def start_of(cls, config: SiteConfig) -> str:
         """The start, where it depends on the options."""
         return cls.start
+
+    @classmethod
+    def unfit(cls, stream: Sequence[SiteConfig]) -> str:
+        """Why it cannot be at these connections, all of this operator in one stream and in order, in a sentence; "" where it can."""
+        return ""
 
     @classmethod
     def prepare_branch(cls, config: SiteConfig, place: BranchMap) -> float:
@@ -307,6 +312,10 @@ class Connection(SumInParts):
         """Let the compiler leave it out; when the first is made or unpickled, for it imports the compiler."""
         if cls.grows and "_between_graphs" not in vars(cls):
             cls._between_graphs = torch.compiler.disable(Connection._between_graphs)  # type: ignore[method-assign,no-untyped-call]
+            cls._fed_between_graphs = torch.compiler.disable(Connection._fed_between_graphs)  # type: ignore[method-assign,no-untyped-call]
+            if cls.separate or cls.read is not Connection.read:
+                # The compiler takes the graph of a block without hooks for one with them, unless it is told to look.
+                torch._dynamo.config.skip_nnmodule_hook_guards = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
@@ -314,6 +323,14 @@ class Connection(SumInParts):
 
     def _between_graphs(self, *operands: Tensor, n: Tensor | None = None) -> Any:
         return Connection.forward(self, *operands, n=n)
+
+    def fed(self, place: int) -> Tensor:
+        """What one of q, k and v of its branch reads."""
+        return self._fed_between_graphs(place) if self._splits_graphs() else Connection._fed_between_graphs(self, place)
+
+    def _fed_between_graphs(self, place: int) -> Tensor:
+        assert self.link is not None
+        return self.link.take(place)
 
     def branch_input(self, x: Tensor) -> Tensor:
         """What the branch reads, which its norm left, once for each call; x where it has no norm.

@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from laurel_rewrite.errors import FOREIGN, ConfigError, nearest
 from laurel_rewrite.operators.config import FACTS, SiteConfig
+from laurel_rewrite.operators.families import FAMILIES
 
 if TYPE_CHECKING:
     from laurel_rewrite.operators.config import Option
     from laurel_rewrite.operators.counting import Counts
     from laurel_rewrite.operators.protocol import Connection
 
-FAMILIES = ("laurel",)
-"""Modules beside this one that register the operators of this package."""
 GROUP = "laurel_rewrite.operators"
 _NAME = re.compile(r"[a-z][a-z0-9]*([-+_][a-z0-9]+)*")
 _RESERVED = frozenset(
@@ -242,7 +241,7 @@ def _all() -> dict[str, Operator]:
     if not _loaded:
         _loaded.append(GROUP)
         for family in FAMILIES:
-            importlib.import_module(f"laurel_rewrite.operators.{family}")
+            importlib.import_module(f"laurel_rewrite.operators.families.{family}")
         for entry in importlib.metadata.entry_points(group=GROUP):
             try:
                 entry.load()

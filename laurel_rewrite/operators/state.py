@@ -113,7 +113,7 @@ class Fed:
             raise LaurelError(f"{self.connection.site}: {self.name} was wrapped or replaced after the rewrite. Rewrite the model last.")
         named = next(iter(kwargs), "") if not args else ""
         given = args[0] if args else kwargs[named]
-        read = state_like(self.connection.link.take(self.place), given, 0, self.connection.reader)
+        read = state_like(self.connection.fed(self.place), given, 0, self.connection.reader)
         read = read if self.norm is None else self.norm.forward(read)
         return ((read, *args[1:]), kwargs) if args else (args, {**kwargs, named: read})
 

@@ -99,6 +99,7 @@ class Plan:
         stream = self._streams[site.stream]
         at = stream.index(site)
         apart = [site.operator.separate and bool(row.projections) for row in stream]
+        ends = [bool(row.block) and all(later.block != row.block for later in stream[place:]) for place, row in enumerate(stream, start=1)]
         return site.operator.prepare(
             SiteConfig(
                 site.variant,
@@ -111,7 +112,9 @@ class Plan:
                 length=len(stream),
                 last=site is stream[-1] and site.repeats == 1,
                 role=site.role,
-                ends_block=bool(site.block) and all(row.block != site.block for row in stream[at + 1 :]),
+                block=sum(ends[:at]),
+                starts_block=bool(site.block) and all(row.block != site.block for row in stream[:at]),
+                ends_block=ends[at],
                 linked=bool(site.behind),
                 separate=any(apart[at + 1 : at + 2]),
                 fed=at > 0 and apart[at],
@@ -192,6 +195,10 @@ class Plan:
                 )
         for rows in self.streams():
             check_stream(rows, sites)
+            for connection in dict.fromkeys(row.operator.connection for row in rows):
+                own = [row for row in rows if row.operator.connection is connection]
+                if why := connection.unfit([self.config(row) for row in own]):
+                    raise ConfigError(f"{own[0].id} ({own[0].where}): {own[0].variant} cannot be in this stream: {why}")
         self.factors(sites)
 
     def factors(self, sites: Sites) -> dict[str, dict[str, float]]:

@@ -38,6 +38,11 @@ def check_stream(rows: Sequence[PlanSite], sites: Sites) -> None:
             )
     for row in rows:
         needs = row.operator.needs
+        if "attention" in needs and not any("attention" in other.role.split("+") for other in rows):
+            raise ConfigError(
+                f"{row.id} ({row.where}): {row.variant} stands around attention, and no branch of this stream is one. Leave the stream out with "
+                "exclude, or use another operator."
+            )
         if "whole stream" in needs:
             planned = {other.id for other in rows}
             missing = next((site for site in sites if site.stream == row.stream and site.module not in planned), None)
@@ -52,6 +57,11 @@ def check_stream(rows: Sequence[PlanSite], sites: Sites) -> None:
                 f"{row.id} ({row.where}): {row.variant} cannot carry its state there: {_LINKS.get(link, 'something')} stands between this "
                 f"connection and the one before it{', and no module that is called once gives it' if row.operator.reads_links else ''}. Leave the "
                 "stream out with exclude, or use an operator without history."
+            )
+        if "norms between" in needs and link not in ("begin", "norm"):
+            raise ConfigError(
+                f"{row.id} ({row.where}): {row.variant} is for streams with a normalisation behind each sum, and none stands between this connection and "
+                "the one before it. Leave the stream out with exclude, or use another operator."
             )
         if "projections" in needs and "attention" in row.role.split("+") and not row.projections:
             raise ConfigError(

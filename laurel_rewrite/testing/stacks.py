@@ -163,10 +163,10 @@ class PostNormAttentionStack(Stack):
 
 def stacks_for(operator: Operator) -> dict[str, type[Stack]]:
     """What an operator is tried in, in words."""
-    found: dict[str, type[Stack]] = {} if "projections" in operator.needs else {"": Stack}
-    if operator.separate:
+    found: dict[str, type[Stack]] = {} if operator.needs & {"projections", "attention", "norms between"} else {"": Stack}
+    if operator.separate or "attention" in operator.needs:
         found["with attention"] = AttentionStack
-    if operator.reads_links:
+    if operator.reads_links or "norms between" in operator.needs:
         found["with norms between the sums"] = PostNormStack
     if operator.separate and operator.reads_links:
         found["with attention, and norms between the sums"] = PostNormAttentionStack

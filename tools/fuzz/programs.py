@@ -29,7 +29,7 @@ from laurel_rewrite.backends.module.saved_folder import importable
 from laurel_rewrite.backends.rewriting import apply_plan
 from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.operators.connections import sites_of
-from laurel_rewrite.operators.laurel import Laurel
+from laurel_rewrite.operators.families.laurel import Laurel
 from laurel_rewrite.passes import InsertLaurel
 from laurel_rewrite.plan import LaurelConfig, Plan
 from tools.fuzz.grammar import Program, program

@@ -28,6 +28,7 @@ from laurel_rewrite.operators.config import Option, SiteConfig
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.registry import register_operator
 from laurel_rewrite.operators.sums import scaled
+from laurel_rewrite.operators.tensors import mapped
 
 
 class Laurel(Connection):
@@ -232,16 +233,8 @@ def weights(mix: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
 
 
 def _apply(down: Any, up: Any, x: Tensor) -> Tensor:
-    """U V x in the maps' own dtype, returned in the skip's: a skip may be kept in float32 beside a bfloat16 branch."""
-    weight = down.weight  # of a quantised layer it is packed, or a method
-    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
-    value = x.to(dtype)
-    if dtype == torch.float64 and torch.compiler.is_exporting() and isinstance(weight, Tensor) and weight.ndim > 2:
-        # onnxruntime has no convolution of float64: the same as products with [B, C, positions].
-        low: Tensor = (up.weight.flatten(1) @ (weight.flatten(1) @ value.flatten(2))).view_as(value)
-    else:
-        low = up(down(value))
-    return low.to(x.dtype)
+    """U V x."""
+    return mapped(up, mapped(down, x))
 
 
 def _matrix(layer: nn.Module) -> np.ndarray:

@@ -1,0 +1,286 @@
+"""Hyper-connections: the stream is wide, n lanes of D features or D features in m parts, and each connection mixes it by small matrices.
+
+H is the wide stream, u what a branch reads of it:      u = A_m H,      H' = A_r H + B f.
+
+A connection holds B and A_r of its own branch and A_m of what follows it: the next branch's, or at the end the sum over the lanes. What the
+first branch reads is x_0, of which n equal copies are H.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from laurel_rewrite.operators.config import Option, SiteConfig
+from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.operators.registry import register_operator
+from laurel_rewrite.operators.tensors import EPS, dot, mapped, rms_normed, weighted
+
+Lanes = tuple[Tensor, ...]
+
+
+class Wide(Connection):
+    """n lanes, which begin as equal copies; its state is the lanes."""
+
+    start = "scale-free"
+    needs = frozenset({"features", "whole stream", "plain links"})
+    streams = Option(4, "Lanes n of the stream", minimum=2)
+
+    def lanes(self, x: Tensor, state: Lanes) -> Lanes:
+        """The wide stream in front of this connection's branch."""
+        return state or (x,) * self.config.streams
+
+
+def entries(matrix: Tensor) -> list[list[Tensor]]:
+    """The entries of a matrix, each of shape (1,)."""
+    return [list(row.split(1)) for row in matrix.unbind()]
+
+
+@register_operator
+class HyperConnections(Wide):
+    """Learned matrices, and with `mix=dynamic` what each lane adds to them at its position: scale * tanh(rmsnorm(H) W).
+
+    `into` is B, [n]; `across` A_r, [n, n]; `out` A_m, [n], of what follows; `norm`, [D], the scale of the norm in front of W. `of_write` and `of_read`
+    are W: of each lane its entry of B and its column of A_r, n + 1 in all, and its entry of A_m.
+    """
+
+    name = "hc"
+    title = "HyperConnections"
+    formula = "u = Am*H, H' = Ar*H + B*f over n lanes; dynamic: + s*tanh(W*rmsnorm(H)) to each"
+    paper = "Hyper-Connections, ICLR 2025, arXiv 2409.19606, eq. 3-14"
+    reader = "hc"
+    needs = frozenset({"maps", "whole stream", "plain links"})
+    mix = Option("dynamic", "Whether the matrices depend on the stream", choices=("dynamic", "static"))
+
+    def build(self) -> None:
+        n, dim, last = self.config.streams, self.config.dim, self.config.last
+        self.into = nn.Parameter(torch.ones(n))
+        self.across = nn.Parameter(torch.eye(n))
+        self.out = None if last else nn.Parameter(torch.zeros(n))
+        self.dynamic = Dynamic(self, dim, n + 1, 0 if last else 1) if self.config.mix == "dynamic" else None
+
+    def initialise(self) -> None:
+        if self.out is not None:
+            self.out[(self.config.position + 1) % self.config.streams] = 1
+
+    def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        lanes, n = self.lanes(x, state), self.config.streams
+        into, across = list(self.into.split(1)), entries(self.across)
+        if self.dynamic is not None:
+            for j, lane in enumerate(lanes):
+                own, *column = self.dynamic.written(lane)
+                into[j] = into[j] + own
+                for i in range(n):
+                    across[i][j] = across[i][j] + column[i]
+        lanes = tuple(weighted([*across[i], into[i]], [*lanes, f]) for i in range(n))
+        if self.out is None:
+            return (sum(lanes[1:], lanes[0]),)
+        out = list(self.out.split(1))
+        if self.dynamic is not None:
+            out = [weight + self.dynamic.read(lane)[0] for weight, lane in zip(out, lanes, strict=True)]
+        return weighted(out, lanes), *lanes
+
+
+class Dynamic(nn.Module):
+    """What a lane, or a part, adds to the entries that weigh it: scale * tanh(W rmsnorm(h)), one number a position each."""
+
+    def __init__(self, connection: Connection, dim: int, writes: int, reads: int) -> None:
+        super().__init__()
+        self.axis, self.ndim = connection.config.axis, connection.config.ndim
+        self.norm = nn.Parameter(torch.ones(dim))
+        self.of_write = connection.linear(dim, writes)
+        nn.init.zeros_(self.of_write.weight)
+        self.into_scale, self.across_scale = (nn.Parameter(torch.full((1,), 0.01)) for _ in range(2))
+        if reads:
+            self.of_read = connection.linear(dim, reads)
+            nn.init.zeros_(self.of_read.weight)
+            self.out_scale = nn.Parameter(torch.full((1,), 0.01))
+
+    def written(self, h: Tensor) -> list[Tensor]:
+        """To its entry of B, and to each of its column of A_r."""
+        own, *column = self._bounded(self.of_write, h)
+        return [self.into_scale.to(h.dtype) * own, *(self.across_scale.to(h.dtype) * value for value in column)]
+
+    def read(self, h: Tensor) -> list[Tensor]:
+        """To its column of A_m."""
+        return [self.out_scale.to(h.dtype) * value for value in self._bounded(self.of_read, h)]
+
+    def _bounded(self, layer: nn.Module, h: Tensor) -> tuple[Tensor, ...]:
+        norm = self.norm if self.axis == -1 else self.norm.view(-1, *(1,) * (self.ndim - 2))
+        normed = rms_normed(h, self.axis) * norm.to(h.dtype)
+        return torch.tanh(mapped(layer, normed)).split(1, self.axis)
+
+
+class _Constrained(Wide):
+    """Matrices on a manifold: A_m is positive, B between 0 and 2, A_r doubly stochastic, all of one map of the whole wide stream behind a norm.
+
+    `of_write` and `of_read` are the map of all n D features in n pieces, one a lane; the biases are what it gives at the start, where it is 0;
+    the gates scale what it adds.
+    """
+
+    needs = frozenset({"maps", "whole stream", "plain links"})
+
+    def build(self) -> None:
+        n = self.config.streams
+        self.count = n + self.mixing()
+        self.of_write = nn.ModuleList(self.linear(self.config.dim, self.count) for _ in range(n))
+        self.write_bias = nn.Parameter(torch.zeros(self.count))
+        self.into_gate, self.across_gate = (nn.Parameter(torch.full((1,), 0.01)) for _ in range(2))
+        if not self.config.last:
+            self.of_read = nn.ModuleList(self.linear(self.config.dim, n) for _ in range(n))
+            self.read_bias = nn.Parameter(torch.empty(n))
+            self.read_gate = nn.Parameter(torch.full((1,), 0.01))
+
+    def initialise(self) -> None:
+        n = self.config.streams
+        for layer in [*self.of_write, *([] if self.config.last else self.of_read)]:
+            layer.weight.zero_()
+        self.write_bias[n:] = self.mixing_start()
+        if not self.config.last:
+            self.read_bias.fill_(float(-torch.log(torch.tensor(n - 1.0))))  # sigmoid: 1/n each
+
+    def mixing(self) -> int:
+        """How many logits A_r is made of."""
+        raise NotImplementedError
+
+    def mixing_start(self) -> Tensor:
+        """Where they start."""
+        raise NotImplementedError
+
+    def mixed(self, logits: Sequence[Tensor]) -> list[list[Tensor]]:
+        """A_r, row by row, of its logits."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        lanes, n = self.lanes(x, state), self.config.streams
+        logits = self._logits(lanes, self.of_write)
+        bias = self.write_bias.split(1)
+        into = [2 * torch.sigmoid(self.into_gate * value + b) for value, b in zip(logits[:n], bias[:n], strict=True)]
+        across = self.mixed([self.across_gate * value + b for value, b in zip(logits[n:], bias[n:], strict=True)])
+        lanes = tuple(weighted([*across[i], into[i]], [*lanes, f]) for i in range(n))
+        if self.config.last:
+            return (sum(lanes[1:], lanes[0]),)
+        read = zip(self._logits(lanes, self.of_read), self.read_bias.split(1), strict=True)
+        return weighted([torch.sigmoid(self.read_gate * value + b) for value, b in read], lanes), *lanes
+
+    def _logits(self, lanes: Lanes, maps: nn.ModuleList) -> tuple[Tensor, ...]:
+        """Of the wide stream behind a norm over all its n D features, each of size 1 on the feature axis, in float32 at least."""
+        axis = self.config.axis
+        squares = [dot(lane, lane, axis) for lane in lanes]
+        square = sum(squares[1:], squares[0]) / (self.config.dim * len(lanes))
+        wide = [mapped(layer, lane).to(square.dtype) for layer, lane in zip(maps, lanes, strict=True)]
+        total: Tensor = sum(wide[1:], wide[0]) * torch.rsqrt(square + EPS)
+        return total.split(1, axis)
+
+
+@register_operator
+class ManifoldHyperConnections(_Constrained):
+    """A_r by Sinkhorn: exp of its logits, its columns and its rows divided by their sums in turn, the rows last."""
+
+    name = "mhc"
+    title = "ManifoldHyperConnections"
+    formula = "u = s(p)*H, H' = Sinkhorn(q)*H + 2*s(r)*f; p, q, r = gate*W*rmsnorm(H) + bias"
+    paper = "mHC: Manifold-Constrained Hyper-Connections, arXiv 2512.24880, eq. 7-9"
+    reader = "mhc"
+    rounds = Option(20, "Rounds of Sinkhorn", minimum=1)
+
+    def mixing(self) -> int:
+        return int(self.config.streams**2)
+
+    def mixing_start(self) -> Tensor:
+        return (torch.eye(self.config.streams, device="cpu") * 4 - 4).flatten()
+
+    def mixed(self, logits: Sequence[Tensor]) -> list[list[Tensor]]:
+        n, axis = self.config.streams, self.config.axis
+        # [..., n, n], small beside the stream: the rounds run in two kernels each.
+        matrix = torch.cat(list(logits), axis).movedim(axis, -1)
+        matrix = matrix.unflatten(-1, (n, n))
+        matrix = torch.exp(matrix - matrix.amax((-2, -1), keepdim=True))
+        for _ in range(self.config.rounds):
+            matrix = matrix / matrix.sum(-2, keepdim=True)
+            matrix = matrix / matrix.sum(-1, keepdim=True)
+        flat = matrix.flatten(-2).movedim(-1, axis).split(1, axis)
+        return [list(flat[i * n : (i + 1) * n]) for i in range(n)]
+
+
+@register_operator
+class PermutedHyperConnections(_Constrained):
+    """A_r without rounds: a convex combination of all n! permutations of the lanes, which is doubly stochastic by itself."""
+
+    name = "mhc-lite"
+    title = "PermutedHyperConnections"
+    formula = "u = s(p)*H, H' = sum_k softmax(q)_k*P_k*H + 2*s(r)*f; p, q, r = gate*W*rmsnorm(H) + bias"
+    paper = "mHC-lite: You Don't Need 20 Sinkhorn-Knopp Iterations, 2026"
+    reader = "mhc-lite"
+    streams = Option(4, "Lanes n of the stream", minimum=2, maximum=5)
+
+    def build(self) -> None:
+        self.permutations = list(itertools.permutations(range(self.config.streams)))
+        super().build()
+
+    def mixing(self) -> int:
+        return len(self.permutations)
+
+    def mixing_start(self) -> Tensor:
+        start = torch.full((len(self.permutations),), -8.0, device="cpu")
+        start[0] = 0.0  # that which leaves all in its place
+        return start
+
+    def mixed(self, logits: Sequence[Tensor]) -> list[list[Tensor]]:
+        n, axis = self.config.streams, self.config.axis
+        weights = torch.softmax(torch.cat(list(logits), axis), axis).split(1, axis)
+        rows: list[list[Tensor]] = []
+        for i in range(n):
+            chosen = [[weights[k] for k, order in enumerate(self.permutations) if order[i] == j] for j in range(n)]
+            rows.append([sum(terms[1:], terms[0]) for terms in chosen])
+        return rows
+
+
+@register_operator
+class FracConnections(Connection):
+    """The features in m parts are the lanes: H is as wide as the stream, and all matrices are [m, m], but B, [m]. Dynamic as hyper-connections."""
+
+    name = "frac"
+    title = "FracConnections"
+    formula = "u = Am*H, H' = Ar*H + B*f over m parts of the features; dynamic: + s*tanh(W*rmsnorm(H)) to each"
+    paper = "Frac-Connections: Fractional Extension of Hyper-Connections, arXiv 2503.14125"
+    reader = "frac"
+    needs = frozenset({"maps", "whole stream", "plain links"})
+    parts = Option(4, "Parts m of the features", minimum=2)
+    mix = Option("dynamic", "Whether the matrices depend on the stream", choices=("dynamic", "static"))
+
+    def build(self) -> None:
+        m, last = self.config.parts, self.config.last
+        self.into = nn.Parameter(torch.ones(m))
+        self.across = nn.Parameter(torch.eye(m))
+        self.out = None if last else nn.Parameter(torch.eye(m))
+        self.dynamic = Dynamic(self, self.config.dim // m, m + 1, 0 if last else m) if self.config.mix == "dynamic" else None
+
+    def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        m, axis = self.config.parts, self.config.axis
+        width = self.config.dim // m
+        parts, added = (value.split(width, axis) for value in (state[0] if state else x, f))
+        into, across = list(self.into.split(1)), entries(self.across)
+        if self.dynamic is not None:
+            for j, part in enumerate(parts):
+                own, *column = self.dynamic.written(part)
+                into[j] = into[j] + own
+                for i in range(m):
+                    across[i][j] = across[i][j] + column[i]
+        parts = tuple(weighted([*across[i], into[i]], [*parts, added[i]]) for i in range(m))
+        if self.out is None:
+            return (torch.cat(parts, axis),)
+        out = entries(self.out)
+        if self.dynamic is not None:
+            for j, part in enumerate(parts):
+                for i, value in enumerate(self.dynamic.read(part)):
+                    out[i][j] = out[i][j] + value
+        return torch.cat([weighted(row, parts) for row in out], axis), torch.cat(parts, axis)
+
+    @classmethod
+    def unfit(cls, stream: Sequence[SiteConfig]) -> str:
+        wrong = next((config for config in stream if config.dim % config.parts), None)
+        return "" if wrong is None else f"its {wrong.dim} features do not divide into {wrong.parts} parts of one size (parts)."
