@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from laurel_rewrite.exporting import export_onnx
     from laurel_rewrite.files.onnx import write_onnx
     from laurel_rewrite.lab.comparing import compare
+    from laurel_rewrite.operators.annealing import advance_annealing
     from laurel_rewrite.operators.config import Option
     from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
     from laurel_rewrite.operators.protocol import Connection, Reads
@@ -58,6 +59,7 @@ _HOMES = {
     "profile": "profiling",
     "compare": "lab.comparing",
     **dict.fromkeys(("param_groups", "check_optimizer", "learned"), "operators.connections"),
+    "advance_annealing": "operators.annealing",
     "Connection": "operators.protocol",
     "Reads": "operators.protocol",
     "Option": "operators.config",
@@ -92,6 +94,7 @@ __all__ = [
     "Reads",
     "RewriteError",
     "VerificationError",
+    "advance_annealing",
     "check_optimizer",
     "compare",
     "detect",

@@ -146,7 +146,7 @@ def test_growing_states_split_graphs_in_a_process_that_unpickled_the_model_too(t
     example = real("llama")
     packed = pickle.dumps(away_from_start(rewrite(example.model, example.args, example.kwargs, variant="toy-dense")))
     operator = registry.operator("toy-dense").connection
-    del operator._between_graphs  # as in a process that has made none
+    del operator.between_graphs  # as in a process that has made none
     model = pickle.loads(packed).eval()
     expected = model(input_ids=IDS, use_cache=False).logits
     for block in model.model.layers:

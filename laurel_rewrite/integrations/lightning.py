@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.integrations import log_names, required
+from laurel_rewrite.operators.annealing import advance_annealing
 from laurel_rewrite.operators.connections import check_optimizer, learned
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ else:
 
 
 class LogLearned(Callback):
-    """Logs `laurel_rewrite.learned` every few steps, as `laurel/SITE/a`, and runs `check_optimizer` when a fit starts.
+    """Logs `laurel_rewrite.learned` every few steps, as `laurel/SITE/a`, runs `check_optimizer` when a fit starts, and counts the steps of annealed
+    operators.
 
     Args:
         every: so many steps of the optimiser.
@@ -40,14 +42,17 @@ class LogLearned(Callback):
         if every < 1:
             raise ConfigError(f"every must be at least 1, not {every}.")
         self.every, self.prefix = every, prefix
-        self._last = 0
+        self._last = self._counted = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what the optimisers would do to mixing weights."""
+        self._counted = trainer.global_step
         check_optimizer(pl_module if trainer.model is None else trainer.model, trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, once for each step that several batches may share. Every process comes here, so that parts can be put together."""
+        advance_annealing(pl_module, trainer.global_step - self._counted)
+        self._counted = trainer.global_step
         if trainer.global_step % self.every == 0 and trainer.global_step != self._last:
             self._last = trainer.global_step
             pl_module.log_dict(log_names(learned(pl_module if trainer.model is None else trainer.model), self.prefix))

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from laurel_rewrite.backends.module.pretrained import classes_beside, teach_trainer
 from laurel_rewrite.integrations import log_names
+from laurel_rewrite.operators.annealing import advance_annealing
 from laurel_rewrite.operators.connections import check_optimizer, learned
 from laurel_rewrite.sources.built import require
 
@@ -63,7 +64,11 @@ _callbacks: WeakKeyDictionary[Any, LaurelCallback] = WeakKeyDictionary()
 
 
 class _BeforeReporters(transformers.TrainerCallback):
-    """Trainer asks its reporters before any callback of the user's, and this before its reporters."""
+    """Trainer asks its reporters before any callback of the user's, and this before its reporters. It counts the steps of annealed operators,
+    too, whoever has a `LaurelCallback` or none."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        advance_annealing(model)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if model in _callbacks and logs is not None and "loss" in logs:

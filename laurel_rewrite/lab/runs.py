@@ -27,6 +27,7 @@ from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.graph.capture import without_caches
 from laurel_rewrite.lab.splits import Corpus
 from laurel_rewrite.lab.tasks import MASKED, TOKENS, Task
+from laurel_rewrite.operators.annealing import advance_annealing
 from laurel_rewrite.operators.connections import learned, param_groups, unwrapped
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -302,6 +303,8 @@ class Trainer:
                 self.accelerator.clip_grad_norm_(engine.parameters(), self.recipe.clip)
             optimizer.step()
             schedule.step()
+            if self.accelerator.sync_gradients:
+                advance_annealing(engine)
             optimizer.zero_grad()
         return loss.detach().float()
 
@@ -370,7 +373,7 @@ def _words(run: Run, task: Task) -> str:
 @contextlib.contextmanager
 def accelerator_of(recipe: Recipe) -> Iterator[Any]:
     """The engine, as the recipe and `accelerate launch` say, for a while: Accelerate keeps one state a process, that of the first precision and
-    compilation, and it would be the next comparison's, too. A state that was there before stays.
+    compilation, and it would be the next comparison's, too. A state that was there before is put aside, and comes back.
 
     Raises:
         ConfigError: Accelerate cannot train so, or not in the processes that were started; or these cannot share the batch.
@@ -383,7 +386,8 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise missing("accelerate", "train") from error
     options: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor")} if recipe.compile else {}
-    ours = not AcceleratorState._shared_state
+    before = dict(AcceleratorState._shared_state)  # of a trainer in this process, say
+    AcceleratorState._reset_state()
     try:
         try:
             accelerator = accelerate.Accelerator(
@@ -398,8 +402,8 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
         check_processes(recipe, accelerator)
         yield accelerator
     finally:
-        if ours:
-            AcceleratorState._reset_state()
+        AcceleratorState._reset_state()
+        AcceleratorState._shared_state.update(before)
 
 
 def check_processes(recipe: Recipe, accelerator: Any) -> None:

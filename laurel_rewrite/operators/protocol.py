@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from laurel_rewrite.errors import LaurelError
+from laurel_rewrite.operators import annealing
+from laurel_rewrite.operators.between_graphs import BetweenGraphs
 from laurel_rewrite.operators.config import CONVOLUTIONS, BranchMap, Option, SiteConfig
 from laurel_rewrite.operators.parts import SumInParts
 from laurel_rewrite.operators.starting import built_in_float32, mark_started, own_draws, put_start
@@ -54,7 +56,7 @@ class Reads(NamedTuple):
     v: Tensor
 
 
-class Connection(SumInParts):
+class Connection(BetweenGraphs, SumInParts):
     """A residual operator; at a site, the module that computes what x + f was.
 
     Called with the skip `x` and the branch `f`, tensors of one shape whose axis `config.axis` has size `config.dim`; returns the new value of
@@ -103,7 +105,14 @@ class Connection(SumInParts):
     grows: ClassVar[bool] = False
     lead: ClassVar[int] = 0
     rate: ClassVar[float] = 1.0
-    declared: ClassVar[dict[str, Option]] = {}
+    declared: ClassVar[dict[str, Option]] = annealing.OPTIONS
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Connection:
+        config = args[0] if args else kwargs.get("config")  # none where a copy is made
+        if config is not None and annealing.is_annealed(config.options) and not issubclass(cls, annealing.Annealing):
+            cls = annealing.annealed(cls)  # type: ignore[arg-type]  # a class is hashable
+        made: Connection = super().__new__(cls)
+        return made
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,7 +133,7 @@ class Connection(SumInParts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._leave_graphs()
+        self.leave_graphs(hooked=self.separate or type(self).read is not Connection.read)
         missing = {name: option.default for name, option in self.declared.items() if name not in config.options}
         self.config = config.but(**missing) if missing else config
         self.site = site
@@ -264,7 +273,7 @@ class Connection(SumInParts):
             self.reset_parameters()
         return self
 
-    def linear(self, inputs: int, outputs: int) -> nn.Module:
+    def linear(self, inputs: int, outputs: int) -> Any:
         """A map over the feature axis without bias, not initialised: Linear where it is last, a 1x1 convolution where it is axis 1."""
         skip_init: Callable[..., nn.Module] = nn.utils.skip_init
         if self.config.axis == -1:
@@ -294,43 +303,17 @@ class Connection(SumInParts):
             n = self.branch_input(x)
         if state is not None:
             return self.connect(x, f, *more, state=self.shaped(state, x), n=n)
-        if past is None and self._splits_graphs():
-            return self._between_graphs(x, f, *more, n=n)
+        if past is None and self.splits_graphs():
+            return self.between_graphs(x, f, *more, n=n)
         given = self.states(x) if past is None else self.shaped(past, x)
         out, left = self.connect(x, f, *more, state=given, n=n)
         if self.link is not None:
             self.link.write(x, left)
         return out
 
-    def _splits_graphs(self) -> bool:
-        """Whether it must be left out of the graph that is being compiled: a block that is compiled alone would be compiled anew for each number
-        of states, up to a limit, and then run eager in silence."""
-        return self.grows and torch.compiler.is_dynamo_compiling() and self.link is not None and not self.link.stream.traced
-
-    @classmethod
-    def _leave_graphs(cls) -> None:
-        """Let the compiler leave it out; when the first is made or unpickled, for it imports the compiler."""
-        if cls.grows and "_between_graphs" not in vars(cls):
-            cls._between_graphs = torch.compiler.disable(Connection._between_graphs)  # type: ignore[method-assign,no-untyped-call]
-            cls._fed_between_graphs = torch.compiler.disable(Connection._fed_between_graphs)  # type: ignore[method-assign,no-untyped-call]
-            if cls.separate or cls.read is not Connection.read:
-                # The compiler takes the graph of a block without hooks for one with them, unless it is told to look.
-                torch._dynamo.config.skip_nnmodule_hook_guards = False
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
-        self._leave_graphs()
-
-    def _between_graphs(self, *operands: Tensor, n: Tensor | None = None) -> Any:
-        return Connection.forward(self, *operands, n=n)
-
-    def fed(self, place: int) -> Tensor:
-        """What one of q, k and v of its branch reads."""
-        return self._fed_between_graphs(place) if self._splits_graphs() else Connection._fed_between_graphs(self, place)
-
-    def _fed_between_graphs(self, place: int) -> Tensor:
-        assert self.link is not None
-        return self.link.take(place)
+        self.leave_graphs(hooked=self.separate or type(self).read is not Connection.read)
 
     def branch_input(self, x: Tensor) -> Tensor:
         """What the branch reads, which its norm left, once for each call; x where it has no norm.
@@ -352,8 +335,8 @@ class Connection(SumInParts):
 
     def at_end(self, y: Tensor) -> Any:
         """What is read behind the norm or activation that y is the end of, from the state that this connection itself left."""
-        if self._splits_graphs():
-            return self._between_graphs(y)
+        if self.splits_graphs():
+            return self.between_graphs(y)
         if self.link is None:
             return self.connect_behind(y, ())[0]
         out, left = self.connect_behind(y, self.shaped(self.link.at_end(), y, fed=False))

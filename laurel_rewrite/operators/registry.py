@@ -109,9 +109,17 @@ class Operator:
         missing = {name: option.default for name, option in self.options.items() if name not in config.options}
         return config.but(**missing, **({} if self.uses_history else {"lags": 0}))
 
+    def class_of(self, config: SiteConfig) -> type[Connection]:
+        """The class of its connections with these options: annealing is one of its own."""
+        from laurel_rewrite.operators import annealing
+
+        connection: Any = self.connection
+        made: type[Connection] = annealing.annealed(connection) if annealing.is_annealed(config.options) else connection
+        return made
+
     def start_of(self, config: SiteConfig) -> str:
         """The start with these options."""
-        return self.connection.start_of(config)
+        return self.class_of(config).start_of(config)
 
     def parameters(self, config: SiteConfig) -> int:
         """Number of new parameters of one site."""
@@ -326,10 +334,15 @@ def checked_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: every mistake at once: options that it has not, and values that they cannot have.
     """
+    from laurel_rewrite.operators import annealing
+
     options = operator(name).options
     problems = [f"{name} has no option {key!r}. {nearest(key, options) or 'It has none.'}" for key in given if key not in options] + [
         problem for key, value in given.items() if key in options and (problem := options[key].problem(key, value))
     ]
     if problems:
         raise ConfigError(" ".join(problems))
-    return {key: given.get(key, option.default) for key, option in options.items()}
+    found = {key: given.get(key, option.default) for key, option in options.items()}
+    if why := annealing.problem(found):
+        raise ConfigError(why)
+    return found

@@ -21,7 +21,7 @@ def mapped(layer: Any, x: Tensor) -> Tensor:
     value = x.to(weight.dtype)
     if weight.dtype == torch.float64 and torch.compiler.is_exporting() and weight.ndim > 2:
         # onnxruntime has no convolution of float64: the same as products with [B, C, positions].
-        out = (weight.flatten(1) @ value.flatten(2)).unflatten(2, value.shape[2:])
+        out = (weight.flatten(1) @ value.flatten(2)).unflatten(2, value.shape[2:])  # type: ignore[no-untyped-call]  # torch's
     else:
         out = layer(value)
     return out.to(x.dtype)

@@ -25,7 +25,7 @@ def factors_of(rows: Iterable[tuple[PlanSite, SiteConfig]], sites: Sites) -> dic
     for row, config in rows:
         if not row.operator.prepares:
             continue
-        cls, maps = row.operator.connection, sites.spots[row.id].maps
+        cls, maps = row.operator.class_of(config), sites.spots[row.id].maps
         places = [BranchMap(index, len(maps), m.projection, m.last) for index, m in enumerate(maps)]
         factors = [cls.prepare_branch(config, place) for place in places]
         asked = "Leave the site out with exclude."

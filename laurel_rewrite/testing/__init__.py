@@ -28,6 +28,7 @@ from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.exporting import export_onnx
 from laurel_rewrite.files.onnx import write_onnx
 from laurel_rewrite.graph.capture import quiet
+from laurel_rewrite.operators.annealing import Annealing
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.registry import operators, register_operator
@@ -339,6 +340,8 @@ def moved(model: nn.Module, spread: float = 0.3) -> nn.Module:
     for module in sites_of(model).values():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
+        if isinstance(module, Annealing):
+            module.annealed.fill_(module.config.anneal_steps // 3)
     return model
 
 

@@ -19,6 +19,7 @@ class StochasticDepth(Connection):
     formula = "x + f*B/keep in training, keep = 1 - rate*i/L"
     paper = "Deep Networks with Stochastic Depth, ECCV 2016, eq. 4"
     start = "evaluation"
+    keep: Tensor
     drop_rate = Option(0.1, "Share of the samples that lose the last branch", minimum=0.0, maximum=0.99)
 
     def build(self) -> None:
@@ -29,6 +30,6 @@ class StochasticDepth(Connection):
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         if not self.training:
             return x + f
-        keep = self.keep.to(torch.promote_types(f.dtype, torch.float32))
+        keep: Tensor = self.keep.to(torch.promote_types(f.dtype, torch.float32))
         kept = torch.rand(f.shape[0], *(1,) * (f.ndim - 1), dtype=keep.dtype, device=f.device) < keep
         return x + f * (kept / keep).to(f.dtype)

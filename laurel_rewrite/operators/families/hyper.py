@@ -34,6 +34,14 @@ class Wide(Connection):
         return state or (x,) * self.config.streams
 
 
+def total(lanes: Sequence[Tensor]) -> Tensor:
+    """Their sum."""
+    found = lanes[0]
+    for lane in lanes[1:]:
+        found = found + lane
+    return found
+
+
 def entries(matrix: Tensor) -> list[list[Tensor]]:
     """The entries of a matrix, each of shape (1,)."""
     return [list(row.split(1)) for row in matrix.unbind()]
@@ -77,7 +85,7 @@ class HyperConnections(Wide):
                     across[i][j] = across[i][j] + column[i]
         lanes = tuple(weighted([*across[i], into[i]], [*lanes, f]) for i in range(n))
         if self.out is None:
-            return (sum(lanes[1:], lanes[0]),)
+            return (total(lanes),)
         out = list(self.out.split(1))
         if self.dynamic is not None:
             out = [weight + self.dynamic.read(lane)[0] for weight, lane in zip(out, lanes, strict=True)]
@@ -111,7 +119,8 @@ class Dynamic(nn.Module):
     def _bounded(self, layer: nn.Module, h: Tensor) -> tuple[Tensor, ...]:
         norm = self.norm if self.axis == -1 else self.norm.view(-1, *(1,) * (self.ndim - 2))
         normed = rms_normed(h, self.axis) * norm.to(h.dtype)
-        return torch.tanh(mapped(layer, normed)).split(1, self.axis)
+        found: Lanes = torch.tanh(mapped(layer, normed)).split(1, self.axis)
+        return found
 
 
 class _Constrained(Wide):
@@ -162,7 +171,7 @@ class _Constrained(Wide):
         across = self.mixed([self.across_gate * value + b for value, b in zip(logits[n:], bias[n:], strict=True)])
         lanes = tuple(weighted([*across[i], into[i]], [*lanes, f]) for i in range(n))
         if self.config.last:
-            return (sum(lanes[1:], lanes[0]),)
+            return (total(lanes),)
         read = zip(self._logits(lanes, self.of_read), self.read_bias.split(1), strict=True)
         return weighted([torch.sigmoid(self.read_gate * value + b) for value, b in read], lanes), *lanes
 
@@ -170,10 +179,10 @@ class _Constrained(Wide):
         """Of the wide stream behind a norm over all its n D features, each of size 1 on the feature axis, in float32 at least."""
         axis = self.config.axis
         squares = [dot(lane, lane, axis) for lane in lanes]
-        square = sum(squares[1:], squares[0]) / (self.config.dim * len(lanes))
+        square = total(squares) / (self.config.dim * len(lanes))
         wide = [mapped(layer, lane).to(square.dtype) for layer, lane in zip(maps, lanes, strict=True)]
-        total: Tensor = sum(wide[1:], wide[0]) * torch.rsqrt(square + EPS)
-        return total.split(1, axis)
+        found: Lanes = (total(wide) * torch.rsqrt(square + EPS)).split(1, axis)
+        return found
 
 
 @register_operator
@@ -235,7 +244,7 @@ class PermutedHyperConnections(_Constrained):
         rows: list[list[Tensor]] = []
         for i in range(n):
             chosen = [[weights[k] for k, order in enumerate(self.permutations) if order[i] == j] for j in range(n)]
-            rows.append([sum(terms[1:], terms[0]) for terms in chosen])
+            rows.append([total(terms) for terms in chosen])
         return rows
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laurel_rewrite.operators.config import Option
-from laurel_rewrite.operators.families.hyper import Wide, entries
+from laurel_rewrite.operators.families.hyper import Wide, entries, total
 from laurel_rewrite.operators.registry import register_operator
 from laurel_rewrite.operators.tensors import weighted
 
@@ -73,5 +73,4 @@ class AltUp(Wide):
 def mean_of(lanes: Sequence[Tensor]) -> Tensor:
     """Their mean; of equal lanes it is any of them, bit for bit."""
     first, *others = lanes
-    apart = [lane - first for lane in others]
-    return first + sum(apart[1:], apart[0]) / len(lanes)
+    return first + total([lane - first for lane in others]) / len(lanes)

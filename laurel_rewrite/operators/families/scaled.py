@@ -120,7 +120,7 @@ class DeepNorm(Connection):
     needs = frozenset({"whole stream", "norms between"})
 
     def skip(self, x: Tensor) -> Tensor:
-        return max(self.config.length, 1) ** 0.25 * x
+        return x * float(max(self.config.length, 1) ** 0.25)
 
     def branch(self, f: Tensor) -> Tensor:
         return f
@@ -162,10 +162,10 @@ class Contractive(Connection):
     step_size = Option("constant", "Whether dt is learned, one number a site", choices=("constant", "learned"))
 
     def build(self) -> None:
-        self.dt = nn.Parameter(torch.full((1,), float(self.config.dt))) if self.config.step_size == "learned" else None
+        self.learned_dt = nn.Parameter(torch.full((1,), float(self.config.dt))) if self.config.step_size == "learned" else None
 
     def skip(self, x: Tensor) -> Tensor:
-        return (1 - self.config.dt) * x if self.dt is None else scaled(x, 1 - self.dt)
+        return scaled(x, 1 - self.learned_dt) if self.learned_dt is not None else (1 - float(self.config.dt)) * x
 
     def branch(self, f: Tensor) -> Tensor:
-        return self.config.dt * f if self.dt is None else scaled(f, self.dt)
+        return scaled(f, self.learned_dt) if self.learned_dt is not None else float(self.config.dt) * f
