@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_what_cannot_be_registered_is_refused():
     refused("no name", "its name must be", name="Not A Name")
     refused("an option of the command", "its option 'seed' has the name of one of ours", seed=Option(1, "x"))
     refused("a fact of the place", "its option 'dim' has the name of one of ours", dim=Option(1, "x"))
-    refused("a start", "start must be one of exact, scale-free, inexact, not 'roughly'", start="roughly")
+    refused("a start", "start must be one of exact, evaluation, scale-free, inexact, not 'roughly'", start="roughly")
     refused("a need", "needs are .*, not 'luck'", needs={"luck"})
     refused("a default", "the default of its own: k must be a whole number of at least 3", k=Option(1, "x", minimum=3))
     refused("neither", "neither step nor skip and branch", step=Connection.step)
@@ -87,16 +88,15 @@ def test_a_stateful_operator_takes_its_whole_stream():
         Plan.from_sites(sites, LaurelConfig("toy-dense", exclude="blocks.0.laurel_0"))
 
 
-def test_a_start_for_readers_without_a_scale_is_held_to_that():
+def test_a_start_for_readers_without_a_scale_is_tried(caplog):
     """The stack's readers are norms; without the last one its head sees the half."""
     x = torch.randn(2, 5, D)
     rewrite(Stack(), (x,), variant="toy-half")
+    assert "without a scale" not in caplog.text
     seen = Stack()
     seen.norm = nn.Identity()
-    with pytest.raises(
-        VerificationError, match=r"start for readers without a scale, eval mode: output 0.*first site with which it differs is blocks\.0"
-    ):
-        rewrite(seen, (x,), variant="toy-half")
+    rewrite(seen, (x,), variant="toy-half")
+    assert re.search(r"not verified: start for readers without a scale, eval mode: .*; a reader of the stream is no norm", caplog.text)
 
 
 def test_what_was_verified_of_another_start_is_said():

@@ -13,12 +13,13 @@ import click
 
 from laurel_rewrite.app.compare_command import compare
 from laurel_rewrite.app.inspect_command import inspect
+from laurel_rewrite.app.operators_command import operators
 from laurel_rewrite.app.profile_command import profile
 from laurel_rewrite.app.rewrite_command import rewrite
 from laurel_rewrite.app.sites_command import sites
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, NoSiteError
 
-COMMANDS = {"sites": sites, "profile": profile, "compare": compare, "inspect": inspect}
+COMMANDS = {"sites": sites, "operators": operators, "profile": profile, "compare": compare, "inspect": inspect}
 """By their words; what no word is said of is `rewrite`."""
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, rest = (COMMANDS[word], given[1:]) if word else (rewrite, given)
     name = f"laurel-rewrite {word}".strip()
     try:
-        command.main(rest or ["--help"], prog_name=name, standalone_mode=False)
+        command.main(rest or ([] if command is operators else ["--help"]), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         _stop("Interrupted.", 130)

@@ -12,6 +12,7 @@ _NARROW = 70  # columns; below, a text stands under its term instead of beside i
 _HYPHEN = "\u2011"  # the one that lines are not broken at: an option stays whole
 _COMMANDS = (
     ("laurel-rewrite sites MODEL", "list the residual connections, and why other additions are none"),
+    ("laurel-rewrite operators", "list the operators: formula, start, cost, options, and which fit a model"),
     ("laurel-rewrite compare MODEL", "whether it helps: trains models side by side, from the same seeds"),
     ("laurel-rewrite inspect DIR", "looks inside what compare trained: which sites gain"),
     ("laurel-rewrite profile A B ...", "latency, memory and more of ONNX files in onnxruntime, side by side"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from laurel_rewrite.app.operator_options import OPERATORS, OperatorCommand, given_options
+from laurel_rewrite.app.operator_options import OPERATORS, USUAL, OperatorCommand, given_options
 from laurel_rewrite.app.options import FORCE, SET, common, operator_options, seconds_of
 from laurel_rewrite.app.running import console, first_process, print_json, start
 from laurel_rewrite.errors import ConfigError, LimitError
@@ -47,7 +47,7 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
     "variants",
     multiple=True,
     metavar="NAME",
-    help=f"Operator; several times for several: {', '.join(OPERATORS)}, or others.  [default: rw+lr]",
+    help=f"Operator; several times for several: {', '.join(OPERATORS)}, or others.  [default: rw+lr; with --search LAuReL's]",
 )
 @click.option(
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
@@ -138,7 +138,8 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     if given["budgets"] and not given["search"]:
         raise ConfigError("--budget is for a --search.")
     options = given_options(context, given)
-    usual = OPERATORS if given["search"] else () if given["plans"] else ("rw+lr",)
+    searched = [name for name, operator in OPERATORS.items() if operator["family"] == "laurel"]
+    usual = searched if given["search"] else () if given["plans"] else (USUAL,)
     found = train(
         model, variants=given["variants"] or tuple(usual), candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
         settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],

@@ -379,12 +379,12 @@ def lowered(path: Path) -> str:
 
 def parameters(model: int, plan: Plan) -> dict[str, int]:
     """What the plan adds to a model of so many parameters."""
-    places = [(site, plan.config(site)) for site in plan.sites]
+    counts = plan.counts()
     return {
         "model": model,
         "added": plan.parameters(),
-        "added_flops_per_position": sum(site.operator.flops(config) * site.calls for site, config in places),
-        "state_per_position": max((site.operator.counts(config).state for site, config in places), default=0),
+        "added_flops_per_position": sum(counts[site.id].flops * site.calls for site in plan.sites),
+        "state_per_position": max((one.state for one in counts.values()), default=0),
     }
 
 

@@ -14,6 +14,12 @@ from laurel_rewrite.app.command_help import Command
 
 OPERATORS: dict[str, Any] = json.loads(files("laurel_rewrite.operators").joinpath("builtin.json").read_text())
 """Formula and options of this package's operators, by name; written by `tools/list_operators.py`."""
+VARIANTS = (
+    f"Operator: {', '.join(OPERATORS)}, or one of a plugin or file. Its options: --variant NAME --help, or laurel-rewrite operators NAME."
+)
+"""Help of `--variant`."""
+USUAL = "rw+lr"
+"""The operator where none is named."""
 _ADDED = "laurel_rewrite.operator_options"
 
 
@@ -60,6 +66,7 @@ class OperatorCommand(Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given, files = _values(args, "--variant"), _values(args, "--operator-file")
         own = [sorted(name.split("+")) for name in OPERATORS]
+        self._show_options_of(given or [USUAL])
         if files or any(sorted(name.strip().lower().split("+")) not in own for name in (given if self.several else given[-1:])):
             from dataclasses import asdict
 
@@ -76,6 +83,20 @@ class OperatorCommand(Command):
             }
             ctx.meta[_ADDED] = added
         return super().parse_args(ctx, args)
+
+    def _show_options_of(self, variants: Sequence[str]) -> None:
+        """Have the help show the options of these operators alone, with their own words and defaults."""
+        words = [sorted(word.strip().lower().split("+")) for name in variants for word in name.split(",")]
+        shown: dict[str, Any] = {}
+        for name, operator in OPERATORS.items():
+            if sorted(name.split("+")) in words:
+                shown = {**operator["options"], **shown}
+        every = builtin_options(several=self.several)
+        for parameter in self.params:
+            if isinstance(parameter, click.Option) and parameter.name in every:
+                parameter.hidden = parameter.name not in shown
+                if not parameter.hidden:
+                    parameter.help = option_of(parameter.name, shown[parameter.name]).help
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), *ctx.meta.get(_ADDED, {}).values()]

@@ -10,7 +10,7 @@ import click
 
 from laurel_rewrite import __version__
 from laurel_rewrite.app.command_help import EPILOG
-from laurel_rewrite.app.operator_options import OPERATORS, OperatorCommand, given_options
+from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand, given_options
 from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PRECISION, SET, common, operator_options, seconds_of
 from laurel_rewrite.app.running import check_limits, console, only_for_onnx, print_json, start, stop_if_exceeded
 from laurel_rewrite.errors import ConfigError, VerificationError
@@ -33,7 +33,7 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 
 @click.command(cls=OperatorCommand, sections=EPILOG)
 @click.argument("model")
-@click.option("--variant", default="rw+lr", show_default=True, help=f"Operator: {', '.join(OPERATORS)}, or one of a plugin or file.")
+@click.option("--variant", default=USUAL, show_default=True, help=VARIANTS)
 @click.option(
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )

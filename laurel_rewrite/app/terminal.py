@@ -241,7 +241,7 @@ def show_table(
         rows: cells.
         cut: rows that hold a cell with such a text have their second paragraph cut to one line.
     """
-    table = Table(title=title, caption=caption or None, **_STYLE)
+    table = Table(title=Text(title), caption=caption or None, **_STYLE)
     for heading in headings:
         table.add_column(heading.removesuffix(">"), justify="right" if heading.endswith(">") else "left", no_wrap=True)
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,22 +56,41 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
 
 def counted(connection: Connection) -> Counts:
-    """What a connection costs.
+    """What a connection costs whose stream brings it what it leaves itself.
 
     Args:
         connection: on the meta device.
     """
     config = connection.config
     x = _position(connection)
-    f = torch.empty_like(x)
     state: tuple[torch.Tensor, ...] = (x,) * (FED if config.fed else 0)
-    own = {value.untyped_storage()._cdata for value in connection.state_dict(keep_vars=True).values()}
     with torch.no_grad():
-        for _ in range(max(config.lags - 1, 0)):  # the state that its stream would have brought it
-            _, state = connection.connect(x, f, state=state, n=x)
-        with _Counter(own) as counter:  # what it runs on is there already, and costs nothing
-            left = _left(connection, x, f, state)
-    return Counts(counter.flops, counter.moved, sum(value.numel() for value in left))
+        for _ in range(max(config.lags - 1, 0)):
+            _, state = connection.connect(x, torch.empty_like(x), state=state, n=x)
+    return _counted(connection, state)[0]
+
+
+def counted_stream(connections: Iterable[Connection]) -> list[Counts]:
+    """What the connections of a stream cost, each behind those before it.
+
+    Args:
+        connections: on the meta device, in order.
+    """
+    found: list[Counts] = []
+    state: tuple[torch.Tensor, ...] = ()
+    for connection in connections:
+        counts, state = _counted(connection, state)
+        found.append(counts)
+    return found
+
+
+def _counted(connection: Connection, state: tuple[torch.Tensor, ...]) -> tuple[Counts, tuple[torch.Tensor, ...]]:
+    x = _position(connection)
+    f = torch.empty_like(x)
+    own = {value.untyped_storage()._cdata for value in connection.state_dict(keep_vars=True).values()}
+    with torch.no_grad(), _Counter(own) as counter:  # what it runs on is there already, and costs nothing
+        left = _left(connection, x, f, state)
+    return Counts(counter.flops, counter.moved, sum(value.numel() for value in left)), left
 
 
 def state_behind(connection: Connection, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -119,7 +119,9 @@ class Connection(BetweenGraphs, SumInParts):
         own = {name: value for name, value in vars(cls).items() if isinstance(value, Option)}
         for name in own:  # it is `self.config.NAME`; the class keeps the declaration
             delattr(cls, name)
-        cls.declared = {**cls.declared, **own}
+        cls.declared = {
+            name: option for name, option in {**cls.declared, **own}.items() if name not in annealing.OPTIONS
+        } | annealing.OPTIONS
         cls.needs = frozenset(cls.needs)
 
     def __init__(

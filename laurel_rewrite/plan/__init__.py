@@ -24,6 +24,7 @@ from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanS
 if TYPE_CHECKING:
     import torch
 
+    from laurel_rewrite.operators.counting import Counts
     from laurel_rewrite.operators.protocol import Connection
 
 __all__ = ["MOST_SEED", "MOST_TURNS", "LaurelConfig", "Plan", "PlanSite", "check_plan_file"]
@@ -130,6 +131,21 @@ class Plan:
     def parameters(self) -> int:
         """Number of parameters that the plan adds."""
         return sum(s.operator.parameters(self.config(s)) for s in self.sites)
+
+    def counts(self) -> dict[str, Counts]:
+        """What each connection costs for one position, by its id, behind those before it in its stream."""
+        from laurel_rewrite.operators.counting import counted_stream
+
+        found = {}
+        for rows in self.streams():
+            if self.has_history(rows[0].stream):
+                made = counted_stream(self.build(row, torch.empty(0, device="meta")).eval() for row in rows)
+            else:
+                made = [row.operator.counts(self.config(row)) for row in rows]
+            for row, one in zip(rows, made, strict=True):
+                declared = row.operator.connection.flops(self.config(row))
+                found[row.id] = one if declared is None else replace(one, flops=declared)
+        return found
 
     # Making, reading and writing
 

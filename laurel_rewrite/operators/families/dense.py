@@ -25,7 +25,7 @@ class DenseFormer(Connection):
     name = "denseformer"
     title = "DenseFormer"
     formula = "x + f; behind block i sum_j a_ij*X_j over j = i, i-d, i-2d, .."
-    paper = "DenseFormer: Enhancing Information Flow in Transformers via Depth Weighted Averaging, NeurIPS 2024, eq. 4"
+    paper = "DenseFormer: Enhancing Information Flow in Transformers via Depth Weighted Averaging, NeurIPS 2024"
     reader = "denseformer"
     grows = True
     needs = frozenset({"whole stream", "plain links"})
@@ -77,7 +77,7 @@ class EveryLayerCounts(Connection):
     name = "elc-bert"
     title = "ElcBert"
     formula = "x + f inside a block; block n reads sum_{i<n} softmax(w_n)_i*out_i, out_0 = x_0"
-    paper = "Not all layers are equally as important: Every Layer Counts BERT, BabyLM 2023, eq. 2"
+    paper = "Not all layers are equally as important: Every Layer Counts BERT, BabyLM 2023"
     start = "inexact"
     reader = "elc-bert"
     grows = True
@@ -135,7 +135,7 @@ class History(Connection):
 class _Retrieval(History):
     """A generalised residual network: `b` has one weight a value ([n]), or one a value and feature ([n, D])."""
 
-    paper = "DeepCrossAttention: Supercharging Transformer Residual Connections, ICML 2025, section 3"
+    paper = "DeepCrossAttention: Supercharging Transformer Residual Connections, ICML 2025"
     reader = "grn"
     per_value = False
 
@@ -192,5 +192,5 @@ class RetrievalByInput(_Retrieval):
 
 
 def with_own(static: Sequence[Tensor], w: Tensor, values: Sequence[Tensor], axis: int) -> list[Tensor]:
-    """Weights, and to each relu(<w, value>) added."""
-    return [b.to(value.dtype) + torch.relu(dot(w, value, axis)).to(value.dtype) for b, value in zip(static, values, strict=True)]
+    """Weights, and to each relu(<w, value>) added; by clamp, whose slope at 0 is 1: w starts there, and with relu's slope of 0 would stay."""
+    return [b.to(value.dtype) + dot(w, value, axis).clamp(min=0).to(value.dtype) for b, value in zip(static, values, strict=True)]

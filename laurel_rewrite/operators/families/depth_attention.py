@@ -33,7 +33,7 @@ class AttentionResiduals(Connection):
     name = "attnres"
     title = "AttentionResiduals"
     formula = "sum_i s_i*v_i, s = softmax_i(<w,rmsnorm(v_i)>) over x_0 and branches, or sums of block_size of them"
-    paper = "Attention Residuals, Moonshot AI, 2026, eq. 2-6"
+    paper = "Attention Residuals, Moonshot AI, 2026"
     start = "scale-free"
     reader = "attnres"
     grows = True

@@ -19,7 +19,7 @@ class Orthogonal(Connection):
 
     name = "orthogonal"
     formula = "x + f - (<f,x>/(<x,x> + eps))*x"
-    paper = "Revisiting Residual Connections: Orthogonal Updates for Stable and Efficient Deep Networks, 2025, eq. 4"
+    paper = "Revisiting Residual Connections: Orthogonal Updates for Stable and Efficient Deep Networks, 2025"
     start = "inexact"
     needs = frozenset({"features"})
 
@@ -39,7 +39,7 @@ class DeepDelta(Connection):
     name = "delta"
     title = "DeepDelta"
     formula = "x + b*(v - <k,x>)*k; k = f/|f|, v = 4*sigmoid(w*x + d), b = 2*sigmoid(u*n + c)"
-    paper = "Deep Delta Learning, arXiv 2601.00417, section 3 with d_v = 1"
+    paper = "Deep Delta Learning, arXiv 2601.00417, with d_v = 1"
     start = "inexact"
     needs = frozenset({"maps", "branch input"})
     gate_init = Option(1.0, "Start of b", minimum=0.001, maximum=1.999)

@@ -17,7 +17,7 @@ class StochasticDepth(Connection):
     name = "stochastic-depth"
     title = "StochasticDepth"
     formula = "x + f*B/keep in training, keep = 1 - rate*i/L"
-    paper = "Deep Networks with Stochastic Depth, ECCV 2016, eq. 4"
+    paper = "Deep Networks with Stochastic Depth, ECCV 2016"
     start = "evaluation"
     keep: Tensor
     drop_rate = Option(0.1, "Share of the samples that lose the last branch", minimum=0.0, maximum=0.99)

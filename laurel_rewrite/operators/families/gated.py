@@ -37,7 +37,7 @@ class Highway(_Gate):
 
     name = "highway"
     formula = "T*f + (1 - T)*x, T = sigmoid(W*x + b)"
-    paper = "Highway Networks, 2015, eq. 3"
+    paper = "Highway Networks, 2015"
     start = "inexact"
     bias_init = Option(-2.0, "Start of b: the lower, the more of the skip is carried")
 
@@ -69,7 +69,7 @@ class GatedRecurrent(Connection):
     name = "gru"
     title = "GRUGate"
     formula = "(1 - z)*x + z*h; z = s(Wz*f + Uz*x - b), r = s(Wr*f + Ur*x), h = tanh(Wg*f + Ug*(r*x))"
-    paper = "Stabilizing Transformers for Reinforcement Learning, ICML 2020, eq. 5-8"
+    paper = "Stabilizing Transformers for Reinforcement Learning, ICML 2020"
     start = "inexact"
     needs = frozenset({"maps"})
     bias_init = Option(2.0, "Start of b: the higher, the more of the stream is kept")

@@ -58,7 +58,7 @@ class HyperConnections(Wide):
     name = "hc"
     title = "HyperConnections"
     formula = "u = Am*H, H' = Ar*H + B*f over n lanes; dynamic: + s*tanh(W*rmsnorm(H)) to each"
-    paper = "Hyper-Connections, ICLR 2025, arXiv 2409.19606, eq. 3-14"
+    paper = "Hyper-Connections, ICLR 2025, arXiv 2409.19606"
     reader = "hc"
     needs = frozenset({"maps", "whole stream", "plain links"})
     mix = Option("dynamic", "Whether the matrices depend on the stream", choices=("dynamic", "static"))
@@ -149,7 +149,8 @@ class _Constrained(Wide):
             layer.weight.zero_()
         self.write_bias[n:] = self.mixing_start()
         if not self.config.last:
-            self.read_bias.fill_(float(-torch.log(torch.tensor(n - 1.0))))  # sigmoid: 1/n each
+            self.read_bias.fill_(-1.0)  # as published code has it: were all alike, equal lanes would learn alike, and stay equal
+            self.read_bias[(self.config.position + 1) % n] = 1.0
 
     def mixing(self) -> int:
         """How many logits A_r is made of."""
@@ -192,7 +193,7 @@ class ManifoldHyperConnections(_Constrained):
     name = "mhc"
     title = "ManifoldHyperConnections"
     formula = "u = s(p)*H, H' = Sinkhorn(q)*H + 2*s(r)*f; p, q, r = gate*W*rmsnorm(H) + bias"
-    paper = "mHC: Manifold-Constrained Hyper-Connections, arXiv 2512.24880, eq. 7-9"
+    paper = "mHC: Manifold-Constrained Hyper-Connections, arXiv 2512.24880"
     reader = "mhc"
     rounds = Option(20, "Rounds of Sinkhorn", minimum=1)
 

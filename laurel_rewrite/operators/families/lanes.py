@@ -50,7 +50,7 @@ class AltUp(Wide):
     name = "altup"
     title = "AltUp"
     formula = "P = H + C*H, u = P_a, H' = P + (1 + c)*(u + f - P_a), the mean of the copies at the end"
-    paper = "Alternating Updates for Efficient Transformers, NeurIPS 2023, algorithm 1; Gemma 3n"
+    paper = "Alternating Updates for Efficient Transformers, NeurIPS 2023; Gemma 3n"
     start = "exact"
     reader = "altup"
     streams = Option(2, "Copies n of the stream", minimum=2)

@@ -35,7 +35,7 @@ class NormedLowRank(_LowRank):
     name = "lr-normed"
     title = "NormedLR"
     formula = "x + f + U*V*rmsnorm(x)"
-    paper = "LAuReL: Learned Augmented Residual Layer, ICML 2025, section 2.2, behind a norm as public code of MUDDFormer's authors has it"
+    paper = "LAuReL: Learned Augmented Residual Layer, ICML 2025, behind a norm as public code of MUDDFormer's authors has it"
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         return x + f + mapped(self.up, mapped(self.down, rms_normed(x, self.config.axis)))

@@ -18,7 +18,7 @@ class Ladder(Connection):
 
     name = "ladder"
     formula = "u_{i+1} = x_i, x_{i+1} = x_i + f_i; the last reader has everything"
-    paper = "Ladder-Residual, ICML 2025, arXiv 2501.06589, section 3"
+    paper = "Ladder-Residual, ICML 2025, arXiv 2501.06589"
     start = "inexact"
     reader = "ladder"
     needs = frozenset({"whole stream", "plain links"})
@@ -35,7 +35,7 @@ class Parallel(Connection):
     name = "parallel"
     title = "ParallelBranches"
     formula = "inside a block every branch reads its x_0; behind it x_0 + f_1 + f_2"
-    paper = "GPT-J, 2021; PaLM, 2022, section 2"
+    paper = "GPT-J, 2021; PaLM, 2022"
     start = "inexact"
     reader = "parallel"
     needs = frozenset({"whole stream", "plain links"})

@@ -19,7 +19,7 @@ class VectorResidualWeights(Connection):
     name = "rw-vector"
     title = "VectorRW"
     formula = "a*f + b*x, a and b in R^D"
-    paper = "LAuReL: Learned Augmented Residual Layer, ICML 2025, section 2.1"
+    paper = "LAuReL: Learned Augmented Residual Layer, ICML 2025"
     needs = frozenset({"features"})
     normalize = Option("softmax", "Bound on a and b", choices=("softmax", "sigmoid", "none", "paper"))
 
@@ -61,7 +61,7 @@ class ReZero(_BranchWeight):
 
     name = "rezero"
     formula = "x + a*f, a = 0 at first"
-    paper = "ReZero is All You Need: Fast Convergence at Large Depth, UAI 2021, eq. 1"
+    paper = "ReZero is All You Need: Fast Convergence at Large Depth, UAI 2021"
     start = "inexact"
 
 
@@ -72,7 +72,7 @@ class SkipInit(_BranchWeight):
     name = "skipinit"
     title = "SkipInit"
     formula = "x + a*f, a = 0 at first"
-    paper = "Batch Normalization Biases Residual Blocks Towards the Identity Function in Deep Networks, NeurIPS 2020, section 4"
+    paper = "Batch Normalization Biases Residual Blocks Towards the Identity Function in Deep Networks, NeurIPS 2020"
     start = "inexact"
     init = Option(0.0, "Start of a")
 
@@ -87,7 +87,7 @@ class LayerScale(Connection):
     name = "layerscale"
     title = "LayerScale"
     formula = "x + g*f, g in R^D = 1e-5 at first"
-    paper = "Going deeper with Image Transformers, ICCV 2021, eq. 4"
+    paper = "Going deeper with Image Transformers, ICCV 2021"
     start = "inexact"
     needs = frozenset({"features"})
     init = Option(1e-5, "Start of g")
@@ -115,7 +115,7 @@ class DeepNorm(Connection):
     name = "deepnorm"
     title = "DeepNorm"
     formula = "a*x + f in front of a norm, a = L^(1/4), weights of f times (4L)^(-1/4)"
-    paper = "DeepNet: Scaling Transformers to 1,000 Layers, 2022, figure 2"
+    paper = "DeepNet: Scaling Transformers to 1,000 Layers, 2022"
     start = "inexact"
     needs = frozenset({"whole stream", "norms between"})
 
@@ -137,7 +137,7 @@ class Fixup(_BranchWeight):
 
     name = "fixup"
     formula = "x + s*f, the last weight of f 0 at first, the others times L^(-1/(2m-2))"
-    paper = "Fixup Initialization: Residual Learning Without Normalization, ICLR 2019, section 3"
+    paper = "Fixup Initialization: Residual Learning Without Normalization, ICLR 2019"
     start = "inexact"
 
     def started_at(self) -> float:

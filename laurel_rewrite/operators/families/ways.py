@@ -22,7 +22,7 @@ class DeepCrossAttention(History):
     name = "dca"
     title = "DeepCrossAttention"
     formula = "sum_i (b_i + relu(<w,g_i>))*g_i over x_0 and all branches, apart for q, k and v"
-    paper = "DeepCrossAttention: Supercharging Transformer Residual Connections, ICML 2025, section 4"
+    paper = "DeepCrossAttention: Supercharging Transformer Residual Connections, ICML 2025"
     reader = "dca"
     separate = True
     needs = frozenset({"features", "whole stream", "plain links", "projections"})
@@ -55,7 +55,7 @@ class MultiwayDense(Connection):
     name = "muddformer"
     title = "MUDDFormer"
     formula = "x + f; behind block i sum_j A_ij*X_j, A_i = U*gelu(V*rmsnorm(X_i)) + a_i, apart for q, k, v and the residual"
-    paper = "MUDDFormer: Breaking Residual Bottlenecks in Transformers via Multiway Dynamic Dense Connections, ICML 2025, eq. 3-9"
+    paper = "MUDDFormer: Breaking Residual Bottlenecks in Transformers via Multiway Dynamic Dense Connections, ICML 2025"
     reader = "muddformer"
     separate = True
     grows = True
