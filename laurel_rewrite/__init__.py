@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from laurel_rewrite.operators.annealing import advance_annealing
     from laurel_rewrite.operators.config import Option
     from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups
-    from laurel_rewrite.operators.protocol import Connection, Reads
+    from laurel_rewrite.operators.protocol import Connection
+    from laurel_rewrite.operators.reads import Reads
     from laurel_rewrite.operators.registry import load_operators, register_operator
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
@@ -61,7 +62,7 @@ _HOMES = {
     **dict.fromkeys(("param_groups", "check_optimizer", "learned"), "operators.connections"),
     "advance_annealing": "operators.annealing",
     "Connection": "operators.protocol",
-    "Reads": "operators.protocol",
+    "Reads": "operators.reads",
     "Option": "operators.config",
     "register_operator": "operators.registry",
     "load_operators": "operators.registry",

@@ -32,7 +32,8 @@ from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
-from laurel_rewrite.operators.protocol import Connection, parted
+from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.operators.reads import parted
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.export import check_export, numbered, widened

@@ -21,6 +21,7 @@ from laurel_rewrite import rewrite
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.testing import equal, gradients_of, moved, near
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-5
 
 

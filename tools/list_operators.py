@@ -20,7 +20,11 @@ def listed() -> str:
         name: operator for name, operator in registry.operators().items() if operator.connection.__module__.startswith(registry.__package__)
     }
     found = {
-        name: {"family": operator.connection.__module__.rpartition(".")[2], "formula": operator.formula, "options": {key: asdict(option) for key, option in operator.options.items()}}
+        name: {
+            "family": operator.connection.__module__.rpartition(".")[2],
+            "formula": operator.formula,
+            "options": {key: asdict(option) for key, option in operator.options.items()},
+        }
         for name, operator in ours.items()
     }
     return json.dumps(found, indent=1) + "\n"

@@ -134,7 +134,9 @@ class Proof:
         check = compare_runs(self.before[False], found, train=False, allowed=SCALE_FREE, name="start for readers without a scale")
         if not check.failed or not math.isfinite(check.difference):
             return [check]
-        why = "a reader of the stream is no norm, or its norm's epsilon is not small beside the stream: the model starts as another function"
+        why = (
+            "a reader of the stream is no norm, or its norm's epsilon is not small beside the stream: the model starts as another function"
+        )
         return [replace(check, passed=None, detail=f"{check.detail}; {why}")]
 
     def unsteady_or(self, check: Check, mode: bool | None) -> Check:

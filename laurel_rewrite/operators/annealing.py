@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from laurel_rewrite.operators.affine import Affine
 from laurel_rewrite.operators.config import BranchMap, Option, SiteConfig
+from laurel_rewrite.operators.reads import parted
 
 OPTIONS = {
     "anneal": Option("none", "How the operator takes over from x + f over training", choices=("none", "linear", "cosine")),
@@ -83,7 +84,6 @@ class Annealing(nn.Module):
 @cache
 def annealed(cls: Any) -> Any:
     """The class of an operator's connections that are annealed."""
-    from laurel_rewrite.operators.protocol import Connection, parted
 
     def blended(self: Any, plain: Tensor, result: Any) -> Any:
         value, left = parted(result)
@@ -112,12 +112,12 @@ def annealed(cls: Any) -> Any:
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return _empty, (cls,), self.__getstate__()  # type: ignore[no-untyped-call]  # object's
 
-    if cls.branch is not Connection.branch:
+    if cls.defines("branch"):
         Annealed.skip = lambda self, x, *state, **given: blended(self, x, cls.skip(self, x, *state, **given))
         Annealed.branch = lambda self, f: self.blended(f, cls.branch(self, f))
     else:
         Annealed.step = lambda self, x, f, *state, **given: blended(self, x + f, cls.step(self, x, f, *state, **given))
-    if cls.read is not Connection.read:
+    if cls.defines("read"):
         Annealed.read = lambda self, y, *state: blended(self, y, cls.read(self, y, *state))
     Annealed.__name__ = Annealed.__qualname__ = f"Annealed{cls.__name__}"
     return Annealed

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.operators.config import SiteConfig, Watched
-from laurel_rewrite.operators.protocol import Connection, parted
+from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.operators.reads import parted
 from laurel_rewrite.operators.state import FED
 
 DOMAIN = "laurel_rewrite"

@@ -22,8 +22,9 @@ The command, the plan, the module, fx and ONNX back ends, lowering, saving, veri
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from laurel_rewrite.operators import annealing
 from laurel_rewrite.operators.between_graphs import BetweenGraphs
 from laurel_rewrite.operators.config import CONVOLUTIONS, BranchMap, Option, SiteConfig
 from laurel_rewrite.operators.parts import SumInParts
+from laurel_rewrite.operators.reads import Reads, parted
 from laurel_rewrite.operators.starting import built_in_float32, mark_started, own_draws, put_start
 from laurel_rewrite.operators.state import FED, Link, Slot
 from laurel_rewrite.operators.sums import add, laid_out, laid_out_like, state_like
@@ -44,16 +46,6 @@ STARTS = ("exact", "evaluation", "scale-free", "inexact")
 _SHORT = 8
 """Up to so many numbers of a parameter are logged one by one."""
 NEEDS = ("features", "maps", "plain links", "norms between", "whole stream", "features last", "branch input", "attention", "projections")
-
-
-class Reads(NamedTuple):
-    """A new value of the stream that the next branch, an attention, does not read as one: its queries, keys and values get their own, which go
-    through the branch's norm as the value itself would. Each is of the stream's shape."""
-
-    value: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
 
 
 class Connection(BetweenGraphs, SumInParts):
@@ -135,7 +127,7 @@ class Connection(BetweenGraphs, SumInParts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.leave_graphs(hooked=self.separate or type(self).read is not Connection.read)
+        self.leave_graphs(hooked=self.separate or self.defines("read"))
         missing = {name: option.default for name, option in self.declared.items() if name not in config.options}
         self.config = config.but(**missing) if missing else config
         self.site = site
@@ -219,10 +211,15 @@ class Connection(BetweenGraphs, SumInParts):
 
     # What it has then
 
+    @classmethod
+    def defines(cls, name: str) -> bool:
+        """Whether it has its own of what an operator may define."""
+        return inspect.getattr_static(cls, name) is not inspect.getattr_static(Connection, name)
+
     @property
     def additive(self) -> bool:
         """Whether a further branch can be added to what there is."""
-        return type(self).branch is not Connection.branch
+        return self.defines("branch")
 
     def learned(self) -> dict[str, Tensor]:
         """What there is to log of its parameters, as scalars: small ones by their values, `a` or `g.0`, `g.1`, others by their root mean square."""
@@ -315,7 +312,7 @@ class Connection(BetweenGraphs, SumInParts):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
-        self.leave_graphs(hooked=self.separate or type(self).read is not Connection.read)
+        self.leave_graphs(hooked=self.separate or self.defines("read"))
 
     def branch_input(self, x: Tensor) -> Tensor:
         """What the branch reads, which its norm left, once for each call; x where it has no norm.
@@ -436,10 +433,3 @@ class Connection(BetweenGraphs, SumInParts):
         return ", ".join(
             [f"variant={c.variant}", f"dim={c.dim}", *(f"{name}={value}" for name, value in c.options.items()), f"axis={c.axis}"]
         )
-
-
-def parted(result: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """A value and a state, of what a step returned."""
-    if isinstance(result, tuple) and not isinstance(result, Reads):
-        return result[0], tuple(result[1:])
-    return result, ()

@@ -76,9 +76,7 @@ class Operator:
     @property
     def additive(self) -> bool:
         """Whether a further branch can be added to what there is."""
-        from laurel_rewrite.operators.protocol import Connection
-
-        return self.connection.branch is not Connection.branch
+        return self.connection.defines("branch")
 
     @property
     def needs_input(self) -> bool:
@@ -88,16 +86,12 @@ class Operator:
     @property
     def reads_links(self) -> bool:
         """Whether it is asked again behind a norm or activation between two connections."""
-        from laurel_rewrite.operators.protocol import Connection
-
-        return self.connection.read is not Connection.read
+        return self.connection.defines("read")
 
     @property
     def prepares(self) -> bool:
         """Whether it changes the weights of its branch when it is put in."""
-        from laurel_rewrite.operators.protocol import Connection
-
-        return self.connection.prepare_branch.__func__ is not Connection.prepare_branch.__func__  # type: ignore[attr-defined]  # classmethods
+        return self.connection.defines("prepare_branch")
 
     @property
     def separate(self) -> bool:
@@ -204,7 +198,7 @@ _FILE: list[Path] = []
 
 def _problem(operator: Operator) -> str:
     """Why an operator cannot be registered; "" where it can."""
-    from laurel_rewrite.operators.protocol import NEEDS, STARTS, Connection
+    from laurel_rewrite.operators.protocol import NEEDS, STARTS
 
     cls = operator.connection
     if not _NAME.fullmatch(operator.name):
@@ -222,10 +216,10 @@ def _problem(operator: Operator) -> str:
         return f"start must be one of {', '.join(STARTS)}, not {operator.start!r}"
     if unknown := operator.needs - set(NEEDS):
         return f"needs are {', '.join(NEEDS)}, not {sorted(unknown)[0]!r}"
-    halves = [cls.skip is not Connection.skip, cls.branch is not Connection.branch]
-    if cls.step is Connection.step and not all(halves):
+    halves = [cls.defines("skip"), cls.defines("branch")]
+    if not cls.defines("step") and not all(halves):
         return "it defines neither step nor skip and branch"
-    if cls.step is not Connection.step and any(halves):
+    if cls.defines("step") and any(halves):
         return "it defines both step and one of skip and branch"
     if operator.separate and all(halves):
         return "it gives no Reads (separate): skip and branch are added, and only step can return them"

@@ -129,7 +129,9 @@ def table(found: list[Cell]) -> str:
         for architecture in ARCHITECTURES:
             cell = by_place[name, architecture]
             number = f"({reasons.setdefault(_shape(cell), len(reasons) + 1)})" if cell.reason else ""
-            row.append({"works": f"{cell.connections}{' *' + number if number else ''}", "refused": number}.get(cell.outcome, f"FAILED {number}"))
+            row.append(
+                {"works": f"{cell.connections}{' *' + number if number else ''}", "refused": number}.get(cell.outcome, f"FAILED {number}")
+            )
         lines.append(f"| {name} | {registry.operator(name).start} | " + " | ".join(row) + " |")
     lines += ["", "Reasons, each as it was first said:", "", *(f"{number}. {text}" for text, number in reasons.items())]
     return "\n".join(lines) + "\n"
