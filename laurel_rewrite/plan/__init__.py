@@ -134,6 +134,8 @@ class Plan:
 
     def counts(self) -> dict[str, Counts]:
         """What each connection costs for one position, by its id, behind those before it in its stream."""
+        import torch
+
         from laurel_rewrite.operators.counting import counted_stream
 
         found = {}

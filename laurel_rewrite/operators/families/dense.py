@@ -19,7 +19,8 @@ class DenseFormer(Connection):
     """Depth-weighted average: behind a block stands a weighted sum of its output and of those before it, X_0 the start of the stream.
 
     `a` has one weight for each value that is read: X_i, X_{i-d}, X_{i-2d}, .., the newest last, where a block's number is a multiple of the
-    period. Where a norm follows the sum, what is behind it is the block's output.
+    period. Where a norm follows the sum, what is behind it is the block's output; but at the end of a stream, whose norm leads to no further sum, the
+    last block's is what is in front of it.
     """
 
     name = "denseformer"

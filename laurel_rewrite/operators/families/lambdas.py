@@ -73,7 +73,7 @@ class Backout(Connection):
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         out = x + f
-        if self.config.last and not self.config.linked:
+        if self.config.last:
             return (out - scaled(state[0], self.amount),)
         return out, out if self.before else state[0]
 
