@@ -244,6 +244,10 @@ def _all() -> dict[str, Operator]:
         _loaded.append(GROUP)
         for family in FAMILIES:
             importlib.import_module(f"laurel_rewrite.operators.families.{family}")
+        order = {f"laurel_rewrite.operators.families.{family}": place for place, family in enumerate(FAMILIES)}
+        ours = sorted(_registry.items(), key=lambda item: order.get(item[1].connection.__module__, len(order)))
+        _registry.clear()
+        _registry.update(ours)
         for entry in importlib.metadata.entry_points(group=GROUP):
             try:
                 entry.load()

@@ -10,7 +10,7 @@ from typing import Any
 
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.checked import Kind, anything, checked, list_of, one_of, optional, shown, text, whole
-from laurel_rewrite.operators import registry
+from laurel_rewrite.operators import annealing, registry
 from laurel_rewrite.operators.config import CONVOLUTIONS
 from laurel_rewrite.operators.turns import EXTRA_TURNS
 from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanSite
@@ -148,6 +148,8 @@ def site_of(row: dict[str, Any], label: str) -> PlanSite:
     except ConfigError as error:
         raise ConfigError(f"{label}: {error}") from error
     known = {} if operator is None else {name: _kind(option.default) for name, option in operator.options.items()}
+    # Plans that are older than these options.
+    known |= {name: optional(known[name], option.default) for name, option in annealing.OPTIONS.items() if name in known}
     values = checked(row, {**_ROW, **known}, label)
     assert operator is not None
     options = {name: values.pop(name) for name in known}

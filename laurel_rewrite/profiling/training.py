@@ -63,7 +63,7 @@ def profile_training(
     seconds: float = 10.0,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
-    modes: Sequence[str] = _MODES,
+    modes: Sequence[str] | None = None,
 ) -> Training:
     """Training steps of models, eager and compiled, against the first of them. The models themselves are not changed.
 
@@ -75,7 +75,7 @@ def profile_training(
         seconds: for the steps of each mode.
         seed: of the order.
         clock: what a step is measured by, in seconds. On a CPU that others use, too, `time.thread_time` of one thread leaves their share out.
-        modes: "eager", "compiled" or both.
+        modes: "eager", "compiled"; None for both.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
@@ -83,7 +83,7 @@ def profile_training(
     )
     rows: list[TrainingRow] = []
     notes: list[str] = []
-    for mode in modes:
+    for mode in modes or _MODES:
         try:
             steps = {name: _Step(model, *moved, device, compiled=mode == "compiled") for name, model in models.items()}
             order = random.Random(seed)

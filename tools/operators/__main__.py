@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +72,17 @@ class Cell:
     reason: str = ""
 
 
-def cells(architecture: str, names: list[str]) -> Iterator[Cell]:
-    """Those of one architecture."""
+def cells(architecture: str, names: list[str]) -> list[Cell]:
+    """Those of one architecture, printed as they are tried."""
+    torch.set_num_threads(1)
+    found = []
+    for cell in _tried(architecture, names):
+        found.append(cell)
+        print(f"{architecture:10} {cell.operator:17} {cell.outcome:8} {cell.connections or '':>3} {cell.reason[:110]}", flush=True)
+    return found
+
+
+def _tried(architecture: str, names: list[str]) -> Iterator[Cell]:
     spec, settings = ARCHITECTURES[architecture]
     torch.manual_seed(0)
     built = build(spec, settings)
@@ -144,13 +156,9 @@ def _shape(cell: Cell) -> str:
 
 
 def main(names: list[str]) -> int:
-    torch.set_num_threads(1)
     chosen = [registry.canonical(name) for name in names] or [*registry.operators()]
-    found = []
-    for architecture in ARCHITECTURES:
-        for cell in cells(architecture, chosen):
-            found.append(cell)
-            print(f"{architecture:10} {cell.operator:17} {cell.outcome:8} {cell.connections or '':>3} {cell.reason[:110]}", flush=True)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = [cell for part in pool.map(cells, ARCHITECTURES, [chosen] * len(ARCHITECTURES)) for cell in part]
     if not names:
         (RESULTS / "operators.md").write_text(table(found))
         (RESULTS / "operators.json").write_text(json.dumps([asdict(cell) for cell in found], indent=1) + "\n")
