@@ -1,0 +1,166 @@
+"""The operators of this package in real architectures, each cell tried: `python -m tools.operators`.
+
+Each architecture is built small, from its configuration, and each operator put in where it fits (`laurel_rewrite.plan.fits.plan_of`). A cell
+works where the rewritten model passes its verification, runs in training mode at another batch size than it was captured with, and gives a
+finite gradient to every parameter that the operator brought, with these off their start. Else it quotes why the operator is refused. Writes
+`tools/results/operators.md` and `.json`; with names, tries these operators alone and writes nothing.
+
+Exit status: 1 where a cell neither works nor is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from laurel_rewrite import detect, rewrite
+from laurel_rewrite.errors import LaurelError
+from laurel_rewrite.operators import registry
+from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.plan.fits import plan_of
+from laurel_rewrite.sources.models import build
+from laurel_rewrite.testing import moved
+
+RESULTS = Path(__file__).parent.parent / "results"
+_TEXT = {"vocab_size": 64}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT-2": ("hf:gpt2", {**_TEXT, "n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 64}),
+    "Llama": ("hf:llama", {**_TEXT, "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "BERT": ("hf:bert", {**_TEXT, "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}),
+    "T5": ("hf:t5", {**_TEXT, "num_layers": 3, "num_decoder_layers": 3, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}),
+    "ViT": ("timm:vit_tiny_patch16_224", {"depth": 3, "embed_dim": 32, "num_heads": 4, "img_size": 32, "patch_size": 8}),
+    "Swin": ("timm:swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 2, 2), "img_size": 56, "window_size": 7}),
+    "ConvNeXt": ("timm:convnext_atto", {"depths": (2, 2, 3, 2), "dims": (16, 16, 32, 32)}),
+    "ResNet": ("timm:resnet26", {}),
+}  # fmt: skip
+"""By name: the MODEL and its settings."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operator in one architecture.
+
+    Attributes:
+        outcome: "works", "refused" or "failed".
+        connections: how many it has.
+        all_sites: these are all that the architecture has.
+        start: "exact" and so on.
+        reason: why it is refused, or not everywhere, or what failed.
+    """
+
+    operator: str
+    architecture: str
+    outcome: str
+    connections: int = 0
+    all_sites: bool = False
+    start: str = ""
+    reason: str = ""
+
+
+def cells(architecture: str, names: list[str]) -> list[Cell]:
+    """Those of one architecture, printed as they are tried."""
+    torch.set_num_threads(1)
+    found = []
+    for cell in _tried(architecture, names):
+        found.append(cell)
+        print(f"{architecture:10} {cell.operator:17} {cell.outcome:8} {cell.connections or '':>3} {cell.reason[:110]}", flush=True)
+    return found
+
+
+def _tried(architecture: str, names: list[str]) -> Iterator[Cell]:
+    spec, settings = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    built = build(spec, settings)
+    model = built.model.eval()
+    sites = detect(model, built.args, built.kwargs)
+    for name in names:
+        plan, reason = plan_of(sites, name, **({"rank": 4} if "rank" in registry.operator(name).options else {}))
+        if plan is None:
+            yield Cell(name, architecture, "refused", reason=reason)
+            continue
+        start = plan.sites[0].operator.start_of(plan.config(plan.sites[0]))
+        count = len(plan.sites)
+        try:
+            _try(copy.deepcopy(model), plan, built.args, built.kwargs)
+        except LaurelError as error:
+            yield Cell(name, architecture, "refused", reason=str(error.args[0]))
+        except Exception as error:  # whatever a model or an operator raises
+            yield Cell(name, architecture, "failed", count, reason=f"{type(error).__name__}: {str(error)[:300]}")
+        else:
+            yield Cell(name, architecture, "works", count, count == len({site.module for site in sites}), start, reason)
+
+
+def _try(model: Any, plan: Any, args: Any, kwargs: Any) -> None:
+    better = moved(rewrite(model, args, kwargs, plan=plan), 0.1).train()
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x.flip(0)[:1]]) if x.ndim else x, (args, kwargs))
+    out = better(*args, **kwargs)
+    value = next(leaf for leaf in pytree.tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(leaf, torch.Tensor))
+    assert value.isfinite().all(), "an output is not finite"
+    (value.float().square().mean()).backward()
+    for site, module in sites_of(better).items():
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, f"{site}.{name} has no gradient"
+            assert parameter.grad.isfinite().all(), f"{site}.{name} has a gradient that is not finite"
+
+
+def table(found: list[Cell]) -> str:
+    """In Markdown, with the reasons below."""
+    by_place = {(cell.operator, cell.architecture): cell for cell in found}
+    names = list(dict.fromkeys(cell.operator for cell in found))
+    outcomes = Counter(cell.outcome for cell in found)
+    reasons: dict[str, int] = {}
+    lines = [
+        "# Operators in architectures",
+        "",
+        f"{outcomes['works']} of {len(found)} cells work, {outcomes['refused']} are refused for a reason below, {outcomes['failed']} failed. Each was "
+        "tried: see `tools/operators/matrix.py` for what is tried and how the architectures are built. A cell has the number of "
+        "connections, and * where a stream of the architecture keeps its sums, for the reason of the number behind it.",
+        "",
+        f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}. Made by `python -m tools.operators`.",
+        "",
+        "| operator | start | " + " | ".join(ARCHITECTURES) + " |",
+        "|---|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for name in names:
+        row = []
+        for architecture in ARCHITECTURES:
+            cell = by_place[name, architecture]
+            number = f"({reasons.setdefault(_shape(cell), len(reasons) + 1)})" if cell.reason else ""
+            row.append(
+                {"works": f"{cell.connections}{' *' + number if number else ''}", "refused": number}.get(cell.outcome, f"FAILED {number}")
+            )
+        lines.append(f"| {name} | {registry.operator(name).start} | " + " | ".join(row) + " |")
+    lines += ["", "Reasons, each as it was first said:", "", *(f"{number}. {text}" for text, number in reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _shape(cell: Cell) -> str:
+    """A reason without the place and the operator's name, so that one is said once."""
+    text = re.sub(r"^\S+( \([^)]*\))?: ", "", cell.reason)
+    return text.replace(cell.operator, "the operator", 1) if text.startswith(cell.operator) else text
+
+
+def main(names: list[str]) -> int:
+    chosen = [registry.canonical(name) for name in names] or [*registry.operators()]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = [cell for part in pool.map(cells, ARCHITECTURES, [chosen] * len(ARCHITECTURES)) for cell in part]
+    if not names:
+        (RESULTS / "operators.md").write_text(table(found))
+        (RESULTS / "operators.json").write_text(json.dumps([asdict(cell) for cell in found], indent=1) + "\n")
+    failed = [cell for cell in found if cell.outcome == "failed"]
+    print(f"{sum(cell.outcome == 'works' for cell in found)} of {len(found)} work, {len(failed)} failed")
+    return 1 if failed else 0
