@@ -14,6 +14,7 @@ from torch import nn
 from toys import CASES, D
 
 from laurel_rewrite import ConfigError, learned, load, param_groups, rewrite, save
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.built import declare_torchvision_ops
 
 with warnings.catch_warnings():
@@ -126,6 +127,20 @@ def test_what_was_learned_is_logged_every_few_steps(accumulate, tmp_path):
     }
     with pytest.raises(ConfigError, match="every must be at least 1"):
         LogLearned(every=0)
+
+
+class Annealed(Task):
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = rewrite(blocks(), (torch.randn(2, 5, D),), variant="layerscale", anneal="linear", anneal_steps=10)
+
+
+def test_the_steps_of_annealing_are_counted_and_go_on(tmp_path):
+    first, then = Annealed(), Annealed()
+    fit(first, 2, tmp_path, LogLearned(), accumulate_grad_batches=2).save_checkpoint(tmp_path / "at_2.ckpt")
+    assert {int(site.annealed) for site in sites_of(first).values()} == {2}
+    fit(then, 5, tmp_path, LogLearned(), path=tmp_path / "at_2.ckpt", accumulate_grad_batches=2)
+    assert {int(site.annealed) for site in sites_of(then).values()} == {5}
 
 
 @pytest.mark.parametrize("groups", [True, False])

@@ -388,6 +388,15 @@ def test_trainer_trains_saves_and_resumes_to_the_same_losses(tmp_path, caplog, c
     assert same(checkpoint, resumed.model, example)
 
 
+def test_trainer_counts_the_steps_of_annealing(tmp_path):
+    example = real("gpt2")
+    model = rewrite(example.model, example.args, example.kwargs, variant="layerscale", anneal="linear", anneal_steps=9)
+    trainer(tmp_path, model, 2).train()
+    resumed = trainer(tmp_path, model, 3)
+    resumed.train(resume_from_checkpoint=True)
+    assert {int(site.annealed) for site in sites_of(resumed.model).values()} == {3}
+
+
 class Reporter(transformers.TrainerCallback):
     def __init__(self):
         self.seen = []

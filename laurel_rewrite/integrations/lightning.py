@@ -46,8 +46,11 @@ class LogLearned(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what the optimisers would do to mixing weights."""
-        self._counted = trainer.global_step
         check_optimizer(pl_module if trainer.model is None else trainer.model, trainer.optimizers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that goes on does not begin at step 0."""
+        self._counted = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, once for each step that several batches may share. Every process comes here, so that parts can be put together."""
