@@ -22,7 +22,6 @@ from laurel_rewrite.lab.budget import PARAMETERS, Budget, excess, precision_for
 from laurel_rewrite.lab.candidates import UNCHANGED, Candidate, Source
 from laurel_rewrite.lab.runs import Point, Run
 from laurel_rewrite.lab.trials import Search, Trial
-from laurel_rewrite.operators import registry
 from laurel_rewrite.plan import LaurelConfig
 
 EVERYWHERE = "everywhere"
@@ -72,14 +71,12 @@ class Space:
         )  # fmt: skip
 
     def candidate(self, operator: str, role: str, depth: str) -> Candidate | None:
-        """A point of it; None where no site is left, or the operator needs all. Equal sets of sites are one point."""
+        """A point of it; None where no site is left. Equal sets of sites are one point."""
         chosen, found = self.roles[role] & self.depths[depth], self.operators[operator]
         if not chosen or len(chosen) == len(self.sites):
             return found if chosen else None
-        assert found.config is not None
-        if "whole stream" in registry.operator(found.config.variant).needs:
-            return None
         role, depth = next((r, d) for r, d in itertools.product(self.roles, self.depths) if self.roles[r] & self.depths[d] == chosen)
+        assert found.config is not None
         config = found.config.but(found.config.variant, include=tuple(site for site in self.sites if site in chosen), exclude=())
         places = [place for place in (role, depth) if place != EVERYWHERE]
         return replace(found, name=", ".join([operator, *places]), config=config)
