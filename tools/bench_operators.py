@@ -32,7 +32,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 PUBLISHED = {
     "attnres --block-size 4": "under 4 % in training, under 2 % in inference, in blocks",
     "muddformer": "0.4 % of the computation",
-    "denseformer --dilation 4 --period 5": "",
 }
 """What the papers say of an operator's cost."""
 CHOICES: dict[str, dict[str, Any]] = {

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, rest = (COMMANDS[word], given[1:]) if word else (rewrite, given)
     name = f"laurel-rewrite {word}".strip()
     try:
-        command.main(rest or ([] if command is operators else ["--help"]), prog_name=name, standalone_mode=False)
+        needy = any(parameter.required for parameter in command.params)
+        command.main(rest or (["--help"] if needy else []), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         _stop("Interrupted.", 130)

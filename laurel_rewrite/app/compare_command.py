@@ -47,7 +47,7 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
     "variants",
     multiple=True,
     metavar="NAME",
-    help=f"Operator; several times for several: {', '.join(OPERATORS)}, or others.  [default: rw+lr; with --search LAuReL's]",
+    help=f"Operator; several times for several: {', '.join(OPERATORS)}, or others.  [default: {USUAL}; with --search LAuReL's]",
 )
 @click.option(
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."

@@ -33,7 +33,7 @@ def described(name: str) -> dict[str, Any]:
     """What is known of an operator; its costs are those of a stream of 12 blocks of two connections, with D = 768."""
     operator = registry.operator(name)
     stream = [operator.prepare(config) for config in _stream(operator)]
-    counts = counted_stream(operator.class_of(config)(config, device="meta").eval() for config in stream)
+    counts = counted_stream(operator.connection(config, device="meta").eval() for config in stream)
     return {
         "name": name,
         "formula": operator.formula,

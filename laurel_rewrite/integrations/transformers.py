@@ -64,18 +64,20 @@ _callbacks: WeakKeyDictionary[Any, LaurelCallback] = WeakKeyDictionary()
 
 
 class _BeforeReporters(transformers.TrainerCallback):
-    """Trainer asks its reporters before any callback of the user's, and this before its reporters. It counts the steps of annealed operators,
-    too, whoever has a `LaurelCallback` or none."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        advance_annealing(model)
+    """Trainer asks its reporters before any callback of the user's, and this before its reporters."""
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if model in _callbacks and logs is not None and "loss" in logs:
             logs |= _callbacks[model].values(state, model)
 
 
+class _CountsSteps(transformers.TrainerCallback):
+    """Annealed operators are on their way in every Trainer, with a `LaurelCallback` or none."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        advance_annealing(model)
+
+
 teach_trainer()
 _first: Any = transformers.trainer.DEFAULT_CALLBACKS
-if _BeforeReporters not in _first:
-    _first.append(_BeforeReporters)
+_first += [callback for callback in (_BeforeReporters, _CountsSteps) if callback not in _first]

@@ -85,7 +85,7 @@ class Annealing(nn.Module):
 def annealed(cls: Any) -> Any:
     """The class of an operator's connections that are annealed."""
 
-    def blended(self: Any, plain: Tensor, result: Any) -> Any:
+    def with_state(self: Any, plain: Tensor, result: Any) -> Any:
         value, left = parted(result)
         return self.blended(plain, value), *left
 
@@ -113,12 +113,12 @@ def annealed(cls: Any) -> Any:
             return _empty, (cls,), self.__getstate__()  # type: ignore[no-untyped-call]  # object's
 
     if cls.defines("branch"):
-        Annealed.skip = lambda self, x, *state, **given: blended(self, x, cls.skip(self, x, *state, **given))
+        Annealed.skip = lambda self, x, *state, **given: with_state(self, x, cls.skip(self, x, *state, **given))
         Annealed.branch = lambda self, f: self.blended(f, cls.branch(self, f))
     else:
-        Annealed.step = lambda self, x, f, *state, **given: blended(self, x + f, cls.step(self, x, f, *state, **given))
+        Annealed.step = lambda self, x, f, *state, **given: with_state(self, x + f, cls.step(self, x, f, *state, **given))
     if cls.defines("read"):
-        Annealed.read = lambda self, y, *state: blended(self, y, cls.read(self, y, *state))
+        Annealed.read = lambda self, y, *state: with_state(self, y, cls.read(self, y, *state))
     Annealed.__name__ = Annealed.__qualname__ = f"Annealed{cls.__name__}"
     return Annealed
 

@@ -21,17 +21,18 @@ class BetweenGraphs(nn.Module):
     link: Link | None
 
     @classmethod
-    def leave_graphs(cls, *, hooked: bool) -> None:
-        """Let the compiler leave it out; when the first is made or unpickled, for it imports the compiler.
+    def defines(cls, name: str) -> bool:
+        """Whether it has its own of what an operator may define."""
+        raise NotImplementedError  # a connection has it
 
-        Args:
-            hooked: hooks on other modules bring its values to where they are read.
-        """
+    @classmethod
+    def leave_graphs(cls) -> None:
+        """Let the compiler leave it out; when the first is made or unpickled, for it imports the compiler."""
         if not cls.grows or "between_graphs" in vars(cls):
             return
         for name in ("between_graphs", "fed_between_graphs"):
             setattr(cls, name, torch.compiler.disable(getattr(BetweenGraphs, name)))  # type: ignore[no-untyped-call]
-        if hooked:
+        if cls.separate or cls.defines("read"):  # hooks on other modules bring its values to where they are read
             # The compiler takes the graph of a block without hooks for one with them, unless it is told to look.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
 

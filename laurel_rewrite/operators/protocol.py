@@ -111,9 +111,8 @@ class Connection(BetweenGraphs, SumInParts):
         own = {name: value for name, value in vars(cls).items() if isinstance(value, Option)}
         for name in own:  # it is `self.config.NAME`; the class keeps the declaration
             delattr(cls, name)
-        cls.declared = {
-            name: option for name, option in {**cls.declared, **own}.items() if name not in annealing.OPTIONS
-        } | annealing.OPTIONS
+        every = {name: option for base in reversed(cls.__mro__) for name, option in vars(base).get("declared", {}).items()} | own
+        cls.declared = {name: option for name, option in every.items() if name not in annealing.OPTIONS} | annealing.OPTIONS
         cls.needs = frozenset(cls.needs)
 
     def __init__(
@@ -127,7 +126,7 @@ class Connection(BetweenGraphs, SumInParts):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.leave_graphs(hooked=self.separate or self.defines("read"))
+        self.leave_graphs()
         missing = {name: option.default for name, option in self.declared.items() if name not in config.options}
         self.config = config.but(**missing) if missing else config
         self.site = site
@@ -312,7 +311,7 @@ class Connection(BetweenGraphs, SumInParts):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
-        self.leave_graphs(hooked=self.separate or self.defines("read"))
+        self.leave_graphs()
 
     def branch_input(self, x: Tensor) -> Tensor:
         """What the branch reads, which its norm left, once for each call; x where it has no norm.

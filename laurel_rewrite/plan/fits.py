@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -76,7 +75,7 @@ def plan_of(sites: Sites, name: str, **options: Any) -> tuple[Plan | None, str]:
         return Plan.from_sites(sites, LaurelConfig(name, **options)), ""
     except ConfigError as error:
         whole = str(error)
-    if len(streams := Counter(site.stream for site in sites)) == 1:
+    if len(streams := dict.fromkeys(site.stream for site in sites)) == 1:
         return None, whole
     taken: list[str] = []
     reasons: list[str] = []

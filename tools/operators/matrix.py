@@ -28,7 +28,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite import detect, rewrite
-from laurel_rewrite.errors import LaurelError
+from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan.fits import plan_of
@@ -96,9 +96,9 @@ def _tried(architecture: str, names: list[str]) -> Iterator[Cell]:
         count = len(plan.sites)
         try:
             _try(copy.deepcopy(model), plan, built.args, built.kwargs)
-        except LaurelError as error:
+        except (ConfigError, RewriteError) as error:
             yield Cell(name, architecture, "refused", reason=str(error.args[0]))
-        except Exception as error:  # whatever a model or an operator raises
+        except Exception as error:  # whatever a model or an operator raises, and a verification that fails
             yield Cell(name, architecture, "failed", count, reason=f"{type(error).__name__}: {str(error)[:300]}")
         else:
             yield Cell(name, architecture, "works", count, count == len({site.module for site in sites}), start, reason)

@@ -53,12 +53,16 @@ class AttentionResiduals(Connection):
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         stream = (state[0] if state else x) + f if self.sums else None
-        values = (state[1:] if self.sums else state) or (x,)
-        values = (*values, f) if self.begins else (*values[:-1], values[-1] + f)
+        values = self._collected(x, f, state)
         out = self._read(values, stream)
         if self.config.last:
             return (out,)
         return (out, *values) if stream is None else (out, stream, *values)
+
+    def _collected(self, x: Tensor, f: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The values that there are, this branch among them."""
+        values = (state[1:] if self.sums else state) or (x,)
+        return (*values, f) if self.begins else (*values[:-1], values[-1] + f)
 
     def _read(self, values: Sequence[Tensor], stream: Tensor | None) -> Tensor:
         weights = self._weights(values)
@@ -72,8 +76,7 @@ class AttentionResiduals(Connection):
         return over_depth([dot(query, value, axis) * inverse_rms(value, axis) for value in values], axis, total=self.sums)
 
     def depth_weights(self, x: Tensor, f: Tensor, *state: Tensor) -> Tensor | None:
-        values = (state[1:] if self.sums else state) or (x,)
-        values = (*values, f) if self.begins else (*values[:-1], values[-1] + f)
+        values = self._collected(x, f, state)
         return torch.stack([weight.squeeze(self.config.axis) for weight in reversed(self._weights(values))]).detach()
 
     @classmethod

@@ -47,49 +47,63 @@ def entries(matrix: Tensor) -> list[list[Tensor]]:
     return [list(row.split(1)) for row in matrix.unbind()]
 
 
-@register_operator
-class HyperConnections(Wide):
-    """Learned matrices, and with `mix=dynamic` what each lane adds to them at its position: scale * tanh(rmsnorm(H) W).
+class _Mixed(Connection):
+    """Learned matrices, and with `mix=dynamic` what each lane, or part, adds to them at its position: scale * tanh(W rmsnorm(h)).
 
-    `into` is B, [n]; `across` A_r, [n, n]; `out` A_m, [n], of what follows; `norm`, [D], the scale of the norm in front of W. `of_write` and `of_read`
-    are W: of each lane its entry of B and its column of A_r, n + 1 in all, and its entry of A_m.
+    `into` is B, [n]; `across` A_r, [n, n]; `out` A_m of what follows, a row for each value that it gives, none at the end. `dynamic` has W.
     """
+
+    needs = frozenset({"maps", "whole stream", "plain links"})
+    mix = Option("dynamic", "Whether the matrices depend on the stream", choices=("dynamic", "static"))
+
+    def matrices(self, count: int, width: int, out: Tensor) -> None:
+        """Make them: of so many lanes of so many features, and with such a start of A_m."""
+        self.into = nn.Parameter(torch.ones(count))
+        self.across = nn.Parameter(torch.eye(count))
+        self.out = None if self.config.last else nn.Parameter(out)
+        reads = 0 if self.config.last else out.numel() // count
+        self.dynamic = Dynamic(self, width, count + 1, reads) if self.config.mix == "dynamic" else None
+
+    def mixed(self, lanes: Lanes, added: Sequence[Tensor]) -> Lanes:
+        """A_r H + B f, where each lane is given its own f."""
+        into, across = list(self.into.split(1)), entries(self.across)
+        if self.dynamic is not None:
+            for j, lane in enumerate(lanes):
+                own, *column = self.dynamic.written(lane)
+                into[j] = into[j] + own
+                for row, value in zip(across, column, strict=True):
+                    row[j] = row[j] + value
+        return tuple(weighted([*row, b], [*lanes, f]) for row, b, f in zip(across, into, added, strict=True))
+
+    def read_of(self, lanes: Lanes) -> list[Tensor]:
+        """A_m H."""
+        assert self.out is not None
+        rows = entries(self.out.view(-1, len(lanes)))
+        if self.dynamic is not None:
+            for j, lane in enumerate(lanes):
+                for row, value in zip(rows, self.dynamic.read(lane), strict=True):
+                    row[j] = row[j] + value
+        return [weighted(row, lanes) for row in rows]
+
+
+@register_operator
+class HyperConnections(_Mixed, Wide):
+    """n lanes of D features; at the end everything reads their sum."""
 
     name = "hc"
     title = "HyperConnections"
     formula = "u = Am*H, H' = Ar*H + B*f over n lanes; dynamic: + s*tanh(W*rmsnorm(H)) to each"
     paper = "Hyper-Connections, ICLR 2025, arXiv 2409.19606"
     reader = "hc"
-    needs = frozenset({"maps", "whole stream", "plain links"})
-    mix = Option("dynamic", "Whether the matrices depend on the stream", choices=("dynamic", "static"))
 
     def build(self) -> None:
-        n, dim, last = self.config.streams, self.config.dim, self.config.last
-        self.into = nn.Parameter(torch.ones(n))
-        self.across = nn.Parameter(torch.eye(n))
-        self.out = None if last else nn.Parameter(torch.zeros(n))
-        self.dynamic = Dynamic(self, dim, n + 1, 0 if last else 1) if self.config.mix == "dynamic" else None
-
-    def initialise(self) -> None:
-        if self.out is not None:
-            self.out[(self.config.position + 1) % self.config.streams] = 1
+        n = self.config.streams
+        self.matrices(n, self.config.dim, torch.eye(n)[(self.config.position + 1) % n])
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        lanes, n = self.lanes(x, state), self.config.streams
-        into, across = list(self.into.split(1)), entries(self.across)
-        if self.dynamic is not None:
-            for j, lane in enumerate(lanes):
-                own, *column = self.dynamic.written(lane)
-                into[j] = into[j] + own
-                for i in range(n):
-                    across[i][j] = across[i][j] + column[i]
-        lanes = tuple(weighted([*across[i], into[i]], [*lanes, f]) for i in range(n))
-        if self.out is None:
-            return (total(lanes),)
-        out = list(self.out.split(1))
-        if self.dynamic is not None:
-            out = [weight + self.dynamic.read(lane)[0] for weight, lane in zip(out, lanes, strict=True)]
-        return weighted(out, lanes), *lanes
+        lanes = self.lanes(x, state)
+        lanes = self.mixed(lanes, [f] * len(lanes))
+        return (total(lanes),) if self.config.last else (*self.read_of(lanes), *lanes)
 
 
 class Dynamic(nn.Module):
@@ -154,15 +168,15 @@ class _Constrained(Wide):
 
     def mixing(self) -> int:
         """How many logits A_r is made of."""
-        raise NotImplementedError
+        raise NotImplementedError  # each of the two ways to A_r has its own
 
     def mixing_start(self) -> Tensor:
         """Where they start."""
-        raise NotImplementedError
+        raise NotImplementedError  # each of the two ways to A_r has its own
 
     def mixed(self, logits: Sequence[Tensor]) -> list[list[Tensor]]:
         """A_r, row by row, of its logits."""
-        raise NotImplementedError
+        raise NotImplementedError  # each of the two ways to A_r has its own
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         lanes, n = self.lanes(x, state), self.config.streams
@@ -250,45 +264,26 @@ class PermutedHyperConnections(_Constrained):
 
 
 @register_operator
-class FracConnections(Connection):
-    """The features in m parts are the lanes: H is as wide as the stream, and all matrices are [m, m], but B, [m]. Dynamic as hyper-connections."""
+class FracConnections(_Mixed):
+    """The features in m parts are the lanes: H is as wide as the stream, and all matrices are [m, m], but B, [m]."""
 
     name = "frac"
     title = "FracConnections"
     formula = "u = Am*H, H' = Ar*H + B*f over m parts of the features; dynamic: + s*tanh(W*rmsnorm(H)) to each"
     paper = "Frac-Connections: Fractional Extension of Hyper-Connections, arXiv 2503.14125"
     reader = "frac"
-    needs = frozenset({"maps", "whole stream", "plain links"})
     parts = Option(4, "Parts m of the features", minimum=2)
-    mix = Option("dynamic", "Whether the matrices depend on the stream", choices=("dynamic", "static"))
 
     def build(self) -> None:
-        m, last = self.config.parts, self.config.last
-        self.into = nn.Parameter(torch.ones(m))
-        self.across = nn.Parameter(torch.eye(m))
-        self.out = None if last else nn.Parameter(torch.eye(m))
-        self.dynamic = Dynamic(self, self.config.dim // m, m + 1, 0 if last else m) if self.config.mix == "dynamic" else None
+        self.width = self.config.dim // self.config.parts
+        self.matrices(self.config.parts, self.width, torch.eye(self.config.parts))
 
     def step(self, x: Tensor, f: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        m, axis = self.config.parts, self.config.axis
-        width = self.config.dim // m
-        parts, added = (value.split(width, axis) for value in (state[0] if state else x, f))
-        into, across = list(self.into.split(1)), entries(self.across)
-        if self.dynamic is not None:
-            for j, part in enumerate(parts):
-                own, *column = self.dynamic.written(part)
-                into[j] = into[j] + own
-                for i in range(m):
-                    across[i][j] = across[i][j] + column[i]
-        parts = tuple(weighted([*across[i], into[i]], [*parts, added[i]]) for i in range(m))
-        if self.out is None:
-            return (torch.cat(parts, axis),)
-        out = entries(self.out)
-        if self.dynamic is not None:
-            for j, part in enumerate(parts):
-                for i, value in enumerate(self.dynamic.read(part)):
-                    out[i][j] = out[i][j] + value
-        return torch.cat([weighted(row, parts) for row in out], axis), torch.cat(parts, axis)
+        axis = self.config.axis
+        wide = state[0] if state else x
+        parts = self.mixed(wide.split(self.width, axis), f.split(self.width, axis))
+        whole = torch.cat(parts, axis)
+        return (whole,) if self.config.last else (torch.cat(self.read_of(parts), axis), whole)
 
     @classmethod
     def unfit(cls, stream: Sequence[SiteConfig]) -> str:
