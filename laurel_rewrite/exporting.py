@@ -30,6 +30,7 @@ from laurel_rewrite.files.onnx import place_onnx
 from laurel_rewrite.graph.capture import describe, quiet, training, without_caches
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.operators.annealing import unfinished
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
 from laurel_rewrite.operators.protocol import Connection
@@ -97,6 +98,8 @@ def export_onnx(
     if not path.parent.is_dir():
         raise ExportError(f"{path} could not be written: there is no folder {path.parent}.")
     args, kwargs = call_inputs(args, kwargs)
+    if why := unfinished(model):
+        _log.warning("%s: %s", path.name, why)
     with replacing(path.parent) as draft:
         exported = Exporter(model, args, kwargs, target=target, functions=functions, skip=skip).write(draft / path.name)
         if verify:

@@ -79,6 +79,20 @@ def test_steps_are_counted_and_kept(tmp_path):
     assert advance_annealing(Stack()) == 0
 
 
+def test_an_export_on_the_way_warns(tmp_path, caplog):
+    _, model, _ = annealed("rezero")
+    model = model.float()
+    x = torch.randn(2, 5, D)
+    steps_done(model, 3)
+    laurel_rewrite.export_onnx(model, (x,), None, tmp_path / "on_the_way.onnx")
+    assert f"on_the_way.onnx: annealing is at step 3 of {STEPS}" in caplog.text
+    caplog.clear()
+    steps_done(model, STEPS)
+    laurel_rewrite.export_onnx(model, (x,), None, tmp_path / "there.onnx")
+    laurel_rewrite.export_onnx(Stack(), (x,), None, tmp_path / "plain.onnx")
+    assert "annealing" not in caplog.text
+
+
 def test_weights_of_the_branch_are_left_as_they_were():
     """deepnorm and fixup scale them, which no step would take back."""
     base = Stack()

@@ -140,6 +140,16 @@ def test_a_model_that_was_compiled_is_looked_into(text, tmp_path, monkeypatch):
     assert {site["site"] for site in seen["inside"]["sites"]} == set(found.runs["rw+lr", 1e-3, 0].learned)
 
 
+def test_the_steps_of_annealing_are_those_of_the_optimiser(text, tmp_path):
+    asked = {**USUAL, "accumulate": 2}
+    found = compare(
+        GPT, **asked, data=text, variants="layerscale", anneal="linear", anneal_steps=1000, seeds=1, one_more_layer=False, out=tmp_path
+    )
+    (run,) = [run for (name, *_), run in found.runs.items() if name == "layerscale"]
+    shares = {values["t"] for values in run.learned.values()}
+    assert [*shares] == pytest.approx([run.curve[-1].step / 1000], rel=1e-6)
+
+
 def test_no_run_begins_behind_the_time(text, tmp_path):
     found = compare(GPT, **USUAL, data=text, variants="rw", seeds=2, max_seconds=0, out=tmp_path)
     assert not found.runs

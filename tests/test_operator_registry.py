@@ -99,6 +99,24 @@ def test_a_start_for_readers_without_a_scale_is_tried(caplog):
     assert re.search(r"not verified: start for readers without a scale, eval mode: .*; a reader of the stream is no norm", caplog.text)
 
 
+def test_an_operator_has_the_options_of_all_its_bases():
+    class One(Connection):
+        first = Option(1, "One")
+
+    class Two(Connection):
+        second = Option(2, "Two")
+
+    class Both(One, Two):
+        first = Option(3, "Mine")
+
+    assert {name: option.default for name, option in Both.declared.items()} == {
+        "first": 3,
+        "second": 2,
+        "anneal": "none",
+        "anneal_steps": 0,
+    }
+
+
 def test_what_was_verified_of_another_start_is_said():
     from laurel_rewrite.backends.rewriting import apply_plan
 

@@ -23,6 +23,7 @@ from laurel_rewrite.backends.rewriting import rewrite
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.integrations import log_names, required
 from laurel_rewrite.operators import registry
+from laurel_rewrite.operators.annealing import advance_annealing
 from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups, sites_of
 
 NAME = "laurel"
@@ -111,7 +112,9 @@ class LaurelConverter:
         _log.info("LAuReL at %d sites of %s", len(connections), self.model_name)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing: part of the protocol."""
+        """Count the step for annealed operators; torchtitan calls it behind each of its optimisers'."""
+        for part in model if isinstance(model, list) else [model]:
+            advance_annealing(part)
 
 
 def register(*models: str, scalar_lr: float = 1.0) -> None:

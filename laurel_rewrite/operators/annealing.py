@@ -58,6 +58,19 @@ def advance_annealing(model: nn.Module, steps: int = 1) -> int:
     return len(found)
 
 
+def unfinished(model: nn.Module) -> str:
+    """How far annealed connections are that have not taken over yet, in a sentence; "" where there are none."""
+    found = [module for module in model.modules() if isinstance(module, Annealing)]
+    steps = {(int(module.annealed), module.config.anneal_steps) for module in found if not module.annealed.is_meta}
+    least = min(((done, of) for done, of in steps if done < of), default=None)
+    if least is None:
+        return ""
+    return (
+        f"annealing is at step {least[0]} of {least[1]}: the model computes something between its plain sums and its operators. It goes on where "
+        "advance_annealing(model) is called behind each step of the optimiser."
+    )
+
+
 class Annealing(nn.Module):
     """What annealed connections have beside their operator.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +174,12 @@ class Watched(SiteConfig):
         """The configuration with the facts that were read, and the others as they are where nothing is known."""
         facts = self.__dict__
         return SiteConfig(facts["variant"], facts["dim"], **{name: facts[name] for name in facts["_read"]}, options=facts["options"])
+
+
+def no_blocks(stream: Sequence[SiteConfig], least: int = 1) -> str:
+    """Why an operator that acts where blocks end has nothing to do in a stream; "" where there are as many as it needs."""
+    found = sum(config.ends_block for config in stream)
+    return "" if found >= least else f"it acts where repeated blocks end, {least} of them at least, and here are {found}."
 
 
 FACTS = frozenset({"variant", "dim", "options", "to_dict", "but", *_FACTS})

@@ -24,7 +24,8 @@ class Counts:
     """For one position (token, pixel) of one site.
 
     Attributes:
-        flops: products as torch counts them (a multiply and an add are two), and one for each element that another op computes.
+        flops: what the operator declares, or products as torch counts them (a multiply and an add are two), and one for each element that another
+            op computes.
         moved: elements of activations that its ops read and write, each for itself; those of the plain sum are 3 D.
         state: elements that it leaves for the next connection.
     """
@@ -90,7 +91,9 @@ def _counted(connection: Connection, state: tuple[torch.Tensor, ...]) -> tuple[C
     own = {value.untyped_storage()._cdata for value in connection.state_dict(keep_vars=True).values()}
     with torch.no_grad(), _Counter(own) as counter:  # what it runs on is there already, and costs nothing
         left = _left(connection, x, f, state)
-    return Counts(counter.flops, counter.moved, sum(value.numel() for value in left)), left
+    declared = connection.flops(connection.config)
+    flops = counter.flops if declared is None else declared
+    return Counts(flops, counter.moved, sum(value.numel() for value in left)), left
 
 
 def state_behind(connection: Connection, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -120,13 +120,9 @@ class Operator:
         connection: Any = self.connection
         return _parameters(connection, config)
 
-    def flops(self, config: SiteConfig) -> int:
-        """FLOPs (a multiply and an add are two) for one position (token, pixel) of one site."""
-        declared = self.connection.flops(config)
-        return self.counts(config).flops if declared is None else declared
-
     def counts(self, config: SiteConfig) -> Counts:
-        """What its ops compute, move and leave for the next connection, counted."""
+        """What its ops compute, move and leave for the next connection, of a site whose state is like that which it leaves; `Plan.counts` knows
+        each site's own."""
         connection: Any = self.connection
         return _counted(connection, config)
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from laurel_rewrite.operators.config import Option, SiteConfig
-from laurel_rewrite.operators.families.lambdas import no_blocks
+from laurel_rewrite.operators.config import Option, SiteConfig, no_blocks
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.registry import register_operator
 from laurel_rewrite.operators.tensors import dot, weighted

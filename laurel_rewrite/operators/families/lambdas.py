@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from laurel_rewrite.operators.config import Option, SiteConfig
+from laurel_rewrite.operators.config import Option, SiteConfig, no_blocks
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.registry import register_operator
 from laurel_rewrite.operators.sums import scaled
@@ -84,9 +84,3 @@ class Backout(Connection):
     @classmethod
     def unfit(cls, stream: Sequence[SiteConfig]) -> str:
         return "" if len(stream) > 1 else "it has one connection, and so nothing before its end."
-
-
-def no_blocks(stream: Sequence[SiteConfig], least: int = 1) -> str:
-    """Why an operator that acts where blocks end has nothing to do in a stream; "" where there are as many as it needs."""
-    found = sum(config.ends_block for config in stream)
-    return "" if found >= least else f"it acts where repeated blocks end, {least} of them at least, and here are {found}."

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from laurel_rewrite.operators.config import SiteConfig
-from laurel_rewrite.operators.families.lambdas import no_blocks
+from laurel_rewrite.operators.config import SiteConfig, no_blocks
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.registry import register_operator
 

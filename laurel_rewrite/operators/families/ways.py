@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from laurel_rewrite.operators.config import Option, SiteConfig
+from laurel_rewrite.operators.config import Option, SiteConfig, no_blocks
 from laurel_rewrite.operators.families.dense import History, with_own
-from laurel_rewrite.operators.families.lambdas import no_blocks
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.reads import Reads
 from laurel_rewrite.operators.registry import register_operator
