@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from laurel_rewrite.app.job import find_sites
 from laurel_rewrite.lab.candidates import Candidate
 from laurel_rewrite.operators import registry
 from laurel_rewrite.plan import LaurelConfig
+from laurel_rewrite.plan.fits import fits
 
 GPT = "tools/examples/gpt.py"  # from the root of the repository: what is committed names no folder of a machine
 LAUREL = ("rw", "lr", "pa", "rw+lr", "rw+pa", "lr+pa", "rw+lr+pa")
@@ -62,9 +64,11 @@ def placements() -> list[Candidate]:
     return [Candidate(name, LaurelConfig("rw+lr", **options)) for name, options in places.items()]
 
 
-def registered() -> list[Candidate]:
-    """Every operator that the registry holds."""
-    return each(*registry.operators())()
+def registered(model: str, settings: dict[str, Any]) -> Callable[[], list[Candidate]]:
+    """A candidate for each operator that fits every stream of a model, with its options as they are where none are given."""
+    return lambda: [
+        Candidate(fit.operator, LaurelConfig(fit.operator)) for fit in fits(find_sites(model, settings)) if fit.fits and not fit.reason
+    ]
 
 
 def _known(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +77,8 @@ def _known(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 _SMALL = {"width": 128, "depth": 6, "heads": 4, "vocabulary": 256, "dropout": 0.0}
 _TEXT = {"tokens": 1_000_000, "length": 128, "batch": 16}
+_LLAMA = {"num_hidden_layers": 6, "vocab_size": 256, "max_position_embeddings": 256}
+_SMALL_LLAMA = _LLAMA | {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 3}
 _IMAGES = {"tokens": 16_000, "batch": 32}
 _TEXT_CUT = "bytes of Python's sources for C4; 1 M tokens"
 
@@ -96,11 +102,7 @@ TABLES = {
     ),
     "llama": Table(
         "A Llama: does low rank add to the residual weights?",
-        "hf:llama",
-        {
-            "hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 6, "num_attention_heads": 5, "num_key_value_heads": 5,
-            "vocab_size": 256, "max_position_embeddings": 256,
-        },
+        "hf:llama", _LLAMA | {"hidden_size": 160, "intermediate_size": 432, "num_attention_heads": 5, "num_key_value_heads": 5},
         each("rw", "rw+lr", rank=16), "builtin:python", _TEXT, (1e-3, 3e-3, 1e-2), f"{_TEXT_CUT}; 1.9 M parameters",
     ),
     "vit": Table(
@@ -116,8 +118,10 @@ TABLES = {
         each("rw", "lr", "pa", "rw+lr", rank=16, history=3), "builtin:shapes", _IMAGES, (1e-3, 3e-3, 1e-2),
         "drawn shapes of 32 x 32 pixels in ten classes; 16,000 images (16 M pixels); 1.1 M parameters",
     ),
-    "registry": replace(
-        PAPER, question="Every operator that is registered, on a language model", candidates=registered, cut=f"{_TEXT_CUT}; 1.3 M parameters",
+    "registry": Table(
+        "A Llama with every residual operator, each with its options as they are where none are given",
+        "hf:llama", _SMALL_LLAMA, registered("hf:llama", _SMALL_LLAMA), "builtin:python", _TEXT | {"tokens": 500_000}, (1e-3, 3e-3, 1e-2),
+        "bytes of Python's sources; 0.5 M tokens; 0.7 M parameters; one learning rate for all, and no option tuned; deepnorm is for post-norm models",
     ),
 }  # fmt: skip
 """For two CPU cores, two hours each or less."""
