@@ -185,5 +185,6 @@ def test_gemma_3n_has_laurel_already():
     existing = Counter(rejected.owner for rejected in sites.rejected if rejected.reason == "existing LAuReL")
     # Its own sum, x + norm(U V x), and the sum of that with the attention.
     assert existing == {f"model.layers.{layer}{part}": 1 for layer in (0, 1) for part in ("", ".laurel")}
+    assert sites.existing() == "The model has LAuReL of its own, which is left as it is: model.layers.0.laurel, model.layers.1.laurel."
     assert not any(site.owner.endswith(".laurel") for site in sites)
     assert sum(site.owner.startswith("model.layers") and "altup" not in site.owner for site in sites) == 2  # the MLP's

@@ -86,7 +86,7 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
     if counts:
         rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
         show_table(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
-    for note in sites.notes if sites.sites else [sites.why_none()]:
+    for note in filter(None, (sites.existing(), *(sites.notes if sites.sites else [sites.why_none()]))):
         console.print(Text(note))
 
 

@@ -120,6 +120,15 @@ class Sites:
         call = self.call(index)
         return [self.where(index)] if call is None else [f"{span.filename}:{span.line}" for span in call.steps]
 
+    def existing(self) -> str:
+        """Where the model has LAuReL of its own already, for the user; "" where it has none."""
+        owners = dict.fromkeys(rejected.owner for rejected in self.rejected if rejected.reason == "existing LAuReL")
+        inner = [owner for owner in owners if not any(other.startswith(f"{owner}.") for other in owners)]
+        if not inner:
+            return ""
+        more = f" and {len(inner) - 3} more" if len(inner) > 3 else ""
+        return f"The model has LAuReL of its own, which is left as it is: {', '.join(inner[:3])}{more}."
+
     def undecided(self) -> str:
         """How many sums may be residual connections for all that is known of their sizes, and the way out; "" where there is none."""
         count = sum(rejected.reason in ("open sizes", "unknown shape") for rejected in self.rejected)
