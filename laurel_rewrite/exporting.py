@@ -246,7 +246,7 @@ class _Marker:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         module = self.module
         left: tuple[Tensor, ...] = ()
-        if module.config.leaves != 0:  # what is traced of it here leads nowhere, and the exporter drops it
+        if module.config.leaves != 0 or module.config.linked:  # what is traced of it here leads nowhere, and the exporter drops it
             named = {"n": n} if module.needs_input else {}
             _, left = (
                 parted(module.skip(x, *state, **named)) if module.additive else Connection.connect(module, x, f, *more, state=state, n=n)

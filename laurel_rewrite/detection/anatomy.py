@@ -5,6 +5,7 @@ All of it is read off the dataflow and the modules' paths, and only when somebod
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ class Spot:
         link: how the skip follows from the output of the connection before it in the stream: "begin" (there is none), "plain" (views and
             casts alone), "norm" or "activation" (one stands between), "other".
         link_end: name of the value in the graph that a norm or activation there gives; "" for other links.
+        last_end: the same of the norm or activation behind the last sum of a stream, in its block, where one stands behind every other block;
+            "" elsewhere.
         length: how many connections the stream has.
         owner_class: name of the class of the module whose code adds; "" where the graph does not say.
         block: path of the repeated module that the site lies in ("layers.3"), "" where there is none.
@@ -45,6 +48,7 @@ class Spot:
 
     link: str
     link_end: str
+    last_end: str
     length: int
     owner_class: str
     block: str
@@ -97,14 +101,16 @@ class _Anatomist:
         blocks = self._blocks(roles)
         classes = {value.owner: value.owner_class for value in self.values if value.owner_class}
         last = {(site.stream, blocks[site.id]): site.id for site in self.sites}
+        links = {site.id: self._link(site) for site in self.sites}
         found = {}
         for site in self.sites:
             branches = branches_of[site.id]
             first = branches[0]
-            link, link_end = self._link(site)
+            link, link_end = links[site.id]
             found[site.id] = Spot(
                 link=link,
                 link_end=link_end,
+                last_end=self._last_end(site, blocks, links),
                 length=len(self.streams[site.stream]),
                 owner_class=classes.get(site.owner, ""),
                 block=blocks[site.id],
@@ -151,16 +157,55 @@ class _Anatomist:
             return "begin", ""
         before = self.bindings[self.streams[site.stream][site.index - 1].id].residual.output
         skip = self.bindings[site.id].residual.skip
-        between = [i for i in self._between(before, skip) if i != before]
-        kinds = [self.values[i].kind for i in between if self.values[i].role is not Role.TRANSPARENT]
-        if not kinds:
-            return "plain", ""
+        kind = self._kind_of([i for i in self._between(before, skip) if i != before], site.axis)
         end = skip
         while self.values[end].role is Role.TRANSPARENT and self.values[end].inputs:
             end = self.values[end].inputs[0]
-        if any(kind.norm for kind in kinds) or statistics(self.flow, between, site.axis):
-            return "norm", self.values[end].name
-        return ("activation", self.values[end].name) if all(kind.role is Role.POINTWISE for kind in kinds) else ("other", "")
+        return kind, self.values[end].name if kind in ("norm", "activation") else ""
+
+    def _kind_of(self, between: Sequence[int], axis: int) -> str:
+        """What some values on the way from one sum to the next are together."""
+        kinds = [self.values[i].kind for i in between if self.values[i].role is not Role.TRANSPARENT]
+        if not kinds:
+            return "plain"
+        if any(kind.norm for kind in kinds) or statistics(self.flow, between, axis):
+            return "norm"
+        return "activation" if all(kind.role is Role.POINTWISE for kind in kinds) else "other"
+
+    def _last_end(self, site: Site, blocks: Mapping[str, str], links: Mapping[str, tuple[str, str]]) -> str:
+        """Where the norm or activation behind a stream's last sum ends, if that stands in its block as it does in all others."""
+        stream, block = self.streams[site.stream], blocks[site.id]
+        others = {links[after.id][0] for before, after in itertools.pairwise(stream) if blocks[before.id] != blocks[after.id]}
+        if site is not stream[-1] or not block or len(others) != 1 or not others <= {"norm", "activation"}:
+            return ""
+        end = -1
+        for index, between in self._passed(self.bindings[site.id].residual.output, block):
+            if end < 0:
+                end = index if self._kind_of(between, site.axis) in others else end
+            elif self.owner(index) == self.owner(end) and self.values[index].role in (Role.TRANSPARENT, Role.POINTWISE):
+                end = index
+            else:
+                break
+        return self.values[end].name if end >= 0 else ""
+
+    def _passed(self, start: int, block: str) -> Iterator[tuple[int, list[int]]]:
+        """The values of a block that everything goes through which is computed from another, and for each those on the way to it, it included."""
+        flow, between, reach = self.flow, list[int](), start
+        queue = [start]
+        while queue:
+            index = heapq.heappop(queue)
+            if index != start:
+                if not f"{self.owner(index)}.".startswith(f"{block}."):
+                    return
+                between.append(index)
+                if index >= reach:
+                    yield index, list(between)
+            if index in flow.outputs:
+                return
+            readers = {reader for reader in flow.readers[index] if reader in flow.live and self.values[reader].data}
+            reach = max(readers | {reach})
+            for reader in readers.difference(queue):
+                heapq.heappush(queue, reader)
 
     def _blocks(self, roles: Mapping[str, str]) -> dict[str, str]:
         """For each site the repeated module around it: the deepest numbered one all of whose sisters have the same sites in the stream, by

@@ -74,6 +74,7 @@ class Connection(BetweenGraphs, SumInParts):
             of the stream is one), "projections" (each attention of the stream has separate ones).
         separate: it returns `Reads` where it can.
         reader: name of what reads earlier states, for messages; "" where nothing does.
+        reads_last: it is asked by `read` behind the norm of the last sum, too, where the blocks of a stream end in one.
         grows: its state has more tensors from connection to connection; such a block, compiled alone, is several graphs.
         lead: how many leading dimensions a state has in front of the stream's.
         rate: factor on the learning rate of its parameters.
@@ -94,6 +95,7 @@ class Connection(BetweenGraphs, SumInParts):
     needs: ClassVar[frozenset[str]] = frozenset()
     reader: ClassVar[str] = ""
     separate: ClassVar[bool] = False
+    reads_last: ClassVar[bool] = False
     grows: ClassVar[bool] = False
     lead: ClassVar[int] = 0
     rate: ClassVar[float] = 1.0

@@ -83,18 +83,23 @@ def places_beside(sites: Sites, site: Site, operator: Operator, calls: int) -> d
         ConfigError: it needs the branch's input, and no module of its own gives that.
     """
     once = calls == 1 or not sites.calls
-    after = sites.after(site)
-    behind = link_end(sites, after) if operator.reads_links and once and after is not None else ""
+    asked = operator.reads_links and once and (operator.connection.reads_last or sites.after(site) is not None)
+    behind = link_end(sites, site) if asked else ""
     projections = projections_of(sites, site) if operator.separate and once else ()
     reads = read_by_branch(sites, site, calls) if operator.needs_input or projections else ""
     return {"reads": reads, "behind": behind, "projections": projections}
 
 
 def link_end(sites: Sites, site: Site) -> str:
-    """Where the norm or activation in front of a site ends: the innermost module, called once, whose result that is; the value's name in a
+    """Where the norm or activation behind a site ends: the innermost module, called once, whose result that is; the value's name in a
     graph. "" where there is none."""
-    name = sites.spots[site.id].link_end
-    return _ends_in(sites, sites.named(name, site)) if name and sites.calls else name
+    after = sites.after(site)
+    name = sites.spots[after.id].link_end if after is not None else sites.spots[site.id].last_end
+    if not name or not sites.calls:
+        return name
+    path, holder = _ends_in(sites, sites.named(name, after or site)), sites.bindings[site.id].holder
+    # The states of a stream end with the call of its holder.
+    return path if after is not None or path.startswith(f"{holder}." if holder else "") else ""
 
 
 def projections_of(sites: Sites, site: Site) -> tuple[str, ...]:

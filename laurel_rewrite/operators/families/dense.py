@@ -18,8 +18,7 @@ class DenseFormer(Connection):
     """Depth-weighted average: behind a block stands a weighted sum of its output and of those before it, X_0 the start of the stream.
 
     `a` has one weight for each value that is read: X_i, X_{i-d}, X_{i-2d}, .., the newest last, where a block's number is a multiple of the
-    period. Where a norm follows the sum, what is behind it is the block's output; but at the end of a stream, whose norm leads to no further sum, the
-    last block's is what is in front of it.
+    period. Where a norm follows the sums of a block, what is behind it is the block's output.
     """
 
     name = "denseformer"
@@ -27,7 +26,7 @@ class DenseFormer(Connection):
     formula = "x + f; behind block i sum_j a_ij*X_j over j = i, i-d, i-2d, .."
     paper = "DenseFormer: Enhancing Information Flow in Transformers via Depth Weighted Averaging, NeurIPS 2024"
     reader = "denseformer"
-    grows = True
+    grows = reads_last = True
     needs = frozenset({"whole stream", "plain links"})
     dilation = Option(1, "Distance d between the blocks that are read", minimum=1)
     period = Option(1, "Blocks from one weighted sum to the next", minimum=1)
