@@ -15,6 +15,9 @@ from laurel_rewrite.detection.anatomy import Spot, _Anatomist
 from laurel_rewrite.detection.sites import _sites, sites_of_onnx
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan import Plan
+from laurel_rewrite.plan.fitting import link_end
+from laurel_rewrite.sources.models import build
+from laurel_rewrite.testing.stacks import PostNormStack
 
 KNOWN = {
     # link, role, normed, scale-free, block without its number; site by site of one block
@@ -46,6 +49,43 @@ def test_what_is_known_of_real_architectures(name, exported):
         assert sites.spots[site.id].length == len(sites)
     graph = sites_of_onnx(ir.load(exported(name)))
     assert [in_short(graph.spots[site.id]) for site in graph] == [in_short(sites.spots[site.id]) for site in sites]
+
+
+_SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 99}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "ends"),
+    [
+        ("hf:bert", _SMALL, ["bert.encoder.layer.1.output.LayerNorm"]),
+        ("hf:deberta", _SMALL, ["deberta.encoder.layer.1.output.LayerNorm"]),  # written out, with a bias added behind it
+        ("hf:olmo2", {**_SMALL, "num_key_value_heads": 2}, [""]),  # a norm behind each branch, and one of the whole model's behind the last sum
+        ("torchvision:resnet18", {}, [f"layer{stage}.1" for stage in (1, 2, 3, 4)]),  # an activation that its block computes itself
+    ],
+)
+def test_what_stands_behind_the_last_sum_as_behind_all_others(model, settings, ends):
+    built = build(model, settings)
+    sites = detect(built.model, built.args, built.kwargs)
+    last = [site for site in sites if sites.after(site) is None]
+    assert [link_end(sites, site) for site in last] == ends
+
+
+def test_what_is_read_before_the_norm_is_no_link_behind_the_last_sum():
+    class Read(PostNormStack):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x) + self.kept.sum()
+
+    stack = Read()
+    stack.kept = torch.zeros(1)
+    last = stack.blocks[-1]
+    norm = [module for module in last.modules() if isinstance(module, nn.LayerNorm)][-1]
+    sites = detect(stack, (torch.randn(2, 5, 16),))
+    assert link_end(sites, sites[-1])
+    norm.register_forward_pre_hook(lambda module, args: setattr(stack, "kept", args[0]))
+    sites = detect(stack, (torch.randn(2, 5, 16),))
+    assert not link_end(sites, sites[-1])
 
 
 def test_projections_of_one_normalised_value():

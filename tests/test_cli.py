@@ -119,6 +119,7 @@ def test_sites(net, here):
         "projections",
         "maps",
         "link_end",
+        "last_end",
         "scale_free",
         "owner_class",
     }

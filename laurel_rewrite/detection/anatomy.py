@@ -182,11 +182,18 @@ class _Anatomist:
         for index, between in self._passed(self.bindings[site.id].residual.output, block):
             if end < 0:
                 end = index if self._kind_of(between, site.axis) in others else end
-            elif self.owner(index) == self.owner(end) and self.values[index].role in (Role.TRANSPARENT, Role.POINTWISE):
+            elif self.owner(index) == self.owner(end) and self._keeps_positions(index):
                 end = index
             else:
                 break
         return self.values[end].name if end >= 0 else ""
+
+    def _keeps_positions(self, index: int) -> bool:
+        """Whether a value is another in the same places: a view, an activation, or it scaled or biased by weights."""
+        value = self.values[index]
+        return value.role in (Role.TRANSPARENT, Role.POINTWISE) or (
+            value.role is Role.SUM and sum(self.values[operand].data for operand in value.inputs) == 1
+        )
 
     def _passed(self, start: int, block: str) -> Iterator[tuple[int, list[int]]]:
         """The values of a block that everything goes through which is computed from another, and for each those on the way to it, it included."""
