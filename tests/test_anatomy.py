@@ -59,7 +59,11 @@ _SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "n
     [
         ("hf:bert", _SMALL, ["bert.encoder.layer.1.output.LayerNorm"]),
         ("hf:deberta", _SMALL, ["deberta.encoder.layer.1.output.LayerNorm"]),  # written out, with a bias added behind it
-        ("hf:olmo2", {**_SMALL, "num_key_value_heads": 2}, [""]),  # a norm behind each branch, and one of the whole model's behind the last sum
+        (
+            "hf:olmo2",
+            {**_SMALL, "num_key_value_heads": 2},
+            [""],
+        ),  # a norm behind each branch, and one of the whole model's behind the last sum
         ("torchvision:resnet18", {}, [f"layer{stage}.1" for stage in (1, 2, 3, 4)]),  # an activation that its block computes itself
     ],
 )

@@ -2,7 +2,8 @@
 
 Each architecture is built small, from its configuration, and each operator put in where it fits (`laurel_rewrite.plan.fits.plan_of`). A cell
 works where the rewritten model passes its verification, runs in training mode at another batch size than it was captured with, and gives a
-finite gradient to every parameter that the operator brought, with these off their start. Else it quotes why the operator is refused. Writes
+finite gradient to every parameter that the operator brought, with these off their start; and where its ONNX export, in onnxruntime, computes
+what it does at two other sizes of all that is dynamic in it (`laurel_rewrite.export_onnx`, within 1e-4). Else it quotes why the operator is refused. Writes
 `tools/results/operators.md` and `.json`; with names, tries these operators alone and writes nothing.
 
 Exit status: 1 where a cell neither works nor is refused.
@@ -22,12 +23,14 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnx
 import torch
 from torch.utils import _pytree as pytree
 
-from laurel_rewrite import detect, rewrite
+from laurel_rewrite import detect, export_onnx, rewrite
 from laurel_rewrite.errors import ConfigError, RewriteError
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
@@ -59,6 +62,7 @@ class Cell:
         connections: how many it has.
         all_sites: these are all that the architecture has.
         start: "exact" and so on.
+        dynamic: what sizes of the inputs the ONNX graph leaves open: "batch", "batch, sequence", or "".
         reason: why it is refused, or not everywhere, or what failed.
     """
 
@@ -68,6 +72,7 @@ class Cell:
     connections: int = 0
     all_sites: bool = False
     start: str = ""
+    dynamic: str = ""
     reason: str = ""
 
 
@@ -77,7 +82,10 @@ def cells(architecture: str, names: list[str]) -> list[Cell]:
     found = []
     for cell in _tried(architecture, names):
         found.append(cell)
-        print(f"{architecture:10} {cell.operator:17} {cell.outcome:8} {cell.connections or '':>3} {cell.reason[:110]}", flush=True)
+        print(
+            f"{architecture:10} {cell.operator:17} {cell.outcome:8} {cell.connections or '':>3} {cell.dynamic} {cell.reason[:110]}",
+            flush=True,
+        )
     return found
 
 
@@ -95,17 +103,19 @@ def _tried(architecture: str, names: list[str]) -> Iterator[Cell]:
         start = plan.sites[0].operator.start_of(plan.config(plan.sites[0]))
         count = len(plan.sites)
         try:
-            _try(copy.deepcopy(model), plan, built.args, built.kwargs)
+            dynamic = _try(copy.deepcopy(model), plan, built.args, built.kwargs)
         except (ConfigError, RewriteError) as error:
             yield Cell(name, architecture, "refused", reason=str(error.args[0]))
         except Exception as error:  # whatever a model or an operator raises, and a verification that fails
             yield Cell(name, architecture, "failed", count, reason=f"{type(error).__name__}: {str(error)[:300]}")
         else:
-            yield Cell(name, architecture, "works", count, count == len({site.module for site in sites}), start, reason)
+            yield Cell(name, architecture, "works", count, count == len({site.module for site in sites}), start, dynamic, reason)
 
 
-def _try(model: Any, plan: Any, args: Any, kwargs: Any) -> None:
+def _try(model: Any, plan: Any, args: Any, kwargs: Any) -> str:
+    """What is dynamic in the graph of one that works."""
     better = moved(rewrite(model, args, kwargs, plan=plan), 0.1).train()
+    dynamic = _exported(better, args, kwargs)
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x.flip(0)[:1]]) if x.ndim else x, (args, kwargs))
     out = better(*args, **kwargs)
     value = next(leaf for leaf in pytree.tree_leaves(dict(out) if hasattr(out, "keys") else out) if isinstance(leaf, torch.Tensor))
@@ -115,6 +125,17 @@ def _try(model: Any, plan: Any, args: Any, kwargs: Any) -> None:
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None, f"{site}.{name} has no gradient"
             assert parameter.grad.isfinite().all(), f"{site}.{name} has a gradient that is not finite"
+    return dynamic
+
+
+def _exported(model: Any, args: Any, kwargs: Any) -> str:
+    """What is dynamic in the graph of a model, which computes what the model does."""
+    with TemporaryDirectory() as folder:
+        graph = onnx.load(export_onnx(model, args, kwargs, Path(folder) / "model.onnx"), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    sizes = [info.type.tensor_type.shape.dim for info in graph.input if info.name not in weights]
+    places = ("batch", "sequence")
+    return ", ".join(word for place, word in enumerate(places) if any(dim[place].dim_param for dim in sizes if len(dim) > place))
 
 
 def table(found: list[Cell]) -> str:
@@ -122,6 +143,7 @@ def table(found: list[Cell]) -> str:
     by_place = {(cell.operator, cell.architecture): cell for cell in found}
     names = list(dict.fromkeys(cell.operator for cell in found))
     outcomes = Counter(cell.outcome for cell in found)
+    dynamic = {name: {cell.dynamic for cell in found if cell.architecture == name and cell.outcome == "works"} for name in ARCHITECTURES}
     reasons: dict[str, int] = {}
     lines = [
         "# Operators in architectures",
@@ -129,6 +151,10 @@ def table(found: list[Cell]) -> str:
         f"{outcomes['works']} of {len(found)} cells work, {outcomes['refused']} are refused for a reason below, {outcomes['failed']} failed. Each was "
         "tried: see `tools/operators/matrix.py` for what is tried and how the architectures are built. A cell has the number of "
         "connections, and * where a stream of the architecture keeps its sums, for the reason of the number behind it.",
+        "",
+        "Dynamic in the ONNX graphs that work: "
+        + "; ".join(f"{name}: {' or '.join(sorted(sizes)) or 'nothing'}" for name, sizes in dynamic.items())
+        + ".",
         "",
         f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}. Made by `python -m tools.operators`.",
         "",
@@ -156,7 +182,7 @@ def _shape(cell: Cell) -> str:
 
 def main(names: list[str]) -> int:
     chosen = [registry.canonical(name) for name in names] or [*registry.operators()]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
         found = [cell for part in pool.map(cells, ARCHITECTURES, [chosen] * len(ARCHITECTURES)) for cell in part]
     if not names:
         (RESULTS / "operators.md").write_text(table(found))

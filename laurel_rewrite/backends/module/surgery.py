@@ -309,7 +309,9 @@ def _connect(model: nn.Module, plan: Plan) -> None:
         shared = any(row.repeats > 1 for row in rows)
         holder = model.get_submodule(rows[0].holder)
         ring = Slot()  # of all connections, where some are called again and again
-        slots: dict[str, Slot | None] = {row.id: ring if shared else None if plan.leaves(row) == 0 and not row.behind else Slot() for row in rows}
+        slots: dict[str, Slot | None] = {
+            row.id: ring if shared else None if plan.leaves(row) == 0 and not row.behind else Slot() for row in rows
+        }
         stream = Stream([ring] if shared else [slot for slot in slots.values() if slot is not None], shared=shared, holder=rows[0].holder)
         stream.module = weakref.ref(holder)
         for index, row in enumerate(rows):
