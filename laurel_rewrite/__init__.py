@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from laurel_rewrite.backends.compiled import compile_backend, prepare
     from laurel_rewrite.backends.module.saving import load, save
     from laurel_rewrite.backends.module.surgery import remove
     from laurel_rewrite.backends.onnx.surgery import rewrite_onnx
@@ -51,6 +52,7 @@ _HOMES = {
     "explain": "detection.explaining",
     "draw": "detection.drawing",
     "rewrite": "backends.rewriting",
+    **dict.fromkeys(("prepare", "compile_backend"), "backends.compiled"),
     "remove": "backends.module.surgery",
     "rewrite_onnx": "backends.onnx.surgery",
     "write_onnx": "files.onnx",
@@ -98,6 +100,7 @@ __all__ = [
     "advance_annealing",
     "check_optimizer",
     "compare",
+    "compile_backend",
     "detect",
     "draw",
     "explain",
@@ -106,6 +109,7 @@ __all__ = [
     "load",
     "load_operators",
     "param_groups",
+    "prepare",
     "profile",
     "register_operator",
     "remove",

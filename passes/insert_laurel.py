@@ -6,12 +6,14 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
 from laurel_rewrite.detection.site import Binding, Site
 from laurel_rewrite.detection.sites import Sites, sites_of_graph
 from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
+from laurel_rewrite.graph.regions import ORIGIN, flattened
 from laurel_rewrite.operators.connections import refuse_second_time
 from laurel_rewrite.operators.prepared import prepare
 from laurel_rewrite.operators.protocol import Connection
@@ -19,81 +21,104 @@ from laurel_rewrite.passes.base import Pass, PassResult
 
 if TYPE_CHECKING:
     from laurel_rewrite.plan import Plan
+    from laurel_rewrite.plan.sites import PlanSite
 
 
 class InsertLaurel(Pass[fx.GraphModule]):
     """Insert the LAuReL modules of a plan into a graph, in place.
 
-    The graph may come from `symbolic_trace`, from `ExportedProgram.module()` or from anywhere; its nodes carry shapes. The plan names the
-    sites that `laurel_rewrite.detect` finds in this same graph. The result is linted and recompiled, computes what it computed, and
-    trains.
+    The graph may come from `symbolic_trace`, from `ExportedProgram.module()`, from TorchDynamo or from anywhere; its nodes carry shapes. The plan
+    names the sites that `laurel_rewrite.detect` finds in this same graph. The result is linted and recompiled, computes what it computed, and
+    trains. In a region of the graph (autocast, no_grad, a checkpoint), which is a graph module of its own, the call stands in that; a stream with
+    a history lies in one graph.
 
     Args:
         plan: what each site gets.
+        connections: of each site, where they were made before, by its id; else they are made.
 
     Raises:
         ConfigError: the plan names a site that the graph does not have, or the graph has LAuReL modules.
         RewriteError: a sum cannot be replaced.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, connections: Mapping[str, Connection] | None = None) -> None:
         self.plan = plan
-        self._sites: Sites | None = None
+        self.connections = connections
+        self._sites = Sites()
+        self._nodes: dict[str, fx.Node] = {}
 
     def requires(self, graph: fx.GraphModule) -> None:
         refuse_second_time(graph)
         self._sites = sites_of_graph(graph)
         self.plan.check(self._sites)
-        nodes = {node.name: node for node in graph.graph.nodes}
-        wanted = {row.id for row in self.plan.sites}
-        for site in self._sites:
-            if site.module in wanted:
-                names = [name for name, _, _ in self._sites.bindings[site.id].adds]
-                for name in names:
-                    if name not in nodes:
-                        raise RewriteError(
-                            f"{site.id}: {name} stands in a region of its own in the graph (autocast, no_grad, a checkpoint)"
-                        )
-                _check_in_place([nodes[name] for name in names], site.id, graph.get_submodule)
-
-    def call(self, graph: fx.GraphModule) -> PassResult[fx.GraphModule]:
-        assert self._sites is not None
-        nodes = {node.name: node for node in graph.graph.nodes}
-        like = next((p for p in graph.parameters() if p.is_floating_point()), None)
+        self._nodes = {node.name: node.meta.get(ORIGIN, node) for node in flattened(graph.graph).nodes}
         rows = {row.id: row for row in self.plan.sites}
-        states: dict[int, fx.Node] = {}  # of each stream, as edges of the graph
-        for row in rows.values():
-            module = self.plan.build(row, like)
-            module.train(graph.training)
-            module.sides = tuple(side for _, side, _ in self._sites.bindings[row.id].adds)
-            module.regrouped = not module.additive and len(module.sides) > 1
-            graph.add_submodule(row.id, module)
+        graphs: dict[int, fx.Graph] = {}  # of streams with a history
         for site in self._sites:
             if site.module not in rows:
                 continue
-            row = rows[site.module]
-            state, config = states.get(site.stream), self.plan.config(row)
-            if config.fed:
+            row, needed = rows[site.module], [name for name, _, _ in self._sites.bindings[site.id].adds]
+            adds = [self._nodes[name] for name in needed]
+            if row.operator.needs_input:
+                needed.append(self._sites.flow.values[self._sites.read_by(site)].name)
+            home = adds[0].graph
+            if any(self._nodes[name].graph is not home for name in needed):
+                raise RewriteError(
+                    f"{site.id}: its sum, or what its branch reads, lies partly in a region of the graph (autocast, no_grad, a checkpoint)"
+                )
+            if self.plan.has_history(row.stream) and graphs.setdefault(site.stream, home) is not home:
+                raise RewriteError(
+                    f"{site.id}: {row.variant} reads the states of the connections before it, and its stream goes through regions of the graph (autocast, "
+                    "no_grad, checkpoints). Leave the regions out, or use an operator without history"
+                )
+            _check_in_place(adds, site.id, _module_of(home).get_submodule)
+
+    def call(self, graph: fx.GraphModule) -> PassResult[fx.GraphModule]:
+        like = next((p for p in graph.parameters() if p.is_floating_point()), None)
+        rows, nodes = {row.id: row for row in self.plan.sites}, self._nodes
+        states: dict[int, fx.Node] = {}  # of each stream, as edges of the graph
+        made = self.connections or {row.id: self._built(row, like, graph.training) for row in rows.values()}
+        for name in rows:
+            graph.add_submodule(name, made[name])
+        touched = {graph.graph: graph}
+        for site in self._sites:
+            if site.module not in rows:
+                continue
+            row, connection = rows[site.module], made[site.module]
+            home = _module_of(nodes[self._sites.bindings[site.id].adds[0][0]].graph)
+            if home is not graph:
+                touched[home.graph] = home
+                home.add_submodule(site.module, connection)
+            state = states.get(site.stream)
+            if connection.config.fed:
                 assert state is not None
                 self._feed(site, nodes, state)
             binding, history = self._sites.bindings[site.id], self.plan.has_history(row.stream)
-            read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if row.operator.needs_input else None
-            made, left = _replace(graph, nodes, binding, site.module, state, read, history=history)
-            nodes[binding.adds[-1][0]] = made  # which is read in its place from here on
-            if config.linked:
+            connection.sides = tuple(side for _, side, _ in binding.adds)
+            connection.regrouped = not connection.additive and len(connection.sides) > 1
+            read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if connection.needs_input else None
+            out, left = _replace(home, nodes, binding, site.module, state, read, history=history)
+            nodes[binding.adds[-1][0]] = out  # which is read in its place from here on
+            if connection.config.linked:
                 assert left is not None
-                nodes[row.behind], left = _at_end(graph, nodes[row.behind], site.module, left)
+                nodes[row.behind], left = _at_end(home, nodes[row.behind], site.module, left)
             if left is not None:
                 states[site.stream] = left
-        prepare(graph, self.plan.factors(self._sites))
-        graph.graph.lint()
-        graph.recompile()
-        return PassResult(graph, tuple(row.id for row in self.plan.sites))
+        if self.connections is None:
+            prepare(graph, self.plan.factors(self._sites))
+        for home in touched.values():
+            home.graph.lint()
+            home.recompile()
+        return PassResult(graph, tuple(rows))
+
+    def _built(self, row: PlanSite, like: torch.Tensor | None, training: bool) -> Connection:
+        module = self.plan.build(row, like)
+        module.train(training)
+        return module
 
     def _feed(self, site: Site, nodes: Mapping[str, fx.Node], state: fx.Node) -> None:
         """Let q, k and v of a branch read what is left for them, behind the branch's norm."""
         sites = self._sites
-        assert sites is not None
         values, before = sites.flow.values, sites.after(site, -1)
         assert before is not None
         name = sites.spots[site.id].link_end or values[sites.bindings[before.id].residual.output].name
@@ -110,10 +135,18 @@ class InsertLaurel(Pass[fx.GraphModule]):
             reader.replace_input_with(read, made.get(read, value))
 
     def ensures(self, result: PassResult[fx.GraphModule]) -> None:
-        present = {str(n.target) for n in result.graph_module.graph.nodes if n.op == "call_module"}
+        graphs = [module.graph for module in result.graph_module.modules() if isinstance(module, fx.GraphModule)]
+        present = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
         missing = [name for name in result.changed if name not in present]
         if missing or any(not isinstance(result.graph_module.get_submodule(name), Connection) for name in result.changed):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
+
+
+def _module_of(graph: fx.Graph) -> fx.GraphModule:
+    """The module whose code a graph is."""
+    module = graph.owning_module
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 def _replace(

@@ -27,7 +27,7 @@ from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.prepared import plain_start
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.verification.checks import Check
-from laurel_rewrite.verification.runs import SCALE_FREE, Run, Watch, allowed, compare_runs, declared, run_once
+from laurel_rewrite.verification.runs import REGROUPED, SCALE_FREE, Allowed, Run, Watch, allowed, compare_runs, declared, run_once
 
 _MODES = (False, True)
 _MODES_OF_CHECKS = (*_MODES, None, False)  # the two starts, the calls, the start of operators for readers without a scale
@@ -42,12 +42,14 @@ class Evidence:
         stale: sites after which somebody read what the original had changed in place.
         turns: whether a loop ran on after its modules were used up.
         counts: how often each connection was called, in each mode that ran.
+        errors: what the runs raised.
     """
 
     checks: list[Check] = field(default_factory=list)
     stale: set[str] = field(default_factory=set)
     turns: bool = False
     counts: dict[bool, Counter[str]] = field(default_factory=dict)
+    errors: list[Exception] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
@@ -61,10 +63,11 @@ class Proof:
         model: the original.
         args, kwargs: inputs of its forward.
         seed: of all random generators, in every run.
+        regrouped: the rewritten model is run in a way that may compute sums in another order.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0) -> None:
-        self.args, self.kwargs, self.seed = args, kwargs, seed
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0, *, regrouped: bool = False) -> None:
+        self.args, self.kwargs, self.seed, self.regrouped = args, kwargs, seed, regrouped
         # Each run keeps a copy of the model's state beside it.
         self.why_not = "" if fits_twice(model) else f"the model's {state_bytes(model) / 2**30:.1f} GiB do not fit into memory twice"
         self.before: dict[bool, Run] = {}
@@ -88,10 +91,11 @@ class Proof:
                     watch = _Watch(model, loose)
                     after = self._run(model, mode, watch)
                     found.checks.append(
-                        compare_runs(self.before[mode], after, train=mode, declared=declared(model), allowed=allowed(model))
+                        compare_runs(self.before[mode], after, train=mode, declared=declared(model), allowed=self._allowed(model))
                     )
                     found.turns |= isinstance(after.error, TooManyTurnsError)
                     found.stale |= watch.found
+                    found.errors += [after.error] if after.error is not None else []
                     if self.before[mode].error is None and after.error is None:
                         found.counts[mode] = watch.counts
         if self.why_not:
@@ -118,11 +122,14 @@ class Proof:
         """Whether a rewritten model fails the comparison, in any mode in which the original is steady."""
         with plain_start(model):
             other = any(
-                compare_runs(self.before[mode], self._run(model, mode), train=mode, allowed=allowed(model)).failed
+                compare_runs(self.before[mode], self._run(model, mode), train=mode, allowed=self._allowed(model)).failed
                 for mode in _MODES
                 if mode not in self.unsteady
             )
         return other or any(check.failed for check in self._scale_free(model))
+
+    def _allowed(self, model: nn.Module) -> Allowed:
+        return REGROUPED if self.regrouped else allowed(model)
 
     def _scale_free(self, model: nn.Module) -> list[Check]:
         """Where operators start as multiples of the stream, which readers behind a norm do not see: a run with their own start. That one does is

@@ -19,6 +19,7 @@ from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators.connections import refuse_second_time
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.sources.inputs import call_inputs
+from laurel_rewrite.verification.checks import Check
 
 _ENGINES = {"torch.DistributedDataParallel", "torch.FullyShardedDataParallel", "torch.FSDPModule", "deepspeed.DeepSpeedEngine"}
 """Packages and classes in them that send gradients around for the parameters that they found when they were made."""
@@ -80,14 +81,26 @@ def rewrite(
         >>> [name for name, _ in better.named_children() if name.startswith("laurel")]
         ['laurel_0', 'laurel_1']
     """
-    if plan is None:
-        config = LaurelConfig(variant, extra_turns=extra_turns, include=include, exclude=exclude, seed=seed, **options)
-    elif not isinstance(plan, Plan):
-        plan = Plan.read(plan)
     if isinstance(model, torch.export.ExportedProgram):
         if not args and not kwargs:
             args, kwargs = model.example_inputs or ((), {})
         model = model.module(check_guards=False)  # of the shapes that it was exported with
+    args, kwargs, sites, chosen = found_and_planned(
+        model, args, kwargs, plan=plan, variant=variant, extra_turns=extra_turns, include=include, exclude=exclude, seed=seed, **options
+    )
+    applied = apply_plan(model, sites, chosen, args, kwargs, inplace=inplace, unsupported=unsupported, verify=verify)
+    warn(sites, applied.checks)
+    for site in applied.skipped:
+        _log.warning("skipped: %s (%s): %s", site.id, site.where, site.reason)
+    rewritten: nn.Module = applied.model
+    return rewritten
+
+
+def found_and_planned(
+    model: Any, args: Any, kwargs: Mapping[str, Any] | None, *, plan: Plan | str | None, **config: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], Sites, Plan]:
+    """The inputs of a model as arguments of a call, its sites, and the plan that is asked for, given or of a configuration."""
+    asked = LaurelConfig(**config) if plan is None else plan if isinstance(plan, Plan) else Plan.read(plan)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"rewrite takes a torch.nn.Module, not {type(model).__name__}; rewrite_onnx takes ONNX files, and the command model files."
@@ -96,23 +109,16 @@ def rewrite(
     _refuse_distributed(model)
     args, kwargs = call_inputs(args, kwargs)
     sites = detect(model, args, kwargs)
-    if plan is None:
-        plan = Plan.from_sites(sites, config)
-    applied = apply_plan(model, sites, plan, args, kwargs, inplace=inplace, unsupported=unsupported, verify=verify)
-    _warn(sites, applied)
-    rewritten: nn.Module = applied.model
-    return rewritten
+    return args, kwargs, sites, Plan.from_sites(sites, asked) if isinstance(asked, LaurelConfig) else asked
 
 
-def _warn(sites: Sites, applied: Applied) -> None:
-    """Log what was not seen, not verified and not rewritten."""
+def warn(sites: Sites, checks: Iterable[Check]) -> None:
+    """Log what was not seen and not verified."""
     for note in sites.notes:
         _log.warning("%s", note)
-    for check in applied.checks:
+    for check in checks:
         if check.passed is None:
             _log.warning("not verified: %s: %s", check.name, check.detail)
-    for site in applied.skipped:
-        _log.warning("skipped: %s (%s): %s", site.id, site.where, site.reason)
 
 
 def _refuse_distributed(model: nn.Module) -> None:

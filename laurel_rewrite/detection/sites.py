@@ -190,8 +190,10 @@ def sites_of_capture(captured: Capture) -> Sites:
 
 @_uncollected()
 def sites_of_graph(module: fx.GraphModule) -> Sites:
-    """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes."""
-    flow, _ = dataflow_from_fx(flattened(module.graph), module.get_submodule)
+    """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes, and the inputs of which TorchDynamo says so."""
+    graph = flattened(module.graph)
+    static = [node.name for node in graph.nodes if node.op == "placeholder" and _is_static(node)]
+    flow, _ = dataflow_from_fx(graph, module.get_submodule, dict(zip(static, static, strict=True)))
     return _sites(flow, ())
 
 
@@ -241,12 +243,17 @@ def _has_unknown_sizes(flow: Dataflow) -> bool:
     )
 
 
+def _is_static(node: fx.Node) -> bool:
+    """Whether TorchDynamo made an input of a parameter or buffer."""
+    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+
+
 def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
     """Give the nodes of a graph their shapes, where they have none."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.shape_prop import ShapeProp
 
-    if any("val" in n.meta or "tensor_meta" in n.meta for n in module.graph.nodes if n.op.startswith("call")):
+    if any(n.meta.keys() & {"val", "example_value", "tensor_meta"} for n in module.graph.nodes if n.op.startswith("call")):
         return
     if not args and not kwargs:
         raise CaptureError(

@@ -15,6 +15,8 @@ from torch import fx
 _REGIONS = frozenset(
     "wrap_with_autocast wrap_with_set_grad_enabled tag_activation_checkpoint wrap_activation_checkpoint invoke_subgraph wrap".split()
 )
+ORIGIN = "laurel_origin"
+"""In the metadata of a node of a flat graph: the node that it stands for, in the graph itself or in that of a region."""
 _ADDS = frozenset({"add", "add_", "iadd"})
 
 
@@ -79,6 +81,7 @@ class _Flat:
 
     def _node(self, node: fx.Node, known: dict[fx.Node, Any], prefix: str) -> fx.Node:
         made = self.graph.node_copy(node, known.__getitem__)
+        made.meta[ORIGIN] = node
         if prefix:
             name = f"{prefix}{node.name}"
             while name in self.taken:

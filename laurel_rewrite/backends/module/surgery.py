@@ -33,6 +33,8 @@ from laurel_rewrite.plan import Plan
 
 RECORD = "_laurel_rewriting"
 """Attribute of a rewritten model, and of what holds all of its sites inside it: its `Rewriting`."""
+PREPARED = "_laurel_prepared"
+"""Attribute of a model that was prepared for a compiler, and is not rewritten: its `laurel_rewrite.backends.compiled.Prepared`."""
 _log = logging.getLogger(__name__)
 
 
@@ -188,6 +190,17 @@ def original_class(module: nn.Module) -> type:
 
 def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
     """Add the plan's LAuReL modules to a model, change the owners' classes and connect the streams."""
+    for row, laurel in zip(plan.sites, attach(model, plan), strict=True):
+        if laurel.needs_input and row.reads:
+            laurel.tap = Slot()
+            model.get_submodule(row.reads).register_forward_hook(Tap(laurel.tap).after)
+    change_classes(model, classes)
+    _connect(model, plan)
+
+
+def attach(model: nn.Module, plan: Plan) -> list[Connection]:
+    """Give the owners of a plan's sites their LAuReL modules as children; returns these."""
+    made = []
     first = next(iter(model.parameters()), None)
     for row in plan.sites:
         owner = model.get_submodule(row.owner)
@@ -202,11 +215,8 @@ def install(model: nn.Module, plan: Plan, classes: Mapping[str, type]) -> None:
             turns[int(row.id.rsplit(".", 1)[1])] = laurel
         else:
             nn.Module.__setattr__(owner, row.attribute, laurel)
-        if laurel.needs_input and row.reads:
-            laurel.tap = Slot()
-            model.get_submodule(row.reads).register_forward_hook(Tap(laurel.tap).after)
-    change_classes(model, classes)
-    _connect(model, plan)
+        made.append(laurel)
+    return made
 
 
 def change_classes(model: nn.Module, classes: Mapping[str, type]) -> None:
@@ -273,7 +283,8 @@ def take_out(model: nn.Module) -> None:
         base = vars(type(module)).get(BASE)
         if base is not None:
             object.__setattr__(module, "__class__", base)
-        vars(module).pop(RECORD, None)
+        for record in (RECORD, PREPARED):
+            vars(module).pop(record, None)
 
 
 def copied(model: nn.Module) -> nn.Module:
