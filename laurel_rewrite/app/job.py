@@ -100,17 +100,18 @@ def _build_and_detect(spec: str, settings: Mapping[str, Any]) -> tuple[Built, Si
     from laurel_rewrite.errors import CaptureError
 
     try:
-        built = _build(spec, settings, device="meta")
+        built = _build(spec, settings, device="meta", inference=True)
         return built, detect(built.model, built.args, built.kwargs)
     except CaptureError:
-        built = _build(spec, settings)
+        built = _build(spec, settings, inference=True)
         return built, detect(built.model, built.args, built.kwargs)
 
 
-def _build(spec: str, settings: Mapping[str, Any] | None, *, device: str = "cpu") -> Built:
+def _build(spec: str, settings: Mapping[str, Any] | None, *, device: str = "cpu", inference: bool = False) -> Built:
     """A model with a batch of 2 or more: a batch of 1 hides broadcasts, and batch normalisation cannot train on it."""
-    built = build(spec, settings, device=device)
-    built.args, built.kwargs = widened(built.args, built.kwargs)
+    built = build(spec, settings, device=device, inference=inference)
+    if built.resizable:
+        built.args, built.kwargs = widened(built.args, built.kwargs)
     return built
 
 
@@ -182,10 +183,11 @@ def run(
     effort: Effort = USUAL,
     train: bool = False,
     unsupported: str = "skip",
+    allow_inference_graph: bool = False,
     force: bool = False,
     listener: Listener = silent,
 ) -> Report:
-    """Do the main job for a model in Python; `graph_job.run` does it for an ONNX file.
+    """Do the main job for a model in Python, or for an exported program, which becomes one; `graph_job.run` does it for an ONNX file.
 
     The files appear in `out` when everything has passed; else nothing does. Sites that cannot be rewritten keep their plain sum and are
     reported, or with `unsupported="refuse"` stop the job. `force` replaces
@@ -201,7 +203,7 @@ def run(
     check_out(out, "rewrite", FILES, force=force)
     given = read_plan(plan)
     with listener("build") as stage:
-        built = _built(spec, settings, config.seed)
+        built = _built(spec, settings, config.seed, inference=allow_inference_graph)
         model, args, kwargs = built.model, built.args, built.kwargs
         stage.done(", ".join(filter(None, (type(model).__name__, f"{number(built.parameters)} parameters", built.weights))))
     with listener("detect") as stage:
@@ -209,7 +211,7 @@ def run(
         stage.done(counts(sites))
     with listener("rewrite, verify") as stage:
         chosen = make_plan(sites, config, given, spec)
-        report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out))
+        report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out), notes=[*built.notes])
         rewritten = _rewritten(report, built, unsupported)
         stage.done(f"{insertion(report)}, {verdict(report.checks)}" + (f", {len(report.skipped)} skipped" if report.skipped else ""))
     with listener("verify gradients") as stage:
@@ -247,14 +249,14 @@ def run(
     return report
 
 
-def _built(spec: str, settings: Mapping[str, Any] | None, seed: int) -> Built:
+def _built(spec: str, settings: Mapping[str, Any] | None, seed: int, *, inference: bool) -> Built:
     """The model of a MODEL, with values, and no connection of ours in it yet."""
     import torch
 
     from laurel_rewrite.operators.connections import refuse_second_time
 
     torch.manual_seed(seed)
-    built = _build(spec, settings)
+    built = _build(spec, settings, inference=inference)
     refuse_second_time(built.model)
     if any(tensor.is_meta for tensor in (*built.model.parameters(), *built.model.buffers())):
         raise ConfigError(

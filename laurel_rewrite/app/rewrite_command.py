@@ -56,6 +56,9 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 @click.option("--profile-seconds", default=10.0, show_default=True, callback=seconds_of, help="Time to measure latency; 0 for no profile.")
 @PRECISION
 @MAX_TIME
+@click.option(
+    "--allow-inference-graph", is_flag=True, help="model.pt2: take a program of evaluation mode, without what that export left out."
+)
 @click.option("--train", is_flag=True, help="Measure training steps too, eager and compiled.")
 @FAIL_IF
 @click.option(
@@ -99,7 +102,8 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 def rewrite(context: click.Context, /, model: str, *, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
     """Replace the residual connections of MODEL by LAuReL: write a trainable model, verify it, export it to ONNX and profile it.
 
-    Of an ONNX file it makes an ONNX file, verifies it against the first, and profiles both.
+    Of an ONNX file it makes an ONNX file, verifies it against the first, and profiles both. An exported program (model.pt2) is written as PyTorch
+    source first, which is then rewritten as any other.
     """
     start(verbose, as_json)
     _check(context, model, given)
@@ -147,6 +151,8 @@ def _check(context: click.Context, model: str, given: Mapping[str, Any]) -> None
     if not made_for.keeps_functions and said("functions"):
         raise ConfigError(f"--onnx-functions is for --target {_KEPT}.")
     only_for_onnx(model, *said(*_GRAPH_OPTIONS))
+    if given["allow_inference_graph"] and not model.endswith(".pt2"):
+        raise ConfigError("--allow-inference-graph is for exported programs (model.pt2).")
     if given["train"] and is_onnx(model):
         raise ConfigError("--train is for models in PyTorch, and an ONNX file is none.")
 
@@ -187,5 +193,5 @@ def _main_job(model: str, config: LaurelConfig, given: Mapping[str, Any], listen
     if is_onnx(model):
         own = {name: given[name] for name in _GRAPH_OPTIONS}
         return graph_job.run(job.graph_file(model, settings), config, given["out"], effort=effort, listener=listener, **shared, **own)
-    own = {name: given[name] for name in ("train", "unsupported")}
+    own = {name: given[name] for name in ("train", "unsupported", "allow_inference_graph")}
     return job.run(model, config, given["out"], settings=settings, effort=effort, listener=listener, **shared, **own)

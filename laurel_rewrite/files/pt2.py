@@ -9,7 +9,10 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import importlib
+import importlib.util
 import json
+import logging
 import os
 import re
 import zipfile
@@ -31,6 +34,7 @@ _ARITHMETIC = (
     ast.boolop, ast.cmpop,
 )  # fmt: skip
 _MOST_POWER = 64
+_CLASS = re.compile(r"Deserializing (transformers(?:\.\w+)+)\.\w+ in pytree is not registered")
 
 
 def read_program(path: Path) -> torch.export.ExportedProgram:
@@ -42,8 +46,7 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
     label = f"{path} could not be read as an exported program"
     try:
         _check_archive(path)
-        with quiet(), _tensors_alone():
-            program = torch.export.load(path)
+        program = _loaded(path)
         _check_metadata(program, path)
         return program
     except CaptureError:
@@ -51,6 +54,40 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
     except FOREIGN as error:  # zipfile's, json's, torch's and the file system's
         reason = next(iter(str(error).strip().splitlines()), "")[:300]
         raise CaptureError(f"{label}: {type(error).__name__}: {reason}") from error
+
+
+def _loaded(path: Path) -> torch.export.ExportedProgram:
+    """The program; where it returns a class of transformers, that is imported, for it says how."""
+    known: set[str] = set()
+    while True:
+        heard = _Heard()
+        logger = logging.getLogger("torch.export")
+        try:
+            with quiet(), _tensors_alone():
+                logging.disable(logging.NOTSET)  # PyTorch says why in its log alone
+                logger.addFilter(heard)
+                return torch.export.load(path)
+        except RuntimeError as error:
+            named = _CLASS.search(heard.text)
+            if named is None or named[1] in known or importlib.util.find_spec("transformers") is None:
+                reason = next((line for line in reversed(heard.text.splitlines()) if line.strip()), "")
+                raise RuntimeError(reason or str(error)) from error
+            known.add(named[1])
+            with contextlib.suppress(ImportError), quiet():
+                importlib.import_module(named[1])
+        finally:
+            logger.removeFilter(heard)
+
+
+class _Heard(logging.Filter):
+    """What would be logged, as one text."""
+
+    text = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        self.text += f"{record.getMessage()}\n" + (f"{type(error).__name__}: {error}\n" if error is not None else "")
+        return False
 
 
 def _check_archive(path: Path) -> None:

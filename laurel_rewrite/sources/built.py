@@ -34,6 +34,8 @@ class Built:
         files: source files beside the model's own that its classes need, by path relative to the model's folder.
         folder: of the checkpoint that its weights are from, where they are from one.
         offers: functions that the model's file offers for training, of `TRAINED_BY`.
+        notes: sentences for the user on how it came about.
+        resizable: whether it runs with other sizes of batch than that of its inputs.
     """
 
     model: nn.Module
@@ -44,6 +46,8 @@ class Built:
     files: dict[str, Path] = field(default_factory=dict)
     folder: Path | None = None
     offers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    resizable: bool = True
 
     @property
     def weights(self) -> str:

@@ -14,16 +14,25 @@ from laurel_rewrite.sources.built import Built, require
 from laurel_rewrite.sources.code import from_code
 
 
-def build(spec: str, settings: Mapping[str, Any] | None = None, *, device: str = "cpu", batch: int = 2, offered: bool = False) -> Built:
+def build(
+    spec: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    batch: int = 2,
+    offered: bool = False,
+    inference: bool = False,
+) -> Built:
     """Build the model that a MODEL names, with random weights, in train mode.
 
     Args:
-        spec: `model.py`, `model.py:factory`, `package.module:factory`, `hf:NAME`, `timm:NAME` or `torchvision:NAME`.
+        spec: `model.py`, `model.py:factory`, `package.module:factory`, `hf:NAME`, `timm:NAME`, `torchvision:NAME`, or an exported program, `model.pt2`.
         settings: keyword arguments of the factory, or fields of the architecture's configuration.
         device: "meta" builds without memory; a file's own code decides for itself.
         batch: batch size of the inputs of named architectures.
         offered: the spec was read from a file, so `package.module:factory` is imported and called only where that module is written for
             us: it has `example_inputs`, and the factory is its own.
+        inference: take an exported program of evaluation mode, too.
 
     Raises:
         ConfigError: there is no such file, factory or name.
@@ -37,6 +46,12 @@ def build(spec: str, settings: Mapping[str, Any] | None = None, *, device: str =
         require(library.PACKAGE)
         made: Built = library.make(name, given, device, batch)
         return made
+    if spec.endswith(".pt2"):
+        from laurel_rewrite.sources.programs.reading import from_program
+
+        if given:
+            raise ConfigError("--set is for models that are built; a graph has no settings.")
+        return from_program(spec, inference=inference)
     return from_code(spec, given, offered=offered)
 
 
