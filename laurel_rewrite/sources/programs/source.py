@@ -50,6 +50,7 @@ class _Writer:
             raise CaptureError(f"The graph has no tree of modules: {type(error).__name__}: {str(error)[:300]}") from error
         self.classes: dict[str, str] = {}  # text of a class without its name -> its name
         self.names: set[str] = set()
+        self.parameters: list[str] = []  # of the model's forward
 
     def text(self, title: str) -> str:
         root = self._class("", self.root)
@@ -91,14 +92,17 @@ class _Writer:
         return f"nn.Sequential({', '.join(self._made(f'{path}.{name}', child) for name, child in self._children(path, module))})"
 
     def _children(self, path: str, module: Any) -> Iterator[tuple[str, Any]]:
-        """Those of a module; one that is called several times is one."""
-        for name, child in module._modules.items():
-            if isinstance(child, torch.fx.GraphModule):  # a region
+        """Those of a module; one that is called several times is one, with the code of its calls."""
+        for name in dict.fromkeys(_CALL.sub("", name) for name in module._modules):
+            calls = [child for key, child in module._modules.items() if _CALL.sub("", key) == name]
+            if isinstance(calls[0], torch.fx.GraphModule):  # a region
                 continue
-            if not _CALL.search(name):
-                yield name, child
-            elif self._made(f"{path}.{name}", child) != self._made(f"{path}.{name}", module._modules[_CALL.sub("", name)]):
-                raise CaptureError(f"{path}.{name}: the module is called several times, and does not do the same each time")
+            run = [child for child in calls if len(getattr(child, "graph", ()) and child.graph.nodes)] or calls[:1]
+            if len({self._made(f"{path}.{name}".lstrip("."), child) for child in run}) > 1:
+                raise CaptureError(
+                    f"{path}.{name}".lstrip(".") + ": the module is called several times, and does not do the same each time."
+                )
+            yield name, run[0]
 
     def _class(self, path: str, module: Any) -> str:
         """The call of the class of a module."""
@@ -191,6 +195,9 @@ class _Writer:
             inner = [by_name.get(getattr(leaf, "name", None)) for leaf in pytree.tree_leaves(value)]
             signature.append(name)
             unpacked.append(f"{', '.join(lines.name(n) if n is not None else '_' for n in inner)}, = pytree.tree_leaves({name})")
+        self.parameters = [part.partition("=")[0] for part in signature]
+        if len(kwargs) and any("=" in part for part in signature):
+            signature.insert(len(args), "*")
         return signature, unpacked
 
     def _outputs(self, lines: Lines, out: Any) -> str:
@@ -212,10 +219,7 @@ class _Writer:
         if examples is None:
             raise CaptureError("The program has no example inputs.")
         args, kwargs = examples
-        root = next(body for body, name in self.classes.items() if f"{name}()" == self._class("", self.root))
-        header = next(line for line in root.splitlines() if line.strip().startswith("def forward("))
-        names = [part.strip().partition("=")[0] for part in header.strip()[len("def forward(") : -2].split(",")][1:]
-        values = dict(zip(names, [*args, *kwargs.values()], strict=False)) | {}
+        values = dict(zip(self.parameters, [*args, *kwargs.values()], strict=True))
         return _structure({name: pytree.tree_map(_example, value) for name, value in values.items()})
 
 
