@@ -192,9 +192,11 @@ class Convolutions(nn.Module):
         self.stem, self.conv = nn.Conv2d(3, D, 3, padding=1), nn.Conv2d(D, D, 3, padding=1, groups=2)
         self.norm, self.head = nn.GroupNorm(2, D), nn.Linear(D, 5)
         self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.register_buffer("blur", torch.full((D, 1, 3, 3), 1 / 9))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(nn.functional.max_pool2d(self.stem(x), 2))
+        x = nn.functional.conv2d(self.stem(x), self.blur, padding=1, groups=D)
+        x = self.up(nn.functional.max_pool2d(x, 2))
         x = x + self.conv(self.norm(x)).relu()
         return self.head(x.mean((2, 3)))
 
@@ -276,6 +278,28 @@ def test_parameters_and_buffers_are_what_they_were(tmp_path):
     assert any(p.numel() == 1 and torch.allclose(p, model.scale.exp()) for p in parameters.values())
     assert any(torch.equal(b, model.rates) for b in buffers.values())
     assert not any(torch.equal(p, model.rates) for p in parameters.values() if p.shape == (D,))
+    assert module.to("meta")(_ids(3, 5).to("meta")).shape == (3, 5, 19)  # what it makes itself lies where it does
+
+
+class Twice(nn.Module):
+    """A block that is called twice, with matrices that an exporter takes for two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 80, bias=False), nn.Linear(80, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + self.down(self.up(x).relu())
+        return x
+
+
+def test_a_matrix_that_was_folded_twice_is_one_parameter(tmp_path):
+    model, x = Twice(), torch.randn(2, 5, D)
+    module = emit_torch.to_torch(ir.load(export_onnx(model, (x,), None, tmp_path / "model.onnx")))
+    assert sum(p.numel() for p in module.parameters()) == 2 * 80 * D
+    with torch.no_grad():
+        close([module(x).numpy()], [model(x).numpy()], rtol=1e-5)
 
 
 def test_every_output_is_returned(tmp_path):

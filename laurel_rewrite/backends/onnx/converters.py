@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import onnx
@@ -104,13 +105,11 @@ def _laurel(node: Any, graph: Any) -> Any:
     return OperationConverterResult(nn.Identity(), OnnxMapping(states, node.output_values))
 
 
-def _layer_of(theirs: Callable[[Any, Any], Any] | None, reads: Counter[str]) -> Callable[[Any, Any], Any]:
-    """A layer with weights of its own where a node alone reads them; else they are operands, which nodes share and graphs compute."""
+def _layer_of(theirs: Callable[[Any, Any], Any], own: AbstractSet[str]) -> Callable[[Any, Any], Any]:
+    """A layer where all its weights are its own; else they are operands: what nodes share, what does not train, and what the graph computes."""
 
     def convert(node: Any, graph: Any) -> Any:
-        weights = node.input_values[1:]
-        own = theirs is not None and all(name in graph.initializers and reads[name] == 1 for name in weights)
-        return theirs(node, graph) if own and theirs is not None else _computed(node, graph)
+        return (theirs if own >= set(node.input_values[1:]) else _computed)(node, graph)
 
     return convert
 
@@ -142,10 +141,15 @@ class Registry:
         return module
 
     @contextlib.contextmanager
-    def extended(self, proto: onnx.ModelProto) -> Iterator[None]:
-        """With what this graph needs: LAuReL nodes, our operators, and newer versions of theirs that the graph uses as the older ones."""
+    def extended(self, proto: onnx.ModelProto, trained: Collection[str] = ()) -> Iterator[None]:
+        """With what this graph needs: LAuReL nodes, our operators, and newer versions of theirs that the graph uses as the older ones.
+
+        Args:
+            trained: names of the initializers that are parameters.
+        """
         before = dict(self._converters)
         reads = Counter(name for node in proto.graph.node for name in node.input)
+        own = {name for name in trained if reads[name] == 1}
         opset = _opset(proto)
         try:
             for node in proto.graph.node:
@@ -156,8 +160,8 @@ class Registry:
                 elif node.domain in _STANDARD and (schema := _schema(node.op_type, opset)) is not None:
                     version = int(schema.since_version)
                     theirs = self._of(before, node, version)
-                    if node.op_type == "Conv":
-                        theirs = _layer_of(theirs, reads)
+                    if node.op_type == "Conv" and theirs is not None:
+                        theirs = _layer_of(theirs, own)
                     elif node.op_type in OPERATORS and version >= OPERATORS[node.op_type].since:
                         theirs = _computed
                     if theirs is not None:

@@ -31,6 +31,7 @@ from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.plan import Plan
 
 _FOLDED = 1 << 30  # bytes; a graph may make its weights by ConstantOfShape
+_FILLED = f"{METADATA}filled"  # of an initializer that ConstantOfShape made
 
 
 def to_torch(model: ir.Model, plan: Plan | None = None) -> fx.GraphModule:
@@ -63,7 +64,7 @@ def to_torch(model: ir.Model, plan: Plan | None = None) -> fx.GraphModule:
     _tie(prepared)
     mark_sizes(prepared, TAKEN)
     proto = _proto(prepared)
-    with registry.extended(proto):
+    with registry.extended(proto, trained):
         try:
             with quiet():
                 module = registry.convert(proto)
@@ -137,9 +138,6 @@ def _prepared(model: ir.Model, *, inline: bool) -> ir.Model:
     return model
 
 
-_FILLED = f"{METADATA}filled"  # ConstantOfShape made it
-
-
 def _proto(model: ir.Model) -> onnx.ModelProto:
     return ir.to_proto(ir.external_data.load_to_model(model))
 
@@ -150,23 +148,29 @@ def _makes_weights(node: ir.Node) -> bool | None:
 
 
 def _tie(model: ir.Model) -> None:
-    """Read a matrix that is another one transposed from that one, as the model did whose exporter folded it: they are one parameter."""
+    """Make one parameter again of what was one: an exporter folds a matrix transposed, and once for each time that it is read."""
     initializers = model.graph.initializers
+    folded: dict[str, tuple[np.ndarray, ir.Value]] = {}
     for value in list(initializers.values()):
-        name = next(iter(sources(value)), "") if len(sources(value)) == 1 else ""
-        first = initializers[name].const_value if name in initializers else None
-        if (
-            value.const_value is None
-            or first is None
-            or len(first.shape) != 2
-            or not np.array_equal(value.const_value.numpy(), first.numpy().T)
-        ):
+        if len(sources(value)) != 1 or value.const_value is None:
             continue
-        node = ir.Node("", "Transpose", [initializers[name]], [ir.AttrInt64s("perm", [1, 0])], name=f"n_{value.name}_tied")
-        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{value.name}_tied", value.type, value.shape
-        model.graph.insert_before(model.graph[0], node)
-        value.replace_all_uses_with(node.outputs[0])
-        del initializers[str(value.name)]
+        (name,), array = sources(value), value.const_value.numpy()
+        if name not in folded:
+            folded[name] = array, _transposed(model, name, value, array)
+        first, stands = folded[name]
+        if stands is not value and np.array_equal(array, first):
+            value.replace_all_uses_with(stands)
+
+
+def _transposed(model: ir.Model, name: str, value: ir.Value, array: np.ndarray) -> ir.Value:
+    """A matrix as another one transposed, where the graph has that; else as it is."""
+    source = model.graph.initializers.get(name)
+    if source is None or source.const_value is None or array.ndim != 2 or not np.array_equal(array, source.const_value.numpy().T):
+        return value
+    node = ir.Node("", "Transpose", [source], [ir.AttrInt64s("perm", [1, 0])], name=f"n_{value.name}_tied")
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{value.name}_tied", value.type, value.shape
+    model.graph.insert_before(model.graph[0], node)
+    return node.outputs[0]
 
 
 def _outputs_by_name(module: fx.GraphModule, proto: onnx.ModelProto, nodes: dict[str, fx.Node]) -> None:
