@@ -27,6 +27,7 @@ from laurel_rewrite.detection.site import portable
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.files.onnx import place_onnx
+from laurel_rewrite.files.onnx_weights import note_kinds
 from laurel_rewrite.graph.capture import describe, quiet, training, without_caches
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
@@ -174,6 +175,7 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, ma
                 _only_tensors(program)
                 exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
             assert exported is not None
+            note_kinds(exported.model, program.graph_signature.parameters, program.graph_signature.buffers)
             _name_dimensions(exported.model, _fixed_symbols(program))
             _forget_places(exported.model)
             return exported.model

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Collection, Mapping
 
+import numpy as np
 import onnx_ir as ir
+
+_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"  # which torch's exporter says of what it did not fold
+_FOLDED = "pkg.onnxscript.optimizer.folded_from"
+_HUGE = 1e30  # a mask's entry, no weight
+
+
+def note_kinds(model: ir.Model, parameters: Collection[str], buffers: Collection[str]) -> None:
+    """Say of what an export folded, too, whether it was made from parameters; else nobody can tell weights from tables behind it."""
+    for value in model.graph.initializers.values():
+        made_from = sources(value)
+        if made_from and _KIND not in value.metadata_props:
+            kind = "PARAMETER" if made_from & set(parameters) else "BUFFER" if made_from & set(buffers) else "CONSTANT_TENSOR"
+            value.metadata_props[_KIND] = kind
+
+
+def sources(value: ir.Value) -> set[str]:
+    """Names of the values that an optimiser folded an initializer from; none where it was given."""
+    text = value.metadata_props.get(_FOLDED)
+    return set(ast.literal_eval(text)) if text is not None else set()
+
+
+def is_trained(value: ir.Value) -> bool:
+    """Whether training changes an initializer: as the exporter says, or else where it has floating-point numbers, and is no mask."""
+    tensor = value.const_value
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return False
+    kind = value.metadata_props.get(_KIND)
+    if kind is not None:
+        return kind == "PARAMETER"
+    return tensor.size > 1 and bool(np.abs(tensor.numpy()).max() < _HUGE)
 
 
 def parameters_of(value: ir.Value) -> int:

@@ -263,7 +263,7 @@ def _check_places(model: nn.Module, plan: Plan, path: Path) -> None:
 
 
 def _load_graph(folder: Path, device: torch.device | str | None) -> nn.Module:
-    from laurel_rewrite.backends.onnx.emit_torch import onnx2torch
+    from laurel_rewrite.backends.onnx.converters import onnx2torch
 
     onnx2torch()  # whose modules were pickled
     return unpickled(folder / GRAPH, device).train()

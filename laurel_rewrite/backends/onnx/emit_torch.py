@@ -1,19 +1,18 @@
-"""A trainable PyTorch model from a rewritten ONNX graph.
+"""A trainable PyTorch model from an ONNX graph, rewritten or not.
 
-onnx2torch converts the operators; what it lacks is either a newer version of an operator that it knows, or made of others by the ONNX
-standard itself. The LAuReL nodes become connections under their sites' ids.
+onnx2torch converts the operators, with ours where it lacks them (`converters`). Sizes are computed in integers (`sizes`). The LAuReL nodes
+become connections under their sites' ids.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from operator import getitem
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.inliner
 import onnx_ir as ir
@@ -21,7 +20,10 @@ import onnx_ir.passes.common as common
 import torch
 from torch import fx, nn
 
-from laurel_rewrite.errors import ExportError, MissingPackageError
+from laurel_rewrite.backends.onnx.converters import TAKEN, Registry
+from laurel_rewrite.backends.onnx.sizes import mark_sizes
+from laurel_rewrite.errors import ExportError
+from laurel_rewrite.files.onnx_weights import is_trained, sources
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
@@ -29,167 +31,114 @@ from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.plan import Plan
 
 _FOLDED = 1 << 30  # bytes; a graph may make its weights by ConstantOfShape
-_HUGE = 1e30  # a mask's entry, no weight
+_FILLED = f"{METADATA}filled"  # of an initializer that ConstantOfShape made
 
 
-def to_torch(model: ir.Model, plan: Plan) -> fx.GraphModule:
-    """Convert a rewritten graph.
+def to_torch(model: ir.Model, plan: Plan | None = None) -> fx.GraphModule:
+    """Convert a graph.
 
     Args:
-        model: what `GraphRewrite.apply(plan, split=True)` left, with LAuReL as functions.
-        plan: the plan.
+        model: what `GraphRewrite.apply(plan, split=True)` left, with LAuReL as functions; or any graph.
+        plan: the plan of a rewritten graph; without one, functions are ordinary nodes.
 
     Returns:
-        A module in train mode whose forward takes the graph's inputs by position. Its LAuReL modules lie at the ids of their sites;
-        the floating-point initializers of the graph are parameters. What an export has removed, such as dropout, does not come back.
+        A module in train mode whose forward takes the graph's inputs by position, and gives its outputs: a tensor, or a tuple of them. Its
+        LAuReL modules lie at the ids of their sites; what trained in the model that was exported is a parameter. Dynamic dimensions stay
+        dynamic, for an export of the module too. What an export has removed, such as dropout, does not come back.
 
     Raises:
         MissingPackageError: onnx2torch is not installed.
         ExportError: the operators that it cannot convert, by name.
     """
-    registry = _registry()
-    proto = _prepared(model)
-    laurels = {row.id: plan.build(row, None) for row in plan.sites}
+    registry = Registry()
+    laurels = {row.id: plan.build(row, None) for row in plan.sites} if plan is not None else {}
     for name, laurel in laurels.items():
         for key, parameter in laurel.state_dict(keep_vars=True).items():
             value = model.graph.initializers.get(f"{name}.{key}")
             if value is not None and value.const_value is not None:  # else nothing reads it there
                 parameter.data = torch.from_numpy(value.const_value.numpy().copy())
-    with registry.extended(proto):
-        missing = registry.missing(proto)
-        if missing:  # the standard makes many operators of others
-            with quiet():
-                proto = onnx.inliner.inline_selected_functions(proto, [("", name) for name in missing], False, True)
-            proto = _prepared(ir.from_proto(proto))
-    with registry.extended(proto):
-        missing = registry.missing(proto)
-        if missing:
-            raise ExportError(f"onnx2torch cannot convert {', '.join(missing)}. Without --emit-torch the ONNX graph can be rewritten.")
+    trained = {str(value.name) for value in model.graph.initializers.values() if is_trained(value)}
+    prepared = _with_known_operators(_prepared(model, inline=plan is None), registry)
+    trained |= {str(value.name) for value in prepared.graph.initializers.values() if sources(value) & trained}
+    trained |= {str(value.name) for value in prepared.graph.initializers.values() if _FILLED in value.metadata_props and is_trained(value)}
+    _tie(prepared)
+    mark_sizes(prepared, TAKEN)
+    proto = _proto(prepared)
+    with registry.extended(proto, trained):
         try:
             with quiet():
                 module = registry.convert(proto)
         except Exception as error:  # the converter's exceptions share no base class
             raise ExportError(f"onnx2torch could not convert the graph: {type(error).__name__}: {error}") from error
     nodes = {str(node.target): node for node in module.graph.nodes if node.op == "call_module"}
+    _outputs_by_name(module, proto, nodes)
     for node in proto.graph.node:
         if node.domain == DOMAIN:
             properties = {entry.key: entry.value for entry in node.metadata_props}
             site = properties[f"{METADATA}site"]
             module.add_submodule(site, laurels[site])
-            _place(module, nodes[f"{DOMAIN}/{node.name}"], Call.from_json(properties[CALL]), site, len(node.output))
-    _weights(module, set(model.graph.initializers))
+            _place(module, nodes[_target(node)], Call.from_json(properties[CALL]), site, len(node.output))
+    _weights(module, trained)
     module.delete_all_unused_submodules()
     module.graph.lint()
     module.recompile()
     return module.train()
 
 
-def onnx2torch() -> Any:
-    """The package; MissingPackageError where it is not installed."""
-    from laurel_rewrite.sources.built import declare_torchvision_ops
+def _target(node: onnx.NodeProto) -> str:
+    """What onnx2torch calls the module of a node."""
+    return f"{node.domain}/{node.name.replace('.', '/')}".lstrip("/")
 
-    if importlib.util.find_spec("onnx2torch") is None:
-        raise MissingPackageError(
-            "PyTorch modules of ONNX graphs need onnx2torch, which is not installed. Install it with: pip install 'laurel-rewrite[emit-torch]'"
-        )
-    declare_torchvision_ops()  # it imports torchvision
+
+def _with_known_operators(model: ir.Model, registry: Registry) -> ir.Model:
+    """The graph with what the standard makes of others made so, where there is no converter; ExportError where there is none left."""
+    proto = _proto(model)
+    with registry.extended(proto):
+        missing = registry.missing(proto)
+    if not missing:
+        return model
     with quiet():
-        return importlib.import_module("onnx2torch")
+        proto = onnx.inliner.inline_selected_functions(proto, [("", name) for name in missing], False, True)
+    model = _prepared(ir.from_proto(proto), inline=False)
+    proto = _proto(model)
+    with registry.extended(proto):
+        missing = registry.missing(proto)
+    if missing:
+        raise ExportError(f"onnx2torch cannot convert {', '.join(missing)}. Without --emit-torch the ONNX graph can be rewritten.")
+    return model
 
 
-def _registry() -> _Registry:
-    package = onnx2torch()
-    registry = importlib.import_module("onnx2torch.node_converters.registry")
-    return _Registry(package.convert, registry._CONVERTER_REGISTRY, registry.OperationDescription)
-
-
-class _Registry:
-    """onnx2torch's converters, by operator and version."""
-
-    def __init__(self, convert: Callable[..., fx.GraphModule], converters: dict[Any, Any], key: Callable[..., Any]) -> None:
-        self._convert = convert
-        self.converters = converters
-        self.key = key
-
-    def convert(self, proto: onnx.ModelProto) -> fx.GraphModule:
-        return self._convert(proto, attach_onnx_mapping=True)
-
-    @contextlib.contextmanager
-    def extended(self, proto: onnx.ModelProto) -> Iterator[None]:
-        """With what this graph needs: LAuReL nodes, and newer versions of known operators that it uses as the older ones."""
-        before = dict(self.converters)
-        opset = _opset(proto)
-        for node in proto.graph.node:
-            if node.domain == DOMAIN:
-                self.converters[self.key(DOMAIN, node.op_type, 1)] = _placeholder
-            elif node.domain in ("", "ai.onnx"):
-                known = [key.version for key in before if (key.domain, key.operation_type) == ("", node.op_type)]
-                schema = _schema(node.op_type, opset)
-                if schema is None or schema.since_version in known:
-                    continue
-                older = max((version for version in known if version < schema.since_version), default=None)
-                if older is not None and _fits(node, onnx.defs.get_schema(node.op_type, older, "")):
-                    self.converters[self.key("", node.op_type, schema.since_version)] = before[self.key("", node.op_type, older)]
-        try:
-            yield
-        finally:
-            self.converters.clear()
-            self.converters.update(before)
-
-    def missing(self, proto: onnx.ModelProto) -> list[str]:
-        """The operators of a graph that have no converter."""
-        opset = _opset(proto)
-        names: dict[str, None] = {}
-        for node in proto.graph.node:
-            schema = _schema(node.op_type, opset) if node.domain in ("", "ai.onnx") else None
-            version = schema.since_version if schema is not None else next(o.version for o in proto.opset_import if o.domain == node.domain)
-            if self.key(node.domain, node.op_type, version) not in self.converters:
-                names[f"{node.domain}::{node.op_type}".removeprefix("::")] = None
-        return list(names)
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    return next(int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-
-
-def _schema(op: str, opset: int) -> Any:
-    try:
-        return onnx.defs.get_schema(op, max_inclusive_version=opset, domain="")
-    except onnx.defs.SchemaError:
-        return None
-
-
-def _fits(node: onnx.NodeProto, schema: Any) -> bool:
-    """Whether a node uses nothing that an older version of its operator does not have."""
-    inputs = [name for name in node.input if name]
-    return {a.name for a in node.attribute} <= set(schema.attributes) and len(inputs) <= schema.max_input
-
-
-def _placeholder(node: Any, graph: Any) -> Any:
-    """A LAuReL node's converter: its parameters go into the module that will take its place."""
-    from onnx2torch.utils.common import OnnxMapping, OperationConverterResult
-
-    states = tuple(name for name in node.input_values if name not in graph.initializers)
-    return OperationConverterResult(nn.Identity(), OnnxMapping(states, node.output_values))
-
-
-def _prepared(model: ir.Model) -> onnx.ModelProto:
-    """The graph as onnx2torch takes it: constants folded, axes as attributes, no functions, names that attributes may have."""
+def _prepared(model: ir.Model, *, inline: bool) -> ir.Model:
+    """The graph as onnx2torch takes it: constants folded, no functions, outputs that nodes compute, names that attributes may have."""
     import onnxscript.optimizer
 
     model = model.clone()
+    if inline:
+        common.InlinePass()(model)
     model.functions.clear()
+    filled = {value.name for node in model.graph if node.op_type == "ConstantOfShape" for value in node.outputs}
     with quiet():
         onnxscript.optimizer.fold_constants(model, output_size_limit=_FOLDED, should_fold=_makes_weights)
         common.IdentityEliminationPass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common.RemoveUnusedNodesPass()(model)
+    for name in filled & set(model.graph.initializers):
+        model.graph.initializers[str(name)].metadata_props[_FILLED] = ""
+    for position, value in enumerate(model.graph.outputs):
+        if value.producer() is None:
+            node = ir.Node("", "Identity", [value], name=f"{value.name}_output")
+            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{value.name}_output", value.type, value.shape
+            model.graph.append(node)
+            model.graph.outputs[position] = node.outputs[0]
     names: Counter[str] = Counter()
     for node in model.graph:
-        _as_older(node)
         name = re.sub(r"\W", "_", node.name or "") or node.op_type
         names[name] += 1
         node.name = f"n_{name}" if names[name] == 1 else f"n_{name}_{names[name]}"
+    return model
+
+
+def _proto(model: ir.Model) -> onnx.ModelProto:
     return ir.to_proto(ir.external_data.load_to_model(model))
 
 
@@ -198,34 +147,43 @@ def _makes_weights(node: ir.Node) -> bool | None:
     return True if node.op_type == "ConstantOfShape" else None
 
 
-def _as_older(node: ir.Node) -> None:
-    """Write a node as the versions of its operator that onnx2torch knows have it, where that says the same.
+def _tie(model: ir.Model) -> None:
+    """Make one parameter again of what was one: an exporter folds a matrix transposed, and once for each time that it is read."""
+    initializers = model.graph.initializers
+    folded: dict[str, tuple[np.ndarray, ir.Value]] = {}
+    for value in list(initializers.values()):
+        if len(sources(value)) != 1 or value.const_value is None:
+            continue
+        (name,), array = sources(value), value.const_value.numpy()
+        if name not in folded:
+            folded[name] = array, _transposed(model, name, value, array)
+        first, stands = folded[name]
+        if stands is not value and np.array_equal(array, first):
+            value.replace_all_uses_with(stands)
 
-    Reductions have their axes as an operand since opset 18 (ReduceSum, which onnx2torch knows so, since 13); a Split may say the number
-    of its outputs since 18; a Reshape may make empty tensors since 14.
-    """
-    attributes = node.attributes
-    if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.inputs) > 1:
-        axes = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-        if axes is not None:
-            attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
-            node.replace_input_with(1, None)
-        if not attributes.get_int("noop_with_empty_axes", 0):
-            attributes.pop("noop_with_empty_axes", None)
-    elif node.op_type == "Split" and "num_outputs" in attributes and node.inputs[0] is not None and node.inputs[0].shape is not None:
-        size = node.inputs[0].shape[attributes.get_int("axis", 0) or 0]
-        if isinstance(size, int) and node.graph is not None:
-            count = len(node.outputs)
-            part = -(-size // count)
-            parts = [part] * (count - 1) + [size - part * (count - 1)]
-            value = ir.Value(name=f"{node.outputs[0].name}_sizes", const_value=ir.tensor(parts, dtype=ir.DataType.INT64))
-            value.const_value.name = value.name  # type: ignore[union-attr]  # set in the line above
-            node.graph.register_initializer(value)
-            node.resize_inputs(2)
-            node.replace_input_with(1, value)
-            del attributes["num_outputs"]
-    elif node.op_type == "Reshape":
-        attributes.pop("allowzero", None)
+
+def _transposed(model: ir.Model, name: str, value: ir.Value, array: np.ndarray) -> ir.Value:
+    """A matrix as another one transposed, where the graph has that; else as it is."""
+    source = model.graph.initializers.get(name)
+    if source is None or source.const_value is None or array.ndim != 2 or not np.array_equal(array, source.const_value.numpy().T):
+        return value
+    node = ir.Node("", "Transpose", [source], [ir.AttrInt64s("perm", [1, 0])], name=f"n_{value.name}_tied")
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{value.name}_tied", value.type, value.shape
+    model.graph.insert_before(model.graph[0], node)
+    return node.outputs[0]
+
+
+def _outputs_by_name(module: fx.GraphModule, proto: onnx.ModelProto, nodes: dict[str, fx.Node]) -> None:
+    """Return the graph's outputs, each of them; onnx2torch returns all that the nodes give that compute one."""
+    made = {name: (node, position) for node in proto.graph.node for position, name in enumerate(node.output)}
+    returned = module.graph.output_node()
+    results: list[fx.Node] = []
+    with module.graph.inserting_before(returned):
+        for value in proto.graph.output:
+            node, position = made[value.name]
+            result = nodes[_target(node)]
+            results.append(module.graph.call_function(getitem, (result, position)) if len(node.output) > 1 else result)
+    returned.args = (results[0] if len(results) == 1 else tuple(results),)
 
 
 def _place(module: fx.GraphModule, node: fx.Node, call: Call, site: str, outputs: int) -> None:
@@ -269,20 +227,32 @@ def _outputs(value: torch.Tensor, left: Sequence[torch.Tensor], operands: Sequen
     return (value, *computed) if computed else value
 
 
-def _weights(module: fx.GraphModule, initializers: Container[str]) -> None:
-    """The graph's initializers as parameters, those that several nodes read as one; constants and masks are buffers."""
-    first: dict[str, str] = {}
+def _weights(module: fx.GraphModule, trained: Collection[str]) -> None:
+    """The graph's initializers under their names, those that several nodes read as one: what trains is a parameter, the rest are buffers."""
+    read: dict[str, str] = {}  # onnx2torch has a buffer for each reading
     for node in module.graph.nodes:
-        names = getattr(module.get_submodule(node.target), "onnx_mapping", None) if node.op == "call_module" else None
-        for argument, name in zip(node.args, names.inputs if names is not None else (), strict=False):
-            if isinstance(argument, fx.Node) and argument.op == "get_attr" and str(argument.target).startswith("initializers."):
-                argument.target = first.setdefault(name, str(argument.target))
-    read = {str(node.target).partition(".")[2] for node in module.graph.nodes if node.op == "get_attr" and node.users}
-    given = {target.partition(".")[2] for name, target in first.items() if name in initializers}
-    holder = module.get_submodule("initializers") if read else nn.Module()
-    for name, tensor in list(holder.named_buffers()):
-        weight = name in given and tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.abs().max() < _HUGE)
-        if name not in read or weight:
-            delattr(holder, name)
-        if name in read and weight:
-            holder.register_parameter(name, nn.Parameter(tensor))
+        mapping = getattr(module.get_submodule(node.target), "onnx_mapping", None) if node.op == "call_module" else None
+        names = [name for name in mapping.inputs if name] if mapping is not None else []
+        for operand, name in zip((*node.args, *node.kwargs.values()), names, strict=False):
+            if isinstance(operand, fx.Node) and operand.op == "get_attr":
+                read[str(operand.target)] = name
+    held: dict[str, str] = {}
+    kept = nn.Module()
+    for target, name in read.items():
+        if name in held:
+            continue
+        held[name] = _free(re.sub(r"\W", "_", name), kept)
+        tensor = module.get_buffer(target)
+        if name in trained:
+            kept.register_parameter(held[name], nn.Parameter(tensor))
+        else:
+            kept.register_buffer(held[name], tensor)
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and node.target in read:
+            node.target = f"initializers.{held[read[node.target]]}"
+    module.add_module("initializers", kept)
+
+
+def _free(name: str, holder: nn.Module) -> str:
+    """A name like this one that nothing in a module has."""
+    return _free(f"{name}_", holder) if hasattr(holder, name) else name
