@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from conftest import LLAMA, close, slow
+from onnx import TensorProto, helper
 from torch import nn
 from transformers import DynamicCache
 
-from laurel_rewrite import ConfigError, Connection, ExportError, VerificationError, detect, export_onnx, register_operator, rewrite
+from laurel_rewrite import (
+    ConfigError,
+    Connection,
+    ExportError,
+    VerificationError,
+    detect,
+    export_onnx,
+    profile,
+    register_operator,
+    rewrite,
+    rewrite_onnx,
+    write_onnx,
+)
+from laurel_rewrite.graph.feeds import draw_feeds, phases
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan.fits import plan_of
+from laurel_rewrite.report import schema
 from laurel_rewrite.sources.models import build
 from laurel_rewrite.sources.past import Past
 from laurel_rewrite.testing import moved
 from laurel_rewrite.verification.onnx_runs import session_of
 
 STEPS = 32
+SMALL = LLAMA | {"num_hidden_layers": 2}
 DECODERS = {
-    "gpt2": {"n_layer": 3, "n_embd": 32, "n_head": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
-    "llama": LLAMA,
-    "mistral": LLAMA | {"sliding_window": 8},
-    "qwen2": LLAMA,
-    "qwen3": LLAMA | {"head_dim": 8},
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
+    "llama": SMALL,
+    "mistral": SMALL | {"sliding_window": 8},
+    "qwen2": SMALL,
+    "qwen3": SMALL | {"head_dim": 8},
     "opt": {
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "hidden_size": 32,
         "ffn_dim": 64,
         "num_attention_heads": 4,
         "vocab_size": 99,
         "word_embed_proj_dim": 32,
     },
-    "bloom": {"n_layer": 3, "hidden_size": 32, "n_head": 4, "vocab_size": 99},
-    "falcon": {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 99},
-    "gpt_neox": {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99},
-    "phi": LLAMA,
-    "phi3": LLAMA | {"pad_token_id": 0},
-    "gemma": LLAMA | {"head_dim": 8},
-    "gemma2": LLAMA | {"head_dim": 8, "sliding_window": 8},
-    "gptj": {"n_layer": 3, "n_embd": 32, "n_head": 4, "rotary_dim": 4, "vocab_size": 99},
-    "mpt": {"n_layers": 3, "d_model": 32, "n_heads": 4, "vocab_size": 99},
+    "bloom": {"n_layer": 2, "hidden_size": 32, "n_head": 4, "vocab_size": 99},
+    "falcon": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 99},
+    "gpt_neox": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 99},
+    "phi": SMALL,
+    "phi3": SMALL | {"pad_token_id": 0},
+    "gemma": SMALL | {"head_dim": 8},
+    "gemma2": SMALL | {"head_dim": 8, "sliding_window": 8},
+    "gptj": {"n_layer": 2, "n_embd": 32, "n_head": 4, "rotary_dim": 4, "vocab_size": 99},
+    "mpt": {"n_layers": 2, "d_model": 32, "n_heads": 4, "vocab_size": 99},
 }
 """Windows of 8 slide over prompts of 6 and what comes after."""
 POST_NORM = ("opt", {"do_layer_norm_before": False})
@@ -62,7 +80,7 @@ def rewritten(name: str, operator: str, spread: float = 0.1, **settings) -> tupl
     options = USUAL if "rank" in registry.operator(operator).options else {}
     plan, reason = plan_of(detect(model, (), inputs), operator, **options)
     assert plan is not None, reason
-    return moved(rewrite(model, (), inputs, plan=plan), spread).eval(), inputs
+    return moved(rewrite(model, (), inputs, plan=plan, verify=False), spread).eval(), inputs
 
 
 def empty(session) -> dict[str, np.ndarray]:
@@ -173,7 +191,7 @@ IDS = torch.randint(3, 9, (2, 5))
         (lambda: decoder()[0], {"input_ids": IDS, "labels": IDS}, ConfigError, "there is no input 'labels' then. Leave it out"),
         (lambda: build("hf:t5", {"num_layers": 1, "d_model": 32, "d_ff": 64, "num_heads": 4, "d_kv": 8, "vocab_size": 99}).model, {"input_ids": IDS},
          ExportError, "an encoder and a decoder"),
-        (lambda: build("hf:lfm2", LLAMA | {"layer_types": ["conv", "full_attention", "conv"]}).model, {"input_ids": IDS}, ExportError,
+        (lambda: build("hf:lfm2", SMALL | {"layer_types": ["conv", "full_attention"]}).model, {"input_ids": IDS}, ExportError,
          "cannot be exported with a past"),
     ],
 )  # fmt: skip
@@ -223,5 +241,111 @@ def test_the_model_is_called_by_its_own_name_while_it_has_a_past():
     with past.calling(model), torch.no_grad():
         logits, layers = model(**past.drawn(model, 2, 0, 4))
     assert logits.shape == (2, 4, 99)
-    assert [layer["key"].shape for layer in layers] == [(2, 2, 4, 8)] * 3
+    assert [layer["key"].shape for layer in layers] == [(2, 2, 4, 8)] * 2
     assert model(ids).logits.shape == (2, 4, 99)
+
+
+# Profiled
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("graphs")
+    model, inputs = decoder("gpt2", n_positions=64)
+    files = [export_onnx(model, (), inputs, folder / "baseline.onnx", past=True)]
+    return [*files, write_onnx(rewrite_onnx(files[0], variant="rw+lr", rank=4, target="ort-cpu"), folder / "laurel.onnx")]
+
+
+def test_prefill_and_decoding_are_profiled_apart(graphs):
+    result = profile(graphs, prompt=24, past=40, shapes={"batch": [2]}, seconds=0, min_rounds=2, threads=1)
+    assert result.phases == ("prefill, 24 tokens", "decoding, 1 token behind 40")
+    first, second = ({name: sizes[name] for name in ("input_ids", "attention_mask", "past_key_values.0.key")} for sizes in result.shapes)
+    assert first == {"input_ids": "int64[2, 24]", "attention_mask": "int64[2, 24]", "past_key_values.0.key": "float32[2, 4, 0, 8]"}
+    assert second == {"input_ids": "int64[2, 1]", "attention_mask": "int64[2, 41]", "past_key_values.0.key": "float32[2, 4, 40, 8]"}
+    for row in result.rows:
+        prefill, decoding = row.memories
+        assert prefill.activation_bytes > decoding.activation_bytes > 0
+        assert len(row.latencies) == len(row.residents) == 2
+    (alone,) = profile(graphs[:1], past=40, seconds=0, min_rounds=2, threads=1).phases
+    assert alone == "decoding, 1 token behind 40"
+
+
+def test_the_command_profiles_them(graphs, here, tmp_path):
+    result = here(
+        "profile", *map(str, graphs), "--prompt", "8", "--past", "16", "--min-time", "0.1", "--out", "out", "--fail-if", "latency_ms > 1e9"
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    jsonschema.validate(report, schema())
+    assert report["profile"]["phases"] == ["prefill, 8 tokens", "decoding, 1 token behind 16"]
+    assert [len(row["memories"]) for row in report["profile"]["rows"]] == [2, 2, 2]
+    for text in (result.stdout, (tmp_path / "out" / "report.html").read_text()):
+        assert "decoding, 1 token behind 16" in text
+        assert "more" in text  # inputs of later layers
+
+
+def test_graphs_without_a_past_have_no_phases(exported, here):
+    with pytest.raises(ConfigError, match=r"measured of decoders .* export_onnx\(..., past=True\) and --with-past write such"):
+        profile([exported("gpt2")], prompt=8)
+    with pytest.raises(ConfigError, match="The past is to be of 1 token or more, not 0"):
+        profile([exported("gpt2")], past=0)
+    assert "--prompt is for graphs with a past: give --with-past, too" in here("hf:gpt2", "--prompt", "8").stderr
+    assert "--with-past is for models in PyTorch" in here(str(exported("gpt2")), "--with-past").stderr
+
+
+@pytest.mark.parametrize(
+    ("total", "past"), [("past_sequence_length + sequence_length", 5), ("total_sequence_length", 5), ("total_sequence_length", 0)]
+)
+def test_inputs_go_on_from_the_past(total, past):
+    """As Optimum and onnxruntime-genai name the sizes."""
+    inputs = {
+        "input_ids": (TensorProto.INT64, ["batch_size", "sequence_length"]), "attention_mask": (TensorProto.INT64, ["batch_size", total]),
+        "position_ids": (TensorProto.INT64, ["batch_size", "sequence_length"]),
+        "past_key_values.0.key": (TensorProto.FLOAT, ["batch_size", 2, "past_sequence_length", 4]),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [name], [f"{name}_"]) for name in inputs], "graph",
+        [helper.make_tensor_value_info(name, *of) for name, of in inputs.items()],
+        [helper.make_tensor_value_info(f"{name}_", of[0], None) for name, of in inputs.items()],
+    )  # fmt: skip
+    model = ir.from_proto(helper.make_model(graph))
+    sizes = {"past_sequence_length": past, "sequence_length": 3}
+    assert phases(model, 3, 5) == {
+        "prefill, 3 tokens": {"sequence_length": 3, "past_sequence_length": 0},
+        "decoding, 1 token behind 5": {"sequence_length": 1, "past_sequence_length": 5},
+    }
+    feeds = draw_feeds(model, sizes=sizes)
+    assert feeds["attention_mask"].tolist() == [[1] * (past + 3)] * 2
+    assert feeds["position_ids"].tolist() == [[past, past + 1, past + 2]] * 2
+    assert feeds["past_key_values.0.key"].shape == (2, 2, past, 4)
+
+
+def test_the_main_job_with_a_past(here, tmp_path):
+    settings = [
+        word for key, value in (DECODERS["gpt2"] | {"n_layer": 1, "n_positions": 32}).items() for word in ("--set", f"{key}={value}")
+    ]
+    result = here("hf:gpt2", *settings, "--rank", "4", "--with-past", "--prompt", "12", "--profile-seconds", "0.1")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "laurel_out" / "report.json").read_text())
+    assert report["profile"]["phases"] == ["prefill, 12 tokens", "decoding, 1 token behind 31"]
+    assert {"laurel.onnx, a past against the whole", "baseline.onnx, a past against the whole"} <= {
+        one["name"] for one in report["verification"]
+    }
+    assert "past_key_values.0.key" in {value.name for value in ir.load(tmp_path / "laurel_out" / "laurel.onnx").graph.inputs}
+
+
+def test_the_main_job_refuses_early(here, tmp_path):
+    settings = (
+        "--set",
+        "num_hidden_layers=1",
+        "--set",
+        "hidden_size=32",
+        "--set",
+        "intermediate_size=64",
+        "--set",
+        "num_attention_heads=4",
+    )
+    result = here("hf:bert", *settings, "--with-past")
+    assert result.returncode == 4
+    assert "cannot be exported with a past" in result.stderr
+    assert not any(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from typing import Any
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.files.written import json_of
-from laurel_rewrite.report.words import breakable, count, figure, settings, shortened, size, skipped_of
+from laurel_rewrite.report.words import breakable, count, figure, first_inputs, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
@@ -50,6 +50,7 @@ def page(report: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "short": shortened,
+        "first_inputs": first_inputs,
         "settings": settings,
         "size": size,
         "count": count,

@@ -145,7 +145,7 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         ("activation_bytes", "activations: peak of the arena, weights aside"),
         ("live_bytes", "values alive: peak, from the graph"),
     ):
-        figure.add_bar(x=[row["memory"][key] / (1 << 20) for row in rows], y=names, name=name, orientation="h")
+        figure.add_bar(x=[row["memories"][0][key] / (1 << 20) for row in rows], y=names, name=name, orientation="h")
     figure.update_traces(hovertemplate="%{y}: %{x:.2f} MiB<extra></extra>")
     figure.update_xaxes(title="MiB")
     return figure

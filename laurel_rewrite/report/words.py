@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+_INPUTS = 5  # shown of a graph; the JSON has them all
 _SHOWN = 120  # characters of a name on the page; the JSON has them all
 
 
@@ -16,6 +17,12 @@ def shortened(text: object, length: int = _SHOWN) -> str:
     """A name with its middle left out where it is too long to show."""
     text = str(text)
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2) :]}"
+
+
+def first_inputs(shape: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Inputs and their sizes; of many, as a decoder with a past has them, the first ones and the number of the others."""
+    shown = list(shape.items())
+    return shown if len(shown) <= _INPUTS else [*shown[: _INPUTS - 1], (f"and {len(shown) - _INPUTS + 1} more", "")]
 
 
 def breakable(text: object, length: int = 60) -> Markup:
