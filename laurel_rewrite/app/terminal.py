@@ -25,7 +25,7 @@ from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
-from laurel_rewrite.report.words import figure, first_inputs, shortened, size, skipped_of
+from laurel_rewrite.report.words import figure, places, shortened, size, sizes_of, skipped_of
 from laurel_rewrite.stages import Stage
 
 
@@ -171,16 +171,16 @@ def show_report(console: Console, report: Report) -> None:
 def show_profile(console: Console, profile: Profile) -> None:
     """The figures of each model, and of the shapes it was measured at."""
     conditions, baseline = profile.conditions, profile.rows[0]
-    several = len(profile.shapes) > 1 or bool(profile.phases[0])
+    several, at = len(profile.shapes) > 1 or bool(profile.phases[0]), places(profile.shapes, profile.phases)
     times = [
-        (f"{shortened(row.name, 60)}\n{_at(profile, n)}", *_timed(one), *_memory(row, baseline, n))
+        (f"{shortened(row.name, 60)}\n{at[n]}", *_timed(one), *_memory(row, baseline, n))
         if several
         else (shortened(row.name, 60), *_timed(one))
         for row in profile.rows
         for n, one in enumerate(row.latencies)
     ]
     caption = (
-        f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {_sizes(profile.shapes[0])}; "
+        f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {sizes_of(profile.shapes[0])}; "
         f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}"
     )
     show_table(console, "Profile in onnxruntime", ("model", *_TIMED, *(_MEMORY if several else ())), times, caption)
@@ -210,12 +210,6 @@ def show_training(console: Console, training: Training) -> None:
     show_table(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
     for note in training.notes:
         console.print(Text(note, style="yellow"))
-
-
-def _at(profile: Profile, number: int) -> str:
-    """What was measured at the n-th shape: a phase of a decoder, the sizes of inputs, or both where one does not tell."""
-    phase = profile.phases[number]
-    return phase if phase and profile.phases.count(phase) == 1 else f"{phase} {_sizes(profile.shapes[number])}".lstrip()
 
 
 _MEMORY = ("activations>", "resident\npeak>")
@@ -303,10 +297,6 @@ def _packed(cells: Sequence[Text], width: int) -> Text:
 def _line(cell: str | Text) -> Text:
     """The lines of a cell in one."""
     return Text(" ").join(Text(str(cell), cell.style if isinstance(cell, Text) else "").split("\n"))
-
-
-def _sizes(shape: Mapping[str, str]) -> str:
-    return ", ".join(f"{shortened(name, 40)} {value}".rstrip() for name, value in first_inputs(shape))
 
 
 _WIDEST = 10_000  # columns, to find out how wide a table would like to be

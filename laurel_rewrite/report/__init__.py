@@ -13,7 +13,7 @@ from typing import Any
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.files.written import json_of
-from laurel_rewrite.report.words import breakable, count, figure, first_inputs, settings, shortened, size, skipped_of
+from laurel_rewrite.report.words import breakable, count, figure, places, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
@@ -50,14 +50,13 @@ def page(report: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "short": shortened,
-        "first_inputs": first_inputs,
         "settings": settings,
         "size": size,
         "count": count,
         "place": lambda where: breakable(short(where)),
         "name": breakable,
     }
-    environment.globals |= {"figure": figure, "skipped_of": skipped_of}
+    environment.globals |= {"figure": figure, "places": places, "skipped_of": skipped_of}
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}
     rows = profile["rows"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,10 +19,16 @@ def shortened(text: object, length: int = _SHOWN) -> str:
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2) :]}"
 
 
-def first_inputs(shape: Mapping[str, str]) -> list[tuple[str, str]]:
+def sizes_of(shape: Mapping[str, str]) -> str:
     """Inputs and their sizes; of many, as a decoder with a past has them, the first ones and the number of the others."""
-    shown = list(shape.items())
-    return shown if len(shown) <= _INPUTS else [*shown[: _INPUTS - 1], (f"and {len(shown) - _INPUTS + 1} more", "")]
+    shown = [f"{shortened(name, 40)} {value}" for name, value in shape.items()]
+    return ", ".join(shown if len(shown) <= _INPUTS else [*shown[: _INPUTS - 1], f"and {len(shown) - _INPUTS + 1} more"])
+
+
+def places(shapes: Sequence[Mapping[str, str]], phases: Sequence[str]) -> list[str]:
+    """What was measured at each shape: a phase of a decoder, the sizes of inputs, or both where one alone does not tell."""
+    told = len(set(phases)) == len(phases)
+    return [phase if phase and told else f"{phase} {sizes_of(shape)}".lstrip() for shape, phase in zip(shapes, phases, strict=True)]
 
 
 def breakable(text: object, length: int = 60) -> Markup:
