@@ -187,6 +187,7 @@ IDS = torch.randint(3, 9, (2, 5))
         (Plain, {"input_ids": IDS}, ExportError, "Plain cannot be exported with a past: its forward takes no attention_mask. past=True is for causal"),
         (Own, {"input_ids": IDS}, ExportError, "Own .* does not run with an empty DynamicCache .*returns logits and past_key_values"),
         (lambda: Own(type("Out", (), {"logits": 0, "past_key_values": DynamicCache()})), {"input_ids": IDS}, ExportError, "no keys and values"),
+        (lambda: Own(), {"ids": IDS}, ConfigError, "Own does not take these inputs: .* exported from input_ids alone"),
         (lambda: decoder()[0], {"inputs_embeds": torch.randn(2, 5, 32)}, ConfigError, "from input_ids, whole numbers"),
         (lambda: decoder()[0], {"input_ids": IDS, "labels": IDS}, ConfigError, "there is no input 'labels' then. Leave it out"),
         (lambda: build("hf:t5", {"num_layers": 1, "d_model": 32, "d_ff": 64, "num_heads": 4, "d_kv": 8, "vocab_size": 99}).model, {"input_ids": IDS},

@@ -69,7 +69,11 @@ class Past:
             raise ExportError(f"{name} cannot be exported with a past: its forward takes no {absent[0]}. {_OFFER}")
         if "decoder_input_ids" in takes:
             raise ExportError(f"{name} cannot be exported with a past: it is an encoder and a decoder, which are two graphs. {_OFFER}")
-        given = {key: value for key, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items() if value is not None}
+        try:
+            bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise ConfigError(f"{name} does not take these inputs: {error}. With a past it is exported from input_ids alone.") from error
+        given = {key: value for key, value in bound.items() if value is not None}
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
             raise ConfigError(f"{name} is exported with a past from input_ids, whole numbers of shape [batch, sequence]; there are none.")
@@ -133,7 +137,7 @@ class Past:
     def draws(self, model: nn.Module, seed: int) -> list[dict[str, Any]]:
         """Inputs of every kind: a prompt behind nothing, one token behind a past, several behind one that begins with padding.
 
-        No token is padding itself: what is computed of one is read by nobody, and differs from kernel to kernel.
+        None of the tokens is padding itself: what is computed of that is read by nobody, and differs from kernel to kernel.
         """
         sizes = ((3, 0, 6, 0), (1, 5, 1, 0), (2, 7, 4, 3))
         return [
