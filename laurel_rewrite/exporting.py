@@ -37,6 +37,7 @@ from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.reads import parted
 from laurel_rewrite.sources.inputs import call_inputs
+from laurel_rewrite.sources.past import Past
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.export import check_export, numbered, widened
 
@@ -71,6 +72,7 @@ def export_onnx(
     target: str = targets.DEFAULT,
     functions: str = "keep",
     skip: Collection[str] = (),
+    past: bool = False,
     verify: bool = True,
 ) -> Path:
     """Write a model, rewritten or not, as ONNX. It is exported in eval mode and left as it was.
@@ -85,14 +87,17 @@ def export_onnx(
         target: see `laurel_rewrite.targets`.
         functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
         skip: passes of a target that lowers to leave out.
+        past: write a causal decoder of transformers as it is deployed: keys and values of earlier tokens are inputs, and those of all are
+            outputs (`laurel_rewrite.sources.past`), so that one graph computes a prompt and each token after it. Of the example inputs
+            it takes `input_ids`.
         verify: whether to compare the file with the model.
 
     Returns:
         The path. A site's nodes are named by the site's id, and their `metadata_props` say site, variant, rank and version.
 
     Raises:
-        ConfigError: an unknown target or pass, or another word for `functions`.
-        ExportError: the model cannot be exported, or the result is no valid ONNX. Nothing is written then.
+        ConfigError: an unknown target or pass, another word for `functions`, or other inputs than `past` takes.
+        ExportError: the model cannot be exported, has no past to export, or the result is no valid ONNX. Nothing is written then.
         VerificationError: the file does not compute what the model does; the message names the first site. Nothing is written then.
     """
     path = Path(path)
@@ -101,10 +106,11 @@ def export_onnx(
     args, kwargs = call_inputs(args, kwargs)
     if why := unfinished(model):
         _log.warning("%s: %s", path.name, why)
+    behind = Past.of(model, args, kwargs) if past else None
     with replacing(path.parent) as draft:
-        exported = Exporter(model, args, kwargs, target=target, functions=functions, skip=skip).write(draft / path.name)
+        exported = Exporter(model, args, kwargs, target=target, functions=functions, skip=skip, past=behind).write(draft / path.name)
         if verify:
-            require(check_export(model, exported, args, kwargs, name=path.name)[0])
+            require(check_export(model, exported, args, kwargs, name=path.name, past=behind)[0])
     return path
 
 
@@ -113,6 +119,7 @@ class Exporter:
 
     Args:
         model, args, kwargs, target, functions, skip: see `export_onnx`.
+        past: how the model is called with one; None to export it as it is called with the inputs.
 
     Raises:
         ConfigError: an unknown target or pass, or another word for `functions`.
@@ -128,12 +135,13 @@ class Exporter:
         target: str = targets.DEFAULT,
         functions: str = "keep",
         skip: Collection[str] = (),
+        past: Past | None = None,
     ) -> None:
         self.target = check_form(target, functions)
         if any(p.is_meta for p in model.parameters()):
             raise ExportError("A model on the meta device has no weights to export. Move it to a device first.")
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
-        self.functions, self.skip = functions, skip
+        self.functions, self.skip, self.past = functions, skip, past
         self._traced: ir.Model | None = None
 
     def write(self, path: Path) -> Export:
@@ -154,29 +162,38 @@ class Exporter:
     def _graph(self) -> ir.Model:
         """The graph with a marker in the place of each LAuReL; where these become nodes, it holds their parameters, and must be made anew."""
         if self.target.writes_nodes:
-            return _export(self.model, self.args, self.kwargs, markers=False)
+            return _export(self.model, self.args, self.kwargs, self.past, markers=False)
         if self._traced is None:
-            self._traced = _export(self.model, self.args, self.kwargs, markers=True)
+            self._traced = _export(self.model, self.args, self.kwargs, self.past, markers=True)
         return self._traced.clone()
 
 
-def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], *, markers: bool) -> ir.Model:
-    """The graph with as many dynamic dimensions as the model, its capture and the exporter go along with."""
-    args, kwargs = widened(tuple(args), kwargs)
+def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], past: Past | None, *, markers: bool) -> ir.Model:
+    """The graph with as many dynamic dimensions as the model, its capture and the exporter go along with; with a past it has all of them."""
+    args, kwargs = widened(tuple(args), kwargs) if past is None else ((), past.drawn(model, 2, 5, 3))
     # A view of a larger tensor would put a guard on its strides into the program, which the exporter cannot carry out; and a tensor that is
     # given twice would be one input.
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.contiguous().clone(), (args, kwargs))
     problems: list[str] = []
-    for dynamic in (_dynamic(model, args, kwargs, sequence=True), _dynamic(model, args, kwargs, sequence=False), None):
+    dynamics = (
+        (_dynamic(model, args, kwargs, sequence=True), _dynamic(model, args, kwargs, sequence=False), None)
+        if past is None
+        else (past.dynamic_shapes(kwargs),)
+    )
+    for dynamic in dynamics:
         try:
             marks = marked(model) if markers else contextlib.nullcontext()
-            with training(model, False), without_caches(model), quiet(), torch.no_grad(), marks:
+            called = without_caches(model) if past is None else past.calling(model)
+            with training(model, False), called, quiet(), torch.no_grad(), marks:
                 program = torch.export.export(model, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
                 _only_tensors(program)
                 exported = torch.onnx.export(program, (), dynamo=True, optimize=True, verbose=False)
             assert exported is not None
             note_kinds(exported.model, program.graph_signature.parameters, program.graph_signature.buffers)
-            _name_dimensions(exported.model, _fixed_symbols(program))
+            _fix_dimensions(exported.model, _fixed_symbols(program))
+            _name_dimensions(exported.model, _symbols(exported.model) if past is None else past.symbols(exported.model.graph))
+            if past is not None:
+                past.name_values(exported.model.graph)
             _forget_places(exported.model)
             return exported.model
         except Exception as error:  # what the exporters raise for a foreign model is not documented
@@ -365,14 +382,23 @@ def _size(dim: Any, fixed: Mapping[str, int]) -> Any:
     return int(symbol) if symbol.isdigit() else fixed.get(symbol, dim)
 
 
-def _name_dimensions(model: ir.Model, fixed: Mapping[str, int]) -> None:
-    """Call the dynamic dimensions batch and sequence instead of s77, and the fixed ones by their size."""
+def _values(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
+
+
+def _fix_dimensions(model: ir.Model, fixed: Mapping[str, int]) -> None:
+    """Call fixed dimensions by their size."""
     import onnx_ir as ir
 
-    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
-    for value in values:
+    for value in _values(model):
         if value.shape is not None:
             value.shape = ir.Shape([_size(d, fixed) for d in value.shape])
+
+
+def _symbols(model: ir.Model) -> dict[str, str]:
+    """Names for the dynamic dimensions, batch and sequence, by the symbols that stand for them."""
+    import onnx_ir as ir
+
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for position, dim in enumerate(value.shape or ()):
@@ -381,10 +407,17 @@ def _name_dimensions(model: ir.Model, fixed: Mapping[str, int]) -> None:
                 wanted = "batch" if position == 0 else "sequence" if position == 1 else f"dim_{position}"
                 taken = sum(name.split(".")[0] == wanted for name in names.values())
                 names[symbol] = wanted if not taken else f"{wanted}.{taken}"
+    return names
+
+
+def _name_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Call the dynamic dimensions by names instead of s77."""
+    import onnx_ir as ir
+
     if not names:
         return
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    for value in values:
+    for value in _values(model):
         if value.shape is not None:
             value.shape = ir.Shape(
                 [

@@ -48,7 +48,7 @@ def at_two_shapes(result, **changes):
     first = replace(result.rows[1].latency, ratio=1.0, low=0.98, high=1.01, verdict="within noise")
     row = replace(result.rows[1], latencies=(first, replace(first, **changes)))
     baseline = replace(result.rows[0], latencies=result.rows[0].latencies * 2)
-    return replace(result, rows=(baseline, row), shapes=({"x": "float32[1]"}, {"x": "float32[8]"}))
+    return replace(result, rows=(baseline, row), shapes=({"x": "float32[1]"}, {"x": "float32[8]"}), phases=("", ""))
 
 
 WIDE = {"ratio": 1.01, "low": 0.904, "high": 1.139, "verdict": "unresolved"}

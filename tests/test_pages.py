@@ -17,6 +17,7 @@ README = PAGES[0]
 COMMANDS = {line for page in PAGES for text in blocks(page, "sh") for line in text.splitlines() if line.startswith("laurel-rewrite")}
 PRINTS = {
     "README.md": ("x the baseline's latency", "layers.2.laurel_1 identity (2, 16, 64) stream 0, position 5"),
+    "decoders.md": ("True\n", "decoding: "),
     "compare.md": ("one more layer", "baseline"),
     "lightning.md": ("'laurel/model.layers.1.laurel_1/uv':",),
     "transformers.md": ("{'laurel/transformer.h.1.laurel_1/a': ", "transformer.h.0.laurel_0"),

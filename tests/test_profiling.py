@@ -261,7 +261,7 @@ def test_the_self_check_is_a_model_against_itself(graphs, monkeypatch):
     assert [row.name for row in result.rows] == ["baseline.onnx", "laurel.onnx", ITSELF]
     assert result.rows[2].ops == result.rows[0].ops
     noisy = replace(result.rows[2], latencies=(replace(result.rows[2].latency, ratio=1.1, low=1.05, high=1.2, verdict="slower"),))
-    assert any("too noisy" in doubt for doubt in _doubts([*result.rows[:2], noisy], settings(), Effort()))
+    assert any("too noisy" in doubt for doubt in _doubts([*result.rows[:2], noisy], settings(), Effort(), [""]))
 
 
 def test_a_provider_that_falls_back_is_reported(graphs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from laurel_rewrite.report.words import count as number
 from laurel_rewrite.sources import is_graph, is_onnx
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.models import build
+from laurel_rewrite.sources.past import Past
 from laurel_rewrite.stages import Listener, Stage, silent
 from laurel_rewrite.verification.checks import Check, check_gradients, failure, randomized
 from laurel_rewrite.verification.export import array_of, check_export, widened
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 PROBE = "probe.onnx"
 RANKS = (4, 8, 16, 32, 64)  # that a dry run compares
+_PROMPT, _PAST = 128, 512  # tokens that a decoder is measured at
 FILES = ("baseline.onnx", "laurel.onnx", MODELING, WEIGHTS, PLAN, CONFIG, JSON, HTML)
 
 
@@ -182,6 +185,7 @@ def run(
     skip: tuple[str, ...] = (),
     effort: Effort = USUAL,
     train: bool = False,
+    with_past: tuple[int | None, int | None] | None = None,
     unsupported: str = "skip",
     allow_inference_graph: bool = False,
     force: bool = False,
@@ -190,8 +194,10 @@ def run(
     """Do the main job for a model in Python, or for an exported program, which becomes one; `graph_job.run` does it for an ONNX file.
 
     The files appear in `out` when everything has passed; else nothing does. Sites that cannot be rewritten keep their plain sum and are
-    reported, or with `unsupported="refuse"` stop the job. `force` replaces
-    files there that are no earlier result, too.
+    reported, or with `unsupported="refuse"` stop the job. `force` replaces files there that are no earlier result, too.
+
+    `with_past` writes graphs of a decoder with a past, and profiles them at a prompt and a past of so many tokens; None is 128 and 512, or
+    what the model has positions for.
 
     Raises:
         VerificationError: a check failed; the report is its `args[1]`.
@@ -205,6 +211,7 @@ def run(
     with listener("build") as stage:
         built = _built(spec, settings, config.seed, inference=allow_inference_graph)
         model, args, kwargs = built.model, built.args, built.kwargs
+        behind = Past.of(model, args, kwargs) if with_past is not None else None
         stage.done(", ".join(filter(None, (type(model).__name__, f"{number(built.parameters)} parameters", built.weights))))
     with listener("detect") as stage:
         sites = detect(model, args, kwargs)
@@ -219,7 +226,7 @@ def run(
         stage.done(verdict(report.checks[-1:]))
     stop_if_failed(report)
     with replacing(out, "rewrite", force=force, keep=built.files.values()) as draft:
-        exports = _Exports(built, rewritten, draft, made_for, functions, skip)
+        exports = _Exports(built, rewritten, draft, made_for, functions, skip, behind)
         with listener("export") as stage:
             exports.write()
             stage.done("baseline.onnx, laurel.onnx")
@@ -236,8 +243,8 @@ def run(
             report.notes.append(missing)
         elif effort.seconds > 0:
             with listener("profile") as stage:
-                report.profile = exports.profiled(out, effort, config.seed, stage, report.notes)
-                stage.done(f"{report.profile.rows[1].latency.ratio:.3f}x the baseline's latency")
+                report.profile = exports.profiled(out, effort, config.seed, stage, report.notes, with_past)
+                stage.done(f"{', '.join(f'{time.ratio:.3f}x' for time in report.profile.rows[1].latencies)} the baseline's latency")
         if train:
             with listener("training") as stage:
                 report.training = _train(model, rewritten, sites, built, effort.seconds or 10.0, config.seed)
@@ -289,13 +296,20 @@ class _Exports:
     """
 
     def __init__(
-        self, built: Built, rewritten: nn.Module, draft: Path, target: targets.Target, functions: str, skip: tuple[str, ...]
+        self,
+        built: Built,
+        rewritten: nn.Module,
+        draft: Path,
+        target: targets.Target,
+        functions: str,
+        skip: tuple[str, ...],
+        past: Past | None,
     ) -> None:
         from laurel_rewrite.exporting import Exporter
 
-        self.built, self.rewritten, self.draft, self.target = built, rewritten, draft, target
-        self.plain = Exporter(built.model, built.args, built.kwargs)
-        self.exporter = Exporter(rewritten, built.args, built.kwargs, functions=functions, target=target.name, skip=skip)
+        self.built, self.rewritten, self.draft, self.target, self.past = built, rewritten, draft, target, past
+        self.plain = Exporter(built.model, built.args, built.kwargs, past=past)
+        self.exporter = Exporter(rewritten, built.args, built.kwargs, functions=functions, target=target.name, skip=skip, past=past)
         self.notes: list[str] = []
 
     def write(self) -> None:
@@ -304,24 +318,27 @@ class _Exports:
 
     def checked(self, seed: int) -> list[Check]:
         """Whether the files compute what the models do, also off the start, which hides most faults."""
-        args, kwargs = self.built.args, self.built.kwargs
+        args, kwargs, past = self.built.args, self.built.kwargs, self.past
         with randomized(self.rewritten, seed):
             self.probe = self.exporter.write(self.draft / PROBE)
-            checks, random = check_export(self.rewritten, self.probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=seed)
+            checks, random = check_export(self.rewritten, self.probe, args, kwargs, name="laurel.onnx, random LAuReL", seed=seed, past=past)
         self.notes += verified_elsewhere(self.target) + ([lowered(self.probe.path)] if self.target.lowers else [])
-        more, self.start = check_export(self.rewritten, self.laurel, args, kwargs, name="laurel.onnx", seed=seed)
+        more, self.start = check_export(self.rewritten, self.laurel, args, kwargs, name="laurel.onnx", seed=seed, past=past)
         if self.start is not None and random is not None:
             checks.append(check_moves(self.start, random, self.laurel.values))
-        return checks + more + check_export(self.built.model, self.baseline, args, kwargs, name="baseline.onnx", seed=seed)[0]
+        return checks + more + check_export(self.built.model, self.baseline, args, kwargs, name="baseline.onnx", seed=seed, past=past)[0]
 
-    def profiled(self, out: Path, effort: Effort, seed: int, stage: Stage, notes: list[str]) -> Profile:
+    def profiled(
+        self, out: Path, effort: Effort, seed: int, stage: Stage, notes: list[str], lengths: tuple[int | None, int | None] | None
+    ) -> Profile:
         """With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph."""
         files = [self.baseline.path, self.probe.path]
         if self.start is not None and self.start.in_float32:
             files = [write_in_float32(file, self.draft / f"{PROBE}-{file.name}") for file in files]
             notes.append(IN_FLOAT32)
+        measured = {"inputs": _feeds(files[0], self.built)} if lengths is None else _lengths(self.built.model, *lengths)
         found = profile(
-            files, names=["baseline.onnx", "laurel.onnx"], inputs=_feeds(files[0], self.built), **vars(effort), control=True,
+            files, names=["baseline.onnx", "laurel.onnx"], **measured, **vars(effort), control=True,
             provider=self.target.provider, traces=self.draft, seed=seed, progress=stage.progress,
         )  # fmt: skip
         return renamed(found, {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", self.draft: out})
@@ -349,6 +366,12 @@ def _feeds(path: Path, built: Built) -> dict[str, Any]:
     inputs = session_of(path).get_inputs()
     given = {info.name: built.kwargs.get(info.name, leaves[n]) for n, info in enumerate(inputs)}
     return {info.name: array_of(given[info.name], float32="float16" not in info.type) for info in inputs}
+
+
+def _lengths(model: nn.Module, prompt: int | None, past: int | None) -> dict[str, Any]:
+    """At which lengths a decoder with a past is measured; usual ones stay within its positions."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
+    return {"prompt": prompt or min(_PROMPT, most), "past": past or min(_PAST, most - 1)}
 
 
 def _train(model: nn.Module, rewritten: nn.Module, sites: Sites, built: Built, seconds: float, seed: int) -> Training:

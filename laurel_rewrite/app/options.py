@@ -34,6 +34,12 @@ MAX_TIME = click.option(
 )
 
 
+PROMPT = click.option(
+    "--prompt", type=click.IntRange(1), metavar="TOKENS", help="Of decoders with a past: measure the prefill of a prompt of so many tokens."
+)
+PAST = click.option("--past", type=click.IntRange(1), metavar="TOKENS", help="Of the same: measure decoding, one token behind so many.")
+
+
 FORCE = click.option(
     "--force",
     is_flag=True,

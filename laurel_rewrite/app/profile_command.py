@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from laurel_rewrite.app.command_help import Command
-from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PRECISION, common, seconds_of
+from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PAST, PRECISION, PROMPT, common, seconds_of
 from laurel_rewrite.app.running import check_limits, console, print_json, start, stop_if_exceeded
 
 
@@ -22,6 +22,8 @@ from laurel_rewrite.app.running import check_limits, console, print_json, start,
 @click.option(
     "--shape", "shapes", multiple=True, metavar="NAME=SIZE[,SIZE...]", help="Sizes of an open dimension: batch=1,8. All combinations."
 )
+@PROMPT
+@PAST
 @click.option("--inputs", type=click.Path(path_type=Path), help="Inputs (.npz), instead of random ones.")
 @PRECISION
 @MAX_TIME

@@ -11,7 +11,7 @@ import click
 from laurel_rewrite import __version__
 from laurel_rewrite.app.command_help import EPILOG
 from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand, given_options
-from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PRECISION, SET, common, operator_options, seconds_of
+from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PAST, PRECISION, PROMPT, SET, common, operator_options, seconds_of
 from laurel_rewrite.app.running import check_limits, console, only_for_onnx, print_json, start, stop_if_exceeded
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.sources import is_onnx
@@ -59,6 +59,13 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 @click.option(
     "--allow-inference-graph", is_flag=True, help="model.pt2: take a program of evaluation mode, without what that export left out."
 )
+@click.option(
+    "--with-past",
+    is_flag=True,
+    help="Write a causal decoder's graphs with keys and values of earlier tokens as inputs, and profile prefill and decoding apart.",
+)
+@PROMPT
+@PAST
 @click.option("--train", is_flag=True, help="Measure training steps too, eager and compiled.")
 @FAIL_IF
 @click.option(
@@ -153,8 +160,11 @@ def _check(context: click.Context, model: str, given: Mapping[str, Any]) -> None
     only_for_onnx(model, *said(*_GRAPH_OPTIONS))
     if given["allow_inference_graph"] and not model.endswith(".pt2"):
         raise ConfigError("--allow-inference-graph is for exported programs (model.pt2).")
-    if given["train"] and is_onnx(model):
-        raise ConfigError("--train is for models in PyTorch, and an ONNX file is none.")
+    for name in ("train", "with_past"):
+        if given[name] and is_onnx(model):
+            raise ConfigError(f"--{name.replace('_', '-')} is for models in PyTorch, and an ONNX file is none.")
+    if not given["with_past"] and (lengths := said("prompt", "past")):
+        raise ConfigError(f"--{lengths[0]} is for graphs with a past: give --with-past, too.")
 
 
 def _plan_only(model: str, config: LaurelConfig, given: Mapping[str, Any], listener: Listener, *, as_json: bool) -> None:
@@ -194,4 +204,5 @@ def _main_job(model: str, config: LaurelConfig, given: Mapping[str, Any], listen
         own = {name: given[name] for name in _GRAPH_OPTIONS}
         return graph_job.run(job.graph_file(model, settings), config, given["out"], effort=effort, listener=listener, **shared, **own)
     own = {name: given[name] for name in ("train", "unsupported", "allow_inference_graph")}
+    own["with_past"] = (given["prompt"], given["past"]) if given["with_past"] else None
     return job.run(model, config, given["out"], settings=settings, effort=effort, listener=listener, **shared, **own)

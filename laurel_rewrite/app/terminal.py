@@ -25,7 +25,7 @@ from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
-from laurel_rewrite.report.words import figure, shortened, size, skipped_of
+from laurel_rewrite.report.words import figure, places, shortened, size, sizes_of, skipped_of
 from laurel_rewrite.stages import Stage
 
 
@@ -170,17 +170,20 @@ def show_report(console: Console, report: Report) -> None:
 
 def show_profile(console: Console, profile: Profile) -> None:
     """The figures of each model, and of the shapes it was measured at."""
-    conditions, baseline, several = profile.conditions, profile.rows[0], len(profile.shapes) > 1
+    conditions, baseline = profile.conditions, profile.rows[0]
+    several, at = len(profile.shapes) > 1 or bool(profile.phases[0]), places(profile.shapes, profile.phases)
     times = [
-        (f"{shortened(row.name, 60)}\n{_sizes(shape)}" if several else shortened(row.name, 60), *_timed(one))
+        (f"{shortened(row.name, 60)}\n{at[n]}", *_timed(one), *_memory(row, baseline, n))
+        if several
+        else (shortened(row.name, 60), *_timed(one))
         for row in profile.rows
-        for one, shape in zip(row.latencies, profile.shapes, strict=True)
+        for n, one in enumerate(row.latencies)
     ]
     caption = (
-        f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {_sizes(profile.shapes[0])}; "
+        f"{conditions['rounds']} interleaved rounds, {conditions['threads']} threads, {conditions['provider']}; {sizes_of(profile.shapes[0])}; "
         f"{conditions['cpu']}, onnxruntime {conditions['onnxruntime']}"
     )
-    show_table(console, "Profile in onnxruntime", ("model", *_TIMED), times, caption)
+    show_table(console, "Profile in onnxruntime", ("model", *_TIMED, *(_MEMORY if several else ())), times, caption)
     brief = [one for one in FIGURES if one.brief]
     costs = [(shortened(row.name, 60), *(_figure(one, row, baseline) for one in brief)) for row in profile.rows]
     show_table(console, "Cost", ("model", *(f"{one.heading}>" for one in brief)), costs)
@@ -207,6 +210,19 @@ def show_training(console: Console, training: Training) -> None:
     show_table(console, "Training steps in PyTorch", headings, rows, f"forward, backward and AdamW, interleaved; {training.device}")
     for note in training.notes:
         console.print(Text(note, style="yellow"))
+
+
+_MEMORY = ("activations>", "resident\npeak>")
+
+
+def _memory(row: Row, baseline: Row, number: int) -> tuple[str, str]:
+    """Memory at the n-th shape, and over the baseline's."""
+    pairs = (
+        (row.memories[number].activation_bytes, baseline.memories[number].activation_bytes),
+        (row.residents[number], baseline.residents[number]),
+    )
+    activations, resident = (f"{size(own)}\n{own / whole:.3f}" if whole else size(own) for own, whole in pairs)
+    return activations, resident
 
 
 def _figure(one: Figure, row: Row, baseline: Row) -> str:
@@ -281,10 +297,6 @@ def _packed(cells: Sequence[Text], width: int) -> Text:
 def _line(cell: str | Text) -> Text:
     """The lines of a cell in one."""
     return Text(" ").join(Text(str(cell), cell.style if isinstance(cell, Text) else "").split("\n"))
-
-
-def _sizes(shape: Mapping[str, str]) -> str:
-    return ", ".join(f"{shortened(name, 40)} {value}" for name, value in shape.items())
 
 
 _WIDEST = 10_000  # columns, to find out how wide a table would like to be

@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,8 @@ def draw_feeds(
 ) -> dict[str, np.ndarray]:
     """Random values for every input of a graph that has no default.
 
-    Floating-point inputs are normal, pictures in 0 to 1; ids lie below the size of the table that they are looked up in; positions count,
-    masks are ones, lengths are the lengths, bytes are a picture's; other integers are 0 or 1. Sizes that the graph leaves open go by
+    Floating-point inputs are normal, pictures in 0 to 1; ids lie below the size of the table that they are looked up in; positions count on
+    from the past, masks are ones, lengths are the lengths, bytes are a picture's; other integers are 0 or 1. Sizes that the graph leaves open go by
     their names and places: `batch` for the first dimension, `side` for the sides of pictures, `past` for a cache, and else `length`; a
     size given as a sum of others is that sum. `sizes` says other ones, by the names of `open_sizes`.
 
@@ -68,8 +68,13 @@ def draw_feeds(
     guess = Guess(batch, length, past, side)
     generator = np.random.default_rng(seed)
     known = dict(sizes or {})
-    for name, (position, value) in open_sizes(model).items():
+    opened = open_sizes(model)
+    for name in sorted(opened, key=_is_total):  # a total is of sizes that are known by then
+        position, value = opened[name]
+        guess = guess if not _is_total(name) else _behind(guess, known)
         known.setdefault(name, _size(name, position, value.shape, guess))
+    guess = _behind(guess, known)
+    start = guess.past if any("past" in name.lower() for name in opened) else 0
     shapes = {value: _shape(value, known, guess) for value in _inputs(model)}
     if sum(math.prod(shape) for shape in shapes.values()) * 8 > _BYTES:
         largest = max(shapes, key=lambda value: math.prod(shapes[value]))
@@ -77,7 +82,7 @@ def draw_feeds(
             f"The input {largest.name!r} of shape {shapes[largest]} is too large to be drawn: more than {_BYTES >> 30} GiB. "
             "Give smaller inputs with --inputs, or smaller sizes."
         )
-    return {str(value.name): _draw(value, shape, guess, generator) for value, shape in shapes.items()}
+    return {str(value.name): _draw(value, shape, guess, generator, start) for value, shape in shapes.items()}
 
 
 def fitting_feeds(
@@ -196,6 +201,42 @@ def shape_grid(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> list[dic
     return [dict(zip(full, sizes, strict=True)) for sizes in itertools.product(*full.values())]
 
 
+def phases(model: ir.Model, prompt: int | None, past: int | None) -> dict[str, dict[str, int]]:
+    """What a decoder with a past does: sizes by the names of its open ones, by what it is in words.
+
+    Args:
+        model: a graph whose inputs hold keys and values of earlier tokens (their names say "past").
+        prompt: tokens to compute behind a past of none; None leaves that out.
+        past: tokens that one more is computed behind; None leaves that out.
+
+    Raises:
+        ConfigError: the graph has no past, or leaves its length or the sequence's not open; a length is not positive.
+    """
+    if prompt is None and past is None:
+        return {}
+    for word, length in (("prompt", prompt), ("past", past)):
+        if length is not None and length < 1:
+            raise ConfigError(f"The {word} is to be of 1 token or more, not {length}.")
+    names = [
+        _open_length(model, lambda name: "past" in name),
+        _open_length(model, lambda name: re.match(r"inputs?(_|$)", name) is not None),
+    ]
+    if None in names or names[0] == names[1]:
+        raise ConfigError(
+            "Prompts and pasts are measured of decoders whose graph leaves the lengths of both open: inputs for the keys and values of "
+            "earlier tokens (past_key_values.0.key), and input_ids. export_onnx(..., past=True) and --with-past write such graphs."
+        )
+    behind, sequence = map(str, names)
+    prefill = {} if prompt is None else {f"prefill, {prompt} tokens": {sequence: prompt, behind: 0}}
+    return prefill | ({} if past is None else {f"decoding, 1 token behind {past}": {sequence: 1, behind: past}})
+
+
+def _open_length(model: ir.Model, meant: Callable[[str], bool]) -> str | None:
+    """The open size of the first input that is meant which is not its batch."""
+    dims = (_dim(value, axis) for value in _inputs(model) if meant(str(value.name).lower()) for axis in range(1, len(value.shape or ())))
+    return next((dim for dim in dims if isinstance(dim, str) and dim.isidentifier()), None)
+
+
 def _inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
@@ -233,6 +274,17 @@ def check_feeds(model: ir.Model, feeds: Mapping[str, np.ndarray], origin: object
             len(dims) != given.ndim or any(d is not None and d != size for d, size in zip(dims, given.shape, strict=True))
         ):
             raise ConfigError(f"{origin}: the input {name!r} is of shape {value.shape}, not {list(given.shape)}.")
+
+
+def _is_total(name: str) -> bool:
+    return "total" in name.lower()
+
+
+def _behind(guess: Guess, known: Mapping[str, int]) -> Guess:
+    """A guess with the sizes of the past and of the sequence behind it, where the graph has a past and they are known."""
+    past = [size for name, size in known.items() if "past" in name.lower() and not _is_total(name)]
+    length = [size for name, size in known.items() if re.search(r"seq|length", name.lower()) and not re.search(r"past|total", name.lower())]
+    return replace(guess, past=past[0], length=(length or [guess.length])[0]) if past else guess
 
 
 def _size(name: str, position: int, shape: ir.Shape | None, guess: Guess) -> int:
@@ -292,7 +344,8 @@ def _numpy_type(value: ir.Value) -> np.dtype | None:
         return None
 
 
-def _draw(value: ir.Value, shape: list[int], guess: Guess, generator: np.random.Generator) -> np.ndarray:
+def _draw(value: ir.Value, shape: list[int], guess: Guess, generator: np.random.Generator, start: int) -> np.ndarray:
+    """Values of one input; `start` is the first position."""
     kind, name = _numpy_type(value), str(value.name).lower()
     if kind is None or kind.kind not in "fiub":
         raise ConfigError(f"The input {value.name!r} is of type {value.type}, for which no values are drawn; give them with --inputs.")
@@ -306,7 +359,7 @@ def _draw(value: ir.Value, shape: list[int], guess: Guess, generator: np.random.
         return generator.standard_normal(shape).astype(kind)
     bound = _table_size(value)
     if "position" in name and shape:
-        return np.broadcast_to(np.arange(shape[-1]) % (bound or shape[-1] or 1), shape).astype(kind)
+        return np.broadcast_to((start + np.arange(shape[-1])) % (bound or start + shape[-1] or 1), shape).astype(kind)
     if bound is not None:
         return generator.integers(0, bound, shape).astype(kind)
     if kind.kind == "b" or "mask" in name:

@@ -18,7 +18,7 @@ from laurel_rewrite.backends.onnx.surgery import away_from_start
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError
 from laurel_rewrite.files.checked import require_file
 from laurel_rewrite.files.onnx import external, read_onnx, write_onnx
-from laurel_rewrite.graph.feeds import Guess, check_feeds, fitting_feeds, shape_grid
+from laurel_rewrite.graph.feeds import Guess, check_feeds, fitting_feeds, phases, shape_grid
 from laurel_rewrite.profiling import latency
 from laurel_rewrite.profiling.attribution import against, attribute
 from laurel_rewrite.profiling.costs import costs_of
@@ -26,7 +26,7 @@ from laurel_rewrite.profiling.figures import figures_of
 from laurel_rewrite.profiling.flops import count_flops
 from laurel_rewrite.profiling.fusions import count_ops
 from laurel_rewrite.profiling.latency import MOST_SECONDS, RESOLVED, Effort, Latency
-from laurel_rewrite.profiling.memory import memory_of, resident_bytes
+from laurel_rewrite.profiling.memory import Memory, memory_of, resident_bytes
 from laurel_rewrite.profiling.one_more_layer import one_more_layer
 from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.sessions import CPU, Settings, check_runs, conditions, processor, session_of, settings
@@ -47,12 +47,14 @@ class Profile:
     Attributes:
         rows: the first is the baseline.
         shapes: of the inputs by name, for each latency of a row.
+        phases: what a decoder with a past does at each shape, in words; "" where that was not asked for.
         conditions: what was measured with.
         warnings: what makes the figures doubtful, in sentences.
     """
 
     rows: tuple[Row, ...]
     shapes: tuple[dict[str, str], ...]
+    phases: tuple[str, ...]
     conditions: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
@@ -60,6 +62,7 @@ class Profile:
         return {
             "rows": [{**row.to_dict(self.rows[0]), "figures": figures_of(row, self.rows[0])} for row in self.rows],
             "shapes": list(self.shapes),
+            "phases": list(self.phases),
             "conditions": self.conditions,
             "warnings": list(self.warnings),
         }
@@ -71,6 +74,8 @@ def profile(
     names: Sequence[str] | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    prompt: int | None = None,
+    past: int | None = None,
     seconds: float = 10.0,
     min_rounds: int = 20,
     precision: float | None = None,
@@ -94,6 +99,9 @@ def profile(
         inputs: by name. None draws them (`fitting_feeds`): open sizes are 1 for the batch and 128 for a sequence, or where the first model does
             not run with these, others that it runs with.
         shapes: sizes to measure at, all combinations, by the names of open sizes: {"batch": [1, 8]}.
+        prompt: of decoders with a past (`export_onnx(past=True)`): measure the prefill, so many tokens behind no past.
+        past: of the same: measure the decoding, one token behind a past of so many. With `prompt` too, both are measured, each at every
+            one of the shapes.
         seconds: time for the rounds at each shape, after warm-up. There are at least `min_rounds`.
         precision: measure on until every 95 % interval reaches no farther from its ratio than this fraction of it (0.02 is 2 %), or
             `max_seconds` are over at that shape; then a warning says so.
@@ -106,16 +114,14 @@ def profile(
         progress: is called with the fraction done.
 
     Raises:
-        ConfigError: a file is missing or cannot be loaded, or the inputs do not fit; there is no such provider or open size; seconds or
-            precision are no such numbers.
+        ConfigError: a file is missing or cannot be loaded, or the inputs do not fit; there is no such provider, open size or past; seconds
+            or precision are no such numbers.
     """
     effort = Effort(seconds, min_rounds, precision, max_seconds)
-    if inputs is not None and shapes:
-        raise ConfigError("Sizes to measure at are for inputs that are drawn, and these were given.")
     options = settings(threads, provider)
     files, models = _read(paths)
-    points = shape_grid(models[0], shapes or {})
-    feeds = [dict(inputs)] if inputs is not None else _drawn(files[0], models[0], options, points, seed)
+    points = _points(models[0], inputs, shapes or {}, prompt, past)
+    feeds = [dict(inputs)] if inputs is not None else _drawn(files[0], models[0], options, [sizes for _, sizes in points], seed)
     for (file, model), one in itertools.product(zip(files, models, strict=True), feeds):
         check_feeds(model, one, file)
     rows_of = list(names) if names is not None else _names(files)
@@ -126,9 +132,7 @@ def profile(
         if control:
             made = _one_more(stack, models[0], files[0], folder, options, feeds)
             if isinstance(made, Path):
-                rows_of.append(ONE_MORE)
-                files.append(made)
-                measured.append(made)
+                rows_of, files, measured = [*rows_of, ONE_MORE], [*files, made], [*measured, made]
             else:
                 warnings.append(made)
         if self_check:
@@ -138,12 +142,12 @@ def profile(
         for number, one in enumerate(feeds):
             step = None if progress is None else lambda done, number=number: progress((number + done) / len(feeds))
             timings.append(latency.measure(measured, options, one, effort, seed=seed, progress=step))
-        rows = _rows(rows_of, files, measured, timings, options, feeds[0], folder, seconds, seed)
+        rows = _rows(rows_of, files, measured, timings, options, feeds, folder, seconds, seed)
         _keep_traces(folder, traces, rows_of)
     described = tuple({name: f"{value.dtype}{list(value.shape)}" for name, value in one.items()} for one in feeds)
-    warnings += _doubts(rows, options, effort)
+    warnings += _doubts(rows, options, effort, [phase for phase, _ in points])
     made_with = conditions(options) | {"rounds": rows[0].latency.rounds, "inputs": described[0], "seed": seed}
-    return Profile(rows, described, made_with, tuple(warnings))
+    return Profile(rows, described, tuple(phase for phase, _ in points), made_with, tuple(warnings))
 
 
 def _read(paths: Sequence[Path | str]) -> tuple[list[Path], list[ir.Model]]:
@@ -154,6 +158,16 @@ def _read(paths: Sequence[Path | str]) -> tuple[list[Path], list[ir.Model]]:
     if not files:
         raise ConfigError("profile takes at least one ONNX file.")
     return files, [_load(file) for file in files]
+
+
+def _points(
+    model: ir.Model, inputs: Mapping[str, np.ndarray] | None, shapes: Mapping[str, Sequence[int]], prompt: int | None, past: int | None
+) -> list[tuple[str, dict[str, int]]]:
+    """The sizes to measure at, each with what a decoder does there; ConfigError where there are none such, or inputs were given."""
+    if inputs is not None and (shapes or prompt is not None or past is not None):
+        raise ConfigError("Sizes to measure at are for inputs that are drawn, and these were given.")
+    asked = phases(model, prompt, past) or {"": {}}
+    return [(phase, sizes | shape) for phase, sizes in asked.items() for shape in shape_grid(model, shapes)]
 
 
 def _keep_traces(folder: Path, traces: Path | None, names: Sequence[str]) -> None:
@@ -206,18 +220,19 @@ def _rows(
     measured: Sequence[Path],
     timings: Sequence[tuple[list[Latency], list[float]]],
     options: Settings,
-    feeds: Mapping[str, np.ndarray],
+    feeds: Sequence[Mapping[str, np.ndarray]],
     folder: Path,
     seconds: float,
     seed: int,
 ) -> tuple[Row, ...]:
     models = [ir.load(copy) for copy in measured]
-    plain = record(measured, options, feeds, folder, seconds=0, seed=seed, level="none")
+    later = [_memories(measured, models, options, one, folder, seed) for one in feeds[1:]]
+    plain = record(measured, options, feeds[0], folder, seconds=0, seed=seed, level="none")
     flops = [
-        count_flops(graph_of_run(folder / f"optimised{number}.onnx", model), trace, feeds)
+        count_flops(graph_of_run(folder / f"optimised{number}.onnx", model), trace, feeds[0])
         for number, (model, trace) in enumerate(zip(models, plain, strict=True))
     ]
-    traces = record(measured, options, feeds, folder, seconds=seconds * _TRACED, seed=seed)
+    traces = record(measured, options, feeds[0], folder, seconds=seconds * _TRACED, seed=seed)
     rows: list[Row] = []
     for number, (name, file, copy) in enumerate(zip(names, files, measured, strict=True)):
         model, optimised = models[number], graph_of_run(folder / f"optimised{number}.onnx", models[number])
@@ -228,8 +243,8 @@ def _rows(
                 path="" if name == ONE_MORE else str(file),
                 latencies=tuple(latencies[number] for latencies, _ in timings),
                 load_ms=timings[0][1][number],
-                memory=memory_of(optimised, traces[number]),
-                resident_bytes=resident_bytes(copy, options, feeds, folder),
+                memories=(memory_of(optimised, traces[number]), *(memories[number] for memories in later)),
+                residents=tuple(resident_bytes(copy, options, one, folder) for one in feeds),
                 file_bytes=_file_bytes(file),
                 ops=count_ops(model, optimised),
                 costs=costs_of(model, flops[number], plain[number], traces[number], attribution),
@@ -238,6 +253,17 @@ def _rows(
             )
         )
     return tuple(rows)
+
+
+def _memories(
+    measured: Sequence[Path], models: Sequence[ir.Model], options: Settings, feeds: Mapping[str, np.ndarray], folder: Path, seed: int
+) -> list[Memory]:
+    """Memory of each model for one shape of inputs; what is in the folder of the traces is written anew by those that are kept."""
+    traces = record(measured, options, feeds, folder, seconds=0, seed=seed)
+    return [
+        memory_of(graph_of_run(folder / f"optimised{number}.onnx", model), trace)
+        for number, (model, trace) in enumerate(zip(models, traces, strict=True))
+    ]
 
 
 @contextlib.contextmanager
@@ -274,12 +300,12 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name.removesuffix(".onnx"))[-80:]
 
 
-def _doubts(rows: Sequence[Row], options: Settings, effort: Effort) -> list[str]:
+def _doubts(rows: Sequence[Row], options: Settings, effort: Effort, phases: Sequence[str]) -> list[str]:
     """What makes the figures doubtful."""
     found = []
     for row in rows:
-        for time in row.latencies:
-            found += _doubt(row.name, time, effort)
+        for time, phase in zip(row.latencies, phases, strict=True):
+            found += _doubt(row.name, f", {phase}" if phase else "", time, effort)
         elsewhere = sum(count for provider, count in row.providers.items() if provider != options.provider)
         if elsewhere:
             found.append(f"{row.name}: {elsewhere} of {sum(row.providers.values())} nodes ran on {CPU}, not on {options.provider}.")
@@ -289,20 +315,20 @@ def _doubts(rows: Sequence[Row], options: Settings, effort: Effort) -> list[str]
     return found
 
 
-def _doubt(name: str, time: Latency, effort: Effort) -> list[str]:
+def _doubt(name: str, phase: str, time: Latency, effort: Effort) -> list[str]:
     between = f"[{time.low:.3f}, {time.high:.3f}]"
     if name == ITSELF and time.verdict != "within noise":
         return [
-            f"A model against itself is {time.ratio:.3f} {between}, {time.verdict}: the machine is too noisy to say more. Measure longer, or on a "
+            f"A model against itself{phase} is {time.ratio:.3f} {between}, {time.verdict}: the machine is too noisy to say more. Measure longer, or on a "
             "quiet machine."
         ]
     if effort.precision is not None and time.precision > effort.precision:
         return [
-            f"{name}: the ratio lies in {between}; a precision of {100 * effort.precision:g} % was not reached in {effort.max_seconds:g} seconds."
+            f"{name}{phase}: the ratio lies in {between}; a precision of {100 * effort.precision:g} % was not reached in {effort.max_seconds:g} seconds."
         ]
     if time.precision > RESOLVED:
         return [
-            f"{name}: {time.verdict}, and the ratio is only known to lie in {between}. Measure longer, or until a precision is reached."
+            f"{name}{phase}: {time.verdict}, and the ratio is only known to lie in {between}. Measure longer, or until a precision is reached."
         ]
     return []
 

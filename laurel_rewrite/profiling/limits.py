@@ -82,11 +82,12 @@ def exceeded(text: str, profile: Profile | None, skipped: int = 0) -> list[str]:
     for row in profile.rows[1:]:
         if row.name in (ONE_MORE, ITSELF):
             continue
-        for time, shape in list(zip(row.latencies, profile.shapes, strict=True))[: None if timed else 1]:
+        for time, shape, phase in list(zip(row.latencies, profile.shapes, profile.phases, strict=True))[: None if timed else 1]:
             values = known | figures(row, profile.rows[0], time)
             if _value(tree, values, text):
                 named = ", ".join(f"{name} {values[name]:{'' if name == VERDICT else '.4g'}}" for name in _named(tree))
-                at = f" at {', '.join(f'{name} {size}' for name, size in shape.items())}" if timed and len(profile.shapes) > 1 else ""
+                sizes = phase or ", ".join(f"{name} {size}" for name, size in shape.items())
+                at = f" at {sizes}" if timed and len(profile.shapes) > 1 else ""
                 found.append(f"{row.name}{at}: {text} ({named})")
     return found
 

@@ -14,16 +14,16 @@ from laurel_rewrite.profiling.memory import Memory
 
 @dataclass(frozen=True)
 class Row:
-    """One model's figures. Where several shapes of inputs were asked for, all but `latencies` are those of the first.
+    """One model's figures. Where several shapes of inputs were asked for, all but latencies and memory are those of the first.
 
     Attributes:
         name: of the file, or what it is.
         path: of the file; "" for what was only made to be measured.
         latencies: for each shape.
         load_ms: median time to make a session, onnxruntime's optimisation included, milliseconds.
-        memory: see `Memory`.
-        resident_bytes: peak resident memory (VmHWM) of a fresh process that loads the model and runs it; 0 where the system has
-            no such figure.
+        memories: for each shape.
+        residents: for each shape, peak resident memory (VmHWM) of a fresh process that loads the model and runs it, in bytes; 0 where the
+            system has no such figure.
         file_bytes: the file and its external data.
         ops: before and after onnxruntime's optimisation, and what it fused.
         costs: FLOPs and the like.
@@ -35,8 +35,8 @@ class Row:
     path: str
     latencies: tuple[Latency, ...]
     load_ms: float
-    memory: Memory
-    resident_bytes: int
+    memories: tuple[Memory, ...]
+    residents: tuple[int, ...]
     file_bytes: int
     ops: Ops
     costs: Costs
@@ -48,6 +48,16 @@ class Row:
         """For the first shape of inputs."""
         return self.latencies[0]
 
+    @property
+    def memory(self) -> Memory:
+        """For the first shape of inputs."""
+        return self.memories[0]
+
+    @property
+    def resident_bytes(self) -> int:
+        """For the first shape of inputs."""
+        return self.residents[0]
+
     def to_dict(self, baseline: Row) -> dict[str, Any]:
         nodes = [vars(node) for node in self.attribution.nodes]
         return {
@@ -55,7 +65,9 @@ class Row:
             "path": self.path,
             "latencies": [asdict(one) for one in self.latencies],
             "load_ms": self.load_ms,
-            "memory": asdict(self.memory) | {"resident_bytes": self.resident_bytes},
+            "memories": [
+                asdict(memory) | {"resident_bytes": resident} for memory, resident in zip(self.memories, self.residents, strict=True)
+            ],
             "file_bytes": self.file_bytes,
             "ops": vars(self.ops),
             "fusions": vars(self.ops.against(baseline.ops)),

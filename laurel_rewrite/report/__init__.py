@@ -13,7 +13,7 @@ from typing import Any
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.files.written import json_of
-from laurel_rewrite.report.words import breakable, count, figure, settings, shortened, size, skipped_of
+from laurel_rewrite.report.words import breakable, count, figure, places, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
@@ -56,7 +56,7 @@ def page(report: Mapping[str, Any]) -> str:
         "place": lambda where: breakable(short(where)),
         "name": breakable,
     }
-    environment.globals |= {"figure": figure, "skipped_of": skipped_of}
+    environment.globals |= {"figure": figure, "places": places, "skipped_of": skipped_of}
     template = environment.from_string(_resource("page.html.jinja"))
     profile = report["profile"] or {"rows": []}
     rows = profile["rows"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from laurel_rewrite.report.words import settings, shortened
+from laurel_rewrite.report.words import places, settings, shortened
 
 _SHOWN_OPS = 12
 _SHOWN_RUNS = 400
@@ -39,7 +39,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
     if profile:
         rows = profile["rows"]
         if len(rows) > 1:
-            found["ratios"] = _ratios(rows, profile["shapes"])
+            found["ratios"] = _ratios(rows, places(profile["shapes"], profile["phases"]))
         found["runs"] = _runs(rows)
         found["ops"] = _ops(rows)
         found["memory"] = _memory(rows)
@@ -77,12 +77,12 @@ def rows_of(count: int, *, bars: int = 1, extra: int = 0, **layout: Any) -> go.F
     return figure.update_yaxes(range=[count - 0.5, -0.5])
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, str]]) -> go.Figure:
+def _ratios(rows: Sequence[Mapping[str, Any]], measured: Sequence[str]) -> go.Figure:
     names = [label(row["name"]) for row in rows[1:]]
-    figure = rows_of(len(names), bars=len(shapes))
-    for number, shape in enumerate(shapes):
-        _add_ratios(figure, names, [row["latencies"][number] for row in rows[1:]], ", ".join(f"{k} {v}" for k, v in shape.items()))
-    return around(figure, 1.0, "latency over the baseline's, with its 95 % interval", legend=len(shapes) > 1)
+    figure = rows_of(len(names), bars=len(measured))
+    for number, place in enumerate(measured):
+        _add_ratios(figure, names, [row["latencies"][number] for row in rows[1:]], place)
+    return around(figure, 1.0, "latency over the baseline's, with its 95 % interval", legend=len(measured) > 1)
 
 
 def _add_ratios(figure: go.Figure, names: Sequence[str], times: Sequence[Mapping[str, Any]], series: str) -> None:
@@ -145,7 +145,7 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         ("activation_bytes", "activations: peak of the arena, weights aside"),
         ("live_bytes", "values alive: peak, from the graph"),
     ):
-        figure.add_bar(x=[row["memory"][key] / (1 << 20) for row in rows], y=names, name=name, orientation="h")
+        figure.add_bar(x=[row["memories"][0][key] / (1 << 20) for row in rows], y=names, name=name, orientation="h")
     figure.update_traces(hovertemplate="%{y}: %{x:.2f} MiB<extra></extra>")
     figure.update_xaxes(title="MiB")
     return figure

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+_INPUTS = 5  # shown of a graph; the JSON has them all
 _SHOWN = 120  # characters of a name on the page; the JSON has them all
 
 
@@ -16,6 +17,18 @@ def shortened(text: object, length: int = _SHOWN) -> str:
     """A name with its middle left out where it is too long to show."""
     text = str(text)
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2) :]}"
+
+
+def sizes_of(shape: Mapping[str, str]) -> str:
+    """Inputs and their sizes; of many, as a decoder with a past has them, the first ones and the number of the others."""
+    shown = [f"{shortened(name, 40)} {value}" for name, value in shape.items()]
+    return ", ".join(shown if len(shown) <= _INPUTS else [*shown[: _INPUTS - 1], f"and {len(shown) - _INPUTS + 1} more"])
+
+
+def places(shapes: Sequence[Mapping[str, str]], phases: Sequence[str]) -> list[str]:
+    """What was measured at each shape: a phase of a decoder, the sizes of inputs, or both where one alone does not tell."""
+    told = len(set(phases)) == len(phases)
+    return [phase if phase and told else f"{phase} {sizes_of(shape)}".lstrip() for shape, phase in zip(shapes, phases, strict=True)]
 
 
 def breakable(text: object, length: int = 60) -> Markup:

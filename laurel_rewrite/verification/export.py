@@ -19,12 +19,14 @@ from torch.utils import _pytree as pytree
 from laurel_rewrite.graph.capture import quiet, training, without_caches
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.sources.inputs import copied_inputs
+from laurel_rewrite.sources.past import Past
 from laurel_rewrite.verification.checks import Check, tensors_of
 from laurel_rewrite.verification.onnx import proved
-from laurel_rewrite.verification.onnx_runs import FLOAT32, NotRun, Ran, Values, apart, shaken
+from laurel_rewrite.verification.onnx_runs import FLOAT32, NotRun, Ran, Values, apart, run_graph, shaken
 
 _HALVES = (torch.float16, torch.bfloat16)
 _BATCHES = (3, 5)
+_PAST = 1e-3  # of the largest logit, that a token behind a past and in a prompt may differ by in float32: products of other shapes
 
 
 class Exported(Protocol):
@@ -37,10 +39,11 @@ class Exported(Protocol):
 
 @dataclass(frozen=True)
 class Interface:
-    """What a file takes and gives: the sizes of its inputs by name, the names of its outputs."""
+    """What a file takes and gives: the sizes of its inputs by name, the names of its outputs; and how its model is called with a past."""
 
     inputs: Mapping[str, Sequence[int | str]]
     outputs: Sequence[str]
+    past: Past | None = None
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,28 @@ class Inputs:
 
 
 def check_export(
-    model: nn.Module, file: Exported, args: Sequence[Any], kwargs: Mapping[str, Any], *, name: str, seed: int = 0
+    model: nn.Module, file: Exported, args: Sequence[Any], kwargs: Mapping[str, Any], *, name: str, seed: int = 0, past: Past | None = None
 ) -> tuple[list[Check], Ran | None]:
     """An exported file computes what the module does in eval mode, on two sets of inputs of other sizes where it has dynamic ones.
+
+    With a past these are a prompt, one token and several, and the module itself must say the same of a token behind a past and in a whole.
 
     Args:
         model: is left as it was.
         file: as `laurel_rewrite.exporting.Exporter` writes it.
         args, kwargs: that it was exported with.
+        past: how the module is called with one, where the file has it.
 
     Returns:
         The checks, and what the file computed.
     """
-    interface = _interface(file.path)
+    interface = _interface(file.path, past)
     try:
         draws, expected = _drawn_and_run(model, interface, args, kwargs, file.values, seed)
         shaken = lambda: _computed(_shaken(model), draws, interface, file.values)  # noqa: E731
         checks, ran = proved(name, expected, file.path, values=file.values, scales=file.scales, shaken=shaken)
+        if past is not None and ran is not None:
+            checks.append(_check_past(f"{name}, a past against the whole", model, file.path, past, expected, seed))
         if any(check.passed is not True for check in checks):
             again = _run(model, draws[0], interface, file.values)
             if any(apart(again[key], array) for key, array in expected.optimised[0].items()):
@@ -79,21 +87,41 @@ def check_export(
     return checks, ran
 
 
-def _interface(path: Path) -> Interface:
+def _check_past(name: str, model: nn.Module, path: Path, past: Past, ran: Ran, seed: int) -> Check:
+    """What is computed of a token does not depend on which others are computed with it, else no past can stand for them; nor on padding.
+
+    In a padded prompt only the last token's logits are compared: those of padding are nobody's.
+    """
+    whole, behind = past.whole(model, seed)
+    with past.calling(model), training(model, False), torch.no_grad(), quiet():
+        right, mine = (array_of(model(**inputs)[0][:, -1]) for inputs in (whole, behind))
+    feeds = {key: array_of(tensor) for key, tensor in past.tensors(whole).items()}
+    found = run_graph(path, [feeds], {}).optimised[0]["logits"][:, -1]
+    difference = max(apart(right, mine), apart(right, found)) / max(float(np.abs(right).max()), float(np.finfo(np.float32).tiny))
+    allowed = 3 * ran.rtol if ran.half else _PAST
+    detail = "the logits of a token behind 7 others, of which 2 are padding in every second row"
+    return Check(name, difference <= allowed, difference, f"{allowed:g} of the largest", detail)
+
+
+def _interface(path: Path, past: Past | None) -> Interface:
     graph = onnx.load(path, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     sizes = {info.name: [d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim] for info in graph.input}
-    return Interface({name: shape for name, shape in sizes.items() if name not in weights}, [info.name for info in graph.output])
+    return Interface({name: shape for name, shape in sizes.items() if name not in weights}, [info.name for info in graph.output], past)
 
 
 def _drawn_and_run(
     model: nn.Module, interface: Interface, args: Sequence[Any], kwargs: Mapping[str, Any], values: Mapping[str, str], seed: int
 ) -> tuple[list[Inputs], Ran]:
-    """Two sets of inputs that a module takes, of other sizes than the given ones or else of theirs, and what it computes with them.
+    """Sets of inputs that a module takes, of other sizes than the given ones or else of theirs, and what it computes with them.
 
     Raises:
         NotRun: it takes none of them.
     """
+    if interface.past is not None:
+        named = [(inputs, interface.past.tensors(inputs)) for inputs in interface.past.draws(model, seed)]
+        draws = [Inputs((), inputs, {key: array_of(tensor) for key, tensor in tensors.items()}) for inputs, tensors in named]
+        return draws, _computed(model, draws, interface, values)
     reason = ""
     for other in (True, False):
         draws = [_drawn(interface, args, kwargs, seed + number, number if other else None) for number in range(len(_BATCHES))]
@@ -146,7 +174,8 @@ def _run(model: nn.Module, inputs: Inputs, interface: Interface, values: Mapping
 
     handles = [module.register_forward_hook(hook(site)) for site, module in sites_of(model).items()]
     try:
-        with training(model, False), without_caches(model), torch.no_grad(), quiet():
+        called = without_caches(model) if interface.past is None else interface.past.calling(model)
+        with training(model, False), called, torch.no_grad(), quiet():
             args, kwargs = copied_inputs(inputs.args, inputs.kwargs)
             outputs = tensors_of(model(*args, **kwargs))
     finally:

@@ -58,6 +58,7 @@ LITTLE = 0.1
 """Where differences of this part of a value's largest magnitude have to be allowed, a comparison says little."""
 ENOUGH = 100
 """LAuReL's parameters must move the values at the sites by so many tolerances, or a comparison of them says little."""
+_SHOWN = 5  # inputs that a detail names
 
 
 def proved(
@@ -325,7 +326,9 @@ def _allowed(rtol: float, atol: float, noise: float, rounded: float) -> str:
 
 
 def _shapes(feeds: Feeds) -> str:
-    return ", ".join(f"{key}{list(value.shape)}" for key, value in feeds.items())
+    """Inputs in words; of a decoder with a past, which has two for each layer, the first ones."""
+    shown = [f"{key}{list(value.shape)}" for key, value in list(feeds.items())[:_SHOWN]]
+    return ", ".join([*shown, *([f"{len(feeds) - _SHOWN} more"] if len(feeds) > _SHOWN else [])])
 
 
 def _numbers(ran: Ran) -> Ran:
