@@ -75,7 +75,8 @@ def leaves(model, args, kwargs, seed=0):
         ),
         slow("timm:vit_tiny_patch16_224", {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8}),
         slow(
-            "timm:swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 56, "window_size": 7}
+            "timm:swin_tiny_patch4_window7_224",
+            {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 56, "window_size": 7, "drop_path_rate": 0.0},
         ),
         slow("timm:convnext_atto", {}),
         slow("torchvision:mobilenet_v3_small", {}),
@@ -185,6 +186,25 @@ def test_fixed_sizes_are_said(tmp_path):
     found = build(str(saved(Stack(), (X,), folder=tmp_path, dynamic=False)))
     assert f"the sizes of its inputs are fixed at (2, 5, {D})" in found.notes[0]
     assert not found.resizable
+
+
+class Dropping(nn.Module):
+    """Stochastic depth in code of its own, which an export in train mode has whatever the mode is afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(D, D)
+
+    def forward(self, x):
+        f = self.f(x)
+        if self.training:
+            f = f * f.new_empty(f.shape[0], 1, 1).bernoulli_(0.5).div_(0.5)
+        return x + f
+
+
+def test_random_draws_of_evaluation_are_said(tmp_path):
+    found = build(str(saved(Dropping(), (X,), folder=tmp_path)))
+    assert "it draws random numbers in evaluation, too, for its own code does (bernoulli_: stochastic depth, noise)" in found.notes[0]
 
 
 class Branching(nn.Module):

@@ -248,8 +248,7 @@ def run(
         if train:
             with listener("training") as stage:
                 report.training = _train(model, rewritten, sites, built, effort.seconds or 10.0, config.seed)
-                ratios = (row for row in report.training.rows if row.step.verdict != "baseline")
-                stage.done("; ".join(f"{row.mode}, {row.name}: {row.step.ratio:.3f}x" for row in ratios))
+                stage.done(_steps(report.training))
         for file in draft.glob(f"{PROBE}*"):
             file.unlink()
         add_report(report, draft)
@@ -372,6 +371,12 @@ def _lengths(model: nn.Module, prompt: int | None, past: int | None) -> dict[str
     """At which lengths a decoder with a past is measured; usual ones stay within its positions."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
     return {"prompt": prompt or min(_PROMPT, most), "past": past or min(_PAST, most - 1)}
+
+
+def _steps(training: Training) -> str:
+    """What a training step costs, in words."""
+    ratios = (row for row in training.rows if row.step.verdict != "baseline")
+    return "; ".join(f"{row.mode}, {row.name}: {row.step.ratio:.3f}x" for row in ratios)
 
 
 def _train(model: nn.Module, rewritten: nn.Module, sites: Sites, built: Built, seconds: float, seed: int) -> Training:

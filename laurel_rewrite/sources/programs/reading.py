@@ -34,6 +34,9 @@ _FOREIGN = {
 _MODED = {"dropout": 2, "dropout_": 2, "feature_dropout": 2, "native_dropout": 2, "batch_norm": 5}
 """Ops that are told whether they train: the place of that operand."""
 _EVALUATED = frozenset({"_native_batch_norm_legit_no_training"})
+_DRAWS = frozenset(
+    "bernoulli bernoulli_ rand rand_like randn randn_like randint randint_like uniform uniform_ normal normal_ randperm multinomial".split()
+)
 _RTOL, _ATOL = 1e-5, 1e-6
 
 
@@ -111,11 +114,16 @@ def _nodes(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
             yield from (node for node in module.graph.nodes if node.op == "call_function")
 
 
+def _op(node: fx.Node) -> str:
+    """Name of an op of PyTorch."""
+    return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def _mode(program: torch.export.ExportedProgram) -> bool | None:
     """Whether it was exported in train mode; None where nothing in it depends on that."""
     found = set()
     for node in _nodes(program):
-        name = str(getattr(node.target, "_schema", None) and node.target._schema.name).partition("::")[2]  # type: ignore[union-attr]
+        name = _op(node)
         if name in _MODED:
             found.add(bool(node.args[_MODED[name]]) if len(node.args) > _MODED[name] else True)
         elif name in _EVALUATED:
@@ -133,6 +141,8 @@ def _lost(program: torch.export.ExportedProgram) -> Iterator[str]:
     """What of the model the graph does not have, in words."""
     if _mode(program) is False:
         yield "dropouts and batch norms follow the mode again, attention dropout and other code of training alone are gone"
+    if draws := sorted({name for node in _nodes(program) if (name := _op(node)) in _DRAWS}):
+        yield f"it draws random numbers in evaluation, too, for its own code does ({', '.join(draws)}: stochastic depth, noise)"
     fixed = sorted({str(tuple(shape)) for shape in _shapes(program) if all(isinstance(size, int) for size in shape)})
     if fixed:
         yield f"the sizes of its inputs are fixed at {', '.join(fixed)}"
