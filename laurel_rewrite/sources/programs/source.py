@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import CaptureError
+from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.sources.programs.leaves import constructor
 from laurel_rewrite.sources.programs.statements import Lines, reads_statistics
 
@@ -21,14 +22,12 @@ _HEAD = '''"""{title}
 Written from an exported program: one class for each distinct module, and the names of the original's modules and parameters.
 """
 
-import math
-import operator
-
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils import _pytree as pytree
+{imports}
 '''
+_IMPORTS = {
+    "math.": "import math", "operator.": "import operator", "torch.": "import torch", "F.": "import torch.nn.functional as F", "nn.": "from torch import nn",
+    "pytree.": "from torch.utils import _pytree as pytree",
+}  # fmt: skip
 _CALL = re.compile(r"@\d+$")
 
 
@@ -45,7 +44,8 @@ class _Writer:
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self.program = program
         try:
-            self.root: Any = torch.export.unflatten(program)
+            with quiet():
+                self.root: Any = torch.export.unflatten(program)
         except Exception as error:  # whatever PyTorch raises of a graph that has no module tree
             raise CaptureError(f"The graph has no tree of modules: {type(error).__name__}: {str(error)[:300]}") from error
         self.classes: dict[str, str] = {}  # text of a class without its name -> its name
@@ -55,9 +55,11 @@ class _Writer:
     def text(self, title: str) -> str:
         root = self._class("", self.root)
         inputs = self._example_inputs()
-        parts = [_HEAD.format(title=title), *(f"class {name}(nn.Module):\n{body}" for body, name in self.classes.items())]
+        parts = [f"class {name}(nn.Module):\n{body}" for body, name in self.classes.items()]
         parts += [f"def build_model():\n    return {root}\n", f"def example_inputs():\n    return {inputs}\n"]
         text = "\n\n".join(parts)
+        used = [line for word, line in _IMPORTS.items() if re.search(rf"(?<![\w.]){re.escape(word)}", text)]
+        text = _HEAD.format(title=title, imports="\n".join(used)) + "\n\n" + text
         ast.parse(text)
         return text
 
