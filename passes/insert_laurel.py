@@ -49,6 +49,10 @@ class InsertLaurel(Pass[fx.GraphModule]):
 
     def requires(self, graph: fx.GraphModule) -> None:
         refuse_second_time(graph)
+        if type(graph).train is not nn.Module.train:
+            raise RewriteError(
+                f"{type(graph).__name__} has another graph for each mode, of which this is one. Rewrite the model that it was made of"
+            )
         self._sites = sites_of_graph(graph)
         self.plan.check(self._sites)
         self._nodes = {node.name: node.meta.get(ORIGIN, node) for node in flattened(graph.graph).nodes}
@@ -86,9 +90,10 @@ class InsertLaurel(Pass[fx.GraphModule]):
                 continue
             row, connection = rows[site.module], made[site.module]
             home = _module_of(nodes[self._sites.bindings[site.id].adds[0][0]].graph)
+            target = _target(graph, home, site.module)
             if home is not graph:
                 touched[home.graph] = home
-                home.add_submodule(site.module, connection)
+                home.add_submodule(target, connection)
             state = states.get(site.stream)
             if connection.config.fed:
                 assert state is not None
@@ -97,11 +102,11 @@ class InsertLaurel(Pass[fx.GraphModule]):
             connection.sides = tuple(side for _, side, _ in binding.adds)
             connection.regrouped = not connection.additive and len(connection.sides) > 1
             read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if connection.needs_input else None
-            out, left = _replace(home, nodes, binding, site.module, state, read, history=history)
+            out, left = _replace(home, nodes, binding, target, state, read, history=history)
             nodes[binding.adds[-1][0]] = out  # which is read in its place from here on
             if connection.config.linked:
                 assert left is not None
-                nodes[row.behind], left = _at_end(home, nodes[row.behind], site.module, left)
+                nodes[row.behind], left = _at_end(home, nodes[row.behind], target, left)
             if left is not None:
                 states[site.stream] = left
         if self.connections is None:
@@ -136,10 +141,16 @@ class InsertLaurel(Pass[fx.GraphModule]):
 
     def ensures(self, result: PassResult[fx.GraphModule]) -> None:
         graphs = [module.graph for module in result.graph_module.modules() if isinstance(module, fx.GraphModule)]
-        present = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
-        missing = [name for name in result.changed if name not in present]
+        called = {id(_module_of(graph).get_submodule(str(n.target))) for graph in graphs for n in graph.nodes if n.op == "call_module"}
+        missing = [name for name in result.changed if id(result.graph_module.get_submodule(name)) not in called]
         if missing or any(not isinstance(result.graph_module.get_submodule(name), Connection) for name in result.changed):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
+
+
+def _target(root: fx.GraphModule, home: fx.GraphModule, site: str) -> str:
+    """What a site's module is called in a graph: its path below the module whose code that is."""
+    path = next((name for name, module in root.named_modules() if module is home), "")
+    return site.removeprefix(f"{path}.") if path else site
 
 
 def _module_of(graph: fx.Graph) -> fx.GraphModule:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from toys import CASES, D
 
-from laurel_rewrite import ConfigError, detect, rewrite
+from laurel_rewrite import ConfigError, RewriteError, detect, rewrite
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.passes import InsertLaurel
 from laurel_rewrite.plan import LaurelConfig, Plan
@@ -114,6 +114,64 @@ def test_a_foreign_plan_is_refused_and_nothing_changes():
     with pytest.raises(ConfigError, match="names the site"):
         InsertLaurel(plan)(graph)
     assert str(graph.graph) == before
+
+
+class Leaves(fx.Tracer):
+    def is_leaf_module(self, m, qualname):
+        return isinstance(m, fx.GraphModule) or super().is_leaf_module(m, qualname)
+
+
+def nested_graph(*order):
+    """Graph modules that are called by a graph."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({name: fx.symbolic_trace(CASES["plain"].make()) for name in dict.fromkeys(order)})
+
+        def forward(self, x):
+            for name in order:
+                x = self.inner[name](x)
+            return x
+
+    outer = Outer().eval()
+    return outer, fx.GraphModule(outer, Leaves().trace(outer))
+
+
+@pytest.mark.parametrize("variant", ["rw+lr", "gated"])
+def test_graph_modules_inside_a_graph(variant):
+    x, other = torch.randn(2, 5, D), torch.randn(3, 7, D)
+    outer, graph = nested_graph("a", "b")
+    assert any(node.op == "call_module" and node.target == "inner.a" for node in graph.graph.nodes)
+    better = rewrite(graph, (x,), variant=variant)
+    assert list(sites_of(better)) == [f"inner.{name}.laurel_{number}" for name in "ab" for number in (0, 1)]
+    assert torch.equal(better(other), outer(other))
+    edited = rewrite(fx.symbolic_trace(outer), (x,), variant=variant)  # traced through
+    away_from_start(edited)
+    better.load_state_dict({key: value for key, value in edited.state_dict().items() if "laurel" in key}, strict=False)
+    torch.testing.assert_close(better(other), edited(other), rtol=1e-5, atol=1e-6)
+    assert (better(other) - outer(other)).abs().max() > 1e-3
+    copy.deepcopy(better)(x).sum().backward()
+
+
+def test_a_graph_module_that_is_called_twice_is_said_to_be_left_alone():
+    x = torch.randn(2, 5, D)
+    assert "inner.a is a graph that is called several times" in detect(nested_graph("a", "b", "a")[1], (x,)).notes[0]
+
+
+def test_a_stream_with_a_history_stays_in_one_graph():
+    x = torch.randn(2, 5, D)
+    with pytest.raises(RewriteError, match="its stream goes through regions of the graph"):
+        rewrite(nested_graph("a", "b")[1], (x,), variant="rw+lr+pa", rank=4)
+
+
+def test_a_graph_for_each_mode_is_refused():
+    real("resnet18")  # torchvision's ops
+    from torchvision.models import resnet18
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    with pytest.raises(RewriteError, match="has another graph for each mode"):
+        rewrite(create_feature_extractor(resnet18(), ["flatten"]), (torch.randn(2, 3, 64, 64),), variant="rw")
 
 
 class InPlace(nn.Module):

@@ -22,7 +22,7 @@ from laurel_rewrite.errors import CaptureError, nearest
 from laurel_rewrite.graph.capture import Call, Capture, parameters_of
 from laurel_rewrite.graph.dataflow import Dataflow
 from laurel_rewrite.graph.from_fx import dataflow_from_fx
-from laurel_rewrite.graph.regions import flattened
+from laurel_rewrite.graph.regions import flattened, nested
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,7 +194,10 @@ def sites_of_graph(module: fx.GraphModule) -> Sites:
     graph = flattened(module.graph)
     static = [node.name for node in graph.nodes if node.op == "placeholder" and _is_static(node)]
     flow, _ = dataflow_from_fx(graph, module.get_submodule, dict(zip(static, static, strict=True)))
-    return _sites(flow, ())
+    called = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module")
+    closed = [name for name in called if isinstance(module.get_submodule(name), fx.GraphModule)]
+    notes = tuple(f"{name} is a graph that is called several times: it was not looked into, and stays as it is." for name in closed)
+    return replace(_sites(flow, ()), notes=notes)
 
 
 @_uncollected()
@@ -264,9 +267,21 @@ def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
     try:
         inputs = [given[n.target] if n.target in given else n.args[0] for n in placeholders]
         # On fake tensors: shapes only, no compute, no change to a buffer.
-        ShapeProp(module, fake_mode=FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        ShapeProp(module, fake_mode=mode).propagate(*inputs)
+        for node in module.graph.nodes:
+            if (inner := nested(node)) is not None:
+                with mode:
+                    operands: Any = fx.node.map_arg([node.args, node.kwargs], _like)
+                with_shapes(inner, *operands)
     except Exception as error:
         raise CaptureError(f"The graph could not be run with the given inputs: {type(error).__name__}: {error}") from error
+
+
+def _like(node: fx.Node) -> Any:
+    """A tensor like the one that a node gives, whose shape is known."""
+    meta: Any = node.meta.get("tensor_meta")
+    return torch.empty(meta.shape, dtype=meta.dtype) if meta is not None else None
 
 
 def _stack(node: fx.Node) -> tuple[tuple[str, str], ...]:

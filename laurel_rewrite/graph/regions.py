@@ -1,4 +1,5 @@
-"""One flat graph from a graph with regions: the subgraphs that an export makes of autocast, no_grad and checkpointed code.
+"""One flat graph from a graph with regions: the subgraphs that an export makes of autocast, no_grad and checkpointed code, and graph modules that
+are called as modules, once.
 
 They run once, where they stand, and are read as if their ops stood there. The subgraphs of control flow may run often or never; of them
 only the sums are listed.
@@ -30,7 +31,7 @@ def flattened(graph: fx.Graph) -> fx.Graph:
     Nodes outside of regions keep their names; those inside are named by their region too. Whether gradients are on is said by
     `torch._C._set_grad_enabled` nodes, as in a graph traced without regions.
     """
-    if not any(_subgraphs(node) for node in graph.nodes):
+    if not any(_subgraphs(node) or nested(node) is not None for node in graph.nodes):
         return graph
     flat = _Flat({node.name for node in graph.nodes})
     output = flat.copy(graph, {}, "")
@@ -44,8 +45,9 @@ class _Flat:
         self.taken = taken
         self.recording = True
 
-    def copy(self, graph: fx.Graph, known: dict[fx.Node, Any], prefix: str) -> Any:
-        """Append a graph's nodes. `known` has what stands for its placeholders in a region; returns what stands for its output."""
+    def copy(self, graph: fx.Graph, known: dict[fx.Node, Any], prefix: str, path: str = "") -> Any:
+        """Append a graph's nodes. `known` has what stands for its placeholders in a region, `path` is that of a module that it is the code of;
+        returns what stands for its output."""
         for node in graph.nodes:
             if node in known:
                 continue
@@ -55,10 +57,12 @@ class _Flat:
             source = node.args[0] if node.args else None
             if inner and _name(node) in _REGIONS:
                 known[node] = self._region(node, inner[0], known)
+            elif (module := nested(node)) is not None:
+                known[node] = self._called(node, module, known, path)
             elif _name(node) == "getitem" and isinstance(source, fx.Node) and isinstance(known.get(source), list | tuple):
                 known[node] = known[source][node.args[1]]
             else:
-                known[node] = self._node(node, known, prefix)
+                known[node] = self._node(node, known, prefix, path)
                 for add in [a for subgraph in inner for a in _sums(subgraph)]:
                     self._listed(node, add)
         return None
@@ -74,14 +78,30 @@ class _Flat:
         self._record(before)
         return output
 
+    def _called(self, node: fx.Node, module: fx.GraphModule, known: dict[fx.Node, Any], path: str) -> Any:
+        """The nodes of a graph module in the place of its call."""
+        given = [fx.node.map_arg(value, known.__getitem__) for value in (*node.args, *node.kwargs.values())]
+        names = [None] * len(node.args) + [*node.kwargs]
+        inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+        by_name = {name: value for name, value in zip(names, given, strict=True) if name is not None}
+        ordered = iter(given[: len(node.args)])
+        inner = {n: by_name[str(n.target)] if n.target in by_name else next(ordered, n.args[0] if n.args else None) for n in inputs}
+        return self.copy(module.graph, inner, f"{node.name}_", f"{path}.{node.target}".lstrip("."))
+
     def _record(self, on: bool) -> None:
         if on is not self.recording:
             self.graph.call_function(torch._C._set_grad_enabled, (on,))
         self.recording = on
 
-    def _node(self, node: fx.Node, known: dict[fx.Node, Any], prefix: str) -> fx.Node:
+    def _node(self, node: fx.Node, known: dict[fx.Node, Any], prefix: str, path: str) -> fx.Node:
         made = self.graph.node_copy(node, known.__getitem__)
         made.meta[ORIGIN] = node
+        if path:  # of a module inside, whose names are its own
+            stack = node.meta.get("nn_module_stack") or {}
+            inside = {f"{path}.{key}": (f"{path}.{inner}".rstrip("."), cls) for key, (inner, cls) in stack.items()}
+            made.meta["nn_module_stack"] = {path: (path, fx.GraphModule), **inside}
+            if node.op in ("call_module", "get_attr"):
+                made.target = f"{path}.{node.target}"
         if prefix:
             name = f"{prefix}{node.name}"
             while name in self.taken:
@@ -112,6 +132,17 @@ def _subgraphs(node: fx.Node) -> list[fx.Graph]:
         if operand.op == "get_attr" and isinstance(module, fx.GraphModule):
             found.append(module.graph)
     return found
+
+
+def nested(node: fx.Node) -> fx.GraphModule | None:
+    """The graph module that a node calls, if nobody else calls it."""
+    if node.op != "call_module":
+        return None
+    module: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        module = getattr(module, name, None)
+    calls = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
+    return module if isinstance(module, fx.GraphModule) and len(calls) == 1 else None
 
 
 def _flat_arguments(node: fx.Node) -> list[Any]:
