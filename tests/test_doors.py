@@ -23,7 +23,7 @@ _BERT = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "nu
 _LLAMA = {**_BERT, "num_key_value_heads": 2}
 ARCHITECTURES = [
     ("hf:llama", _LLAMA, "rw+lr+pa"),
-    ("torchvision:resnet18", {}, "rw+lr"),
+    slow("torchvision:resnet18", {}, "rw+lr"),
     slow("hf:gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 99}, "hc"),
     slow("hf:bert", _BERT, "denseformer"),
     slow("hf:qwen3", {**_LLAMA, "head_dim": 16}, "attnres"),
@@ -31,9 +31,9 @@ ARCHITECTURES = [
     slow("hf:t5", {"num_layers": 2, "num_decoder_layers": 2, "d_model": 32, "d_ff": 64, "num_heads": 2, "vocab_size": 99}, "rw+lr"),
     slow("hf:opt", {"num_hidden_layers": 2, "hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "vocab_size": 99, "word_embed_proj_dim": 32}, "x0"),
     slow("timm:vit_tiny_patch16_224", {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8}, "rw+lr+pa"),
-    slow("timm:convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 16, 32, 32)}, "delta"),
-    slow("timm:swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 56, "window_size": 7}, "rw-vector"),
-    slow("timm:mixer_s32_224", {"num_blocks": 2, "embed_dim": 32, "img_size": 64}, "rw+lr+pa"),
+    slow("timm:convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 16, 32, 32)}, "highway"),
+    slow("timm:swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "img_size": 56, "window_size": 7, "drop_path_rate": 0.0}, "rw-vector"),
+    slow("timm:mixer_s32_224", {"img_size": 64}, "rw+lr+pa"),
 ]  # fmt: skip
 
 
