@@ -167,7 +167,7 @@ def test_products_that_are_not_counted_are_said(tmp_path):
     (row,) = profile([tmp_path / "loop.onnx"], seconds=0, min_rounds=1, threads=1).rows
     assert row.costs.flops == 2 * 4 * 4 * 4
     assert dict(row.costs.uncounted) == {"Loop": 1}
-    assert _doubts([row], settings(1), Effort()) == ["loop.onnx: the FLOPs of Loop are not counted, so that there are at least 128."]
+    assert _doubts([row], settings(1), Effort(), [""]) == ["loop.onnx: the FLOPs of Loop are not counted, so that there are at least 128."]
 
 
 def test_nodes_without_a_name_have_their_time_and_memory(tmp_path):

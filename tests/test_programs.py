@@ -233,6 +233,24 @@ def test_graphs_that_no_model_can_be_made_of(make, message, tmp_path):
         build(str(path))
 
 
+@pytest.mark.parametrize("name", ["w = print('seen')\n        ", "class", "__x", "a b"])
+def test_names_that_are_code_are_refused(name, tmp_path):
+    """A file may be anybody's."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(D, D)
+            self.register_parameter(name, nn.Parameter(torch.ones(D)))
+
+        def forward(self, x):
+            return x + self.f(x) * self._parameters[name]
+
+    path = saved(Named(), (X,), folder=tmp_path)
+    with pytest.raises(CaptureError, match=r"is no name in Python|could not be read"):
+        build(str(path))
+
+
 def test_settings_and_files_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match="a graph has no settings"):
         build("model.pt2", {"n": 1})

@@ -67,11 +67,11 @@ def _linear(name: str, o: _Operands) -> str:
 def _embedding(name: str, o: _Operands) -> str:
     count, size = o.shape("weight")
     padding = o["padding_idx"]
-    return f"nn.Embedding({count}, {size}{f', padding_idx={padding}' if padding not in (None, -1) else ''})"
+    return f"nn.Embedding({count}, {size}{f', padding_idx={padding!r}' if padding not in (None, -1) else ''})"
 
 
 def _layer_norm(name: str, o: _Operands) -> str:
-    return f"nn.LayerNorm({list(o['normalized_shape'])}, eps={o['eps']}, elementwise_affine={o.has('weight')}, bias={o.has('bias')})"
+    return f"nn.LayerNorm({list(o['normalized_shape'])}, eps={o['eps']!r}, elementwise_affine={o.has('weight')}, bias={o.has('bias')})"
 
 
 def _convolution(name: str, o: _Operands) -> str:
@@ -80,23 +80,23 @@ def _convolution(name: str, o: _Operands) -> str:
         return ""
     padding = o["padding"] if isinstance(o["padding"], str) else tuple(o["padding"])
     return (
-        f"nn.{name}({inner * o['groups']}, {out}, {tuple(kernel)}, stride={tuple(o['stride'])}, padding={padding!r}, dilation={tuple(o['dilation'])}, "
-        f"groups={o['groups']}, bias={o.has('bias')})"
+        f"nn.{name}({inner * int(o['groups'])}, {out}, {tuple(kernel)}, stride={tuple(o['stride'])}, padding={padding!r}, dilation={tuple(o['dilation'])}, "
+        f"groups={o['groups']!r}, bias={o.has('bias')})"
     )
 
 
 def _batch_norm(name: str, o: _Operands) -> str:
     if not o.has("running_mean"):
         return ""
-    return f"nn.{name}({o.shape('running_mean')[0]}, eps={o['eps']}, momentum={o['momentum']}, affine={o.has('weight')})"
+    return f"nn.{name}({o.shape('running_mean')[0]}, eps={o['eps']!r}, momentum={o['momentum']!r}, affine={o.has('weight')})"
 
 
 def _group_norm(name: str, o: _Operands) -> str:
-    return f"nn.GroupNorm({o['num_groups']}, {o.shape('weight')[0]}, eps={o['eps']})" if o.has("weight") else ""
+    return f"nn.GroupNorm({o['num_groups']!r}, {o.shape('weight')[0]}, eps={o['eps']!r})" if o.has("weight") else ""
 
 
 def _dropout(name: str, o: _Operands) -> str:
-    return f"nn.{name}({o['p']})"
+    return f"nn.{name}({o['p']!r})"
 
 
 def _activation(name: str, o: _Operands) -> str:
@@ -104,7 +104,7 @@ def _activation(name: str, o: _Operands) -> str:
 
 
 def _pooling(name: str, o: _Operands) -> str:
-    return f"nn.{name}({tuple(o['kernel_size'])}, {tuple(o['stride']) or None}, {tuple(o['padding'])}, {tuple(o['dilation'])}, ceil_mode={o['ceil_mode']})"
+    return f"nn.{name}({tuple(o['kernel_size'])}, {tuple(o['stride']) or None}, {tuple(o['padding'])}, {tuple(o['dilation'])}, ceil_mode={o['ceil_mode']!r})"
 
 
 def _adaptive(name: str, o: _Operands) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import keyword
 import re
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import CaptureError
-from laurel_rewrite.files.checked import require_file
+from laurel_rewrite.files.checked import require_file, shown
 from laurel_rewrite.files.pt2 import read_program
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.sources.built import Built
@@ -37,6 +38,7 @@ _EVALUATED = frozenset({"_native_batch_norm_legit_no_training"})
 _DRAWS = frozenset(
     "bernoulli bernoulli_ rand rand_like randn randn_like randint randint_like uniform uniform_ normal normal_ randperm multinomial".split()
 )
+_PART = re.compile(r"(?!__)\w{1,200}(@\d{1,9})?")
 _RTOL, _ATOL = 1e-5, 1e-6
 
 
@@ -90,6 +92,11 @@ def from_program(spec: str, *, inference: bool = False) -> Built:
 
 
 def _refuse_foreign(program: torch.export.ExportedProgram, path: Path) -> None:
+    stacks = (entry for node in program.graph.nodes for entry in (node.meta.get("nn_module_stack") or {}).values())
+    for name in {*program.state_dict, *program.constants, *(str(inner).removeprefix("L['self'].") for inner, _ in stacks)}:
+        # PyTorch writes them into code, too, and a file may say anything.
+        if any(not _PART.fullmatch(part) or keyword.iskeyword(part) for part in name.split(".") if part):
+            raise CaptureError(f"{path}: {shown(name)} is no name in Python, and is not written as source.")
     signature = program.graph_signature
     if signature.backward_signature is not None:
         raise CaptureError(f"{path} holds a forward and a backward pass. Give the program of the forward alone.")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import CaptureError
+from laurel_rewrite.files.checked import shown
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.sources.programs.leaves import constructor
 from laurel_rewrite.sources.programs.statements import Lines, reads_statistics
@@ -51,6 +52,7 @@ class _Writer:
         self.classes: dict[str, str] = {}  # text of a class without its name -> its name
         self.names: set[str] = set()
         self.parameters: list[str] = []  # of the model's forward
+        self.calls: dict[int, str] = {}  # what makes each module
 
     def text(self, title: str) -> str:
         root = self._class("", self.root)
@@ -59,14 +61,19 @@ class _Writer:
         parts += [f"def build_model():\n    return {root}\n", f"def example_inputs():\n    return {inputs}\n"]
         text = "\n\n".join(parts)
         used = [line for word, line in _IMPORTS.items() if re.search(rf"(?<![\w.]){re.escape(word)}", text)]
-        text = _HEAD.format(title=title, imports="\n".join(used)) + "\n\n" + text
-        ast.parse(text)
+        text = _HEAD.format(title=title.replace("\\", "/").replace('"', "'"), imports="\n".join(used)) + "\n\n" + text
+        _check_plain(ast.parse(text))
         return text
 
     # Modules
 
     def _made(self, path: str, module: Any) -> str:
         """The expression that makes a module."""
+        if id(module) not in self.calls:
+            self.calls[id(module)] = self._call(path, module)
+        return self.calls[id(module)]
+
+    def _call(self, path: str, module: Any) -> str:
         kind = getattr(module, "_ty", None) or ""
         if getattr(module, "graph", None) is not None and len(module.graph.nodes) and (call := constructor(kind, module)):
             return call
@@ -78,7 +85,7 @@ class _Writer:
             if len(made) > 1 and len(set(made)) == 1:
                 return f"nn.ModuleList([{made[0]} for _ in range({len(made)})])"
             return f"nn.ModuleList([{', '.join(made)}])"
-        return "nn.ModuleDict({" + ", ".join(f'"{name}": {call}' for name, call in children.items()) + "})"
+        return "nn.ModuleDict({" + ", ".join(f"{name!r}: {call}" for name, call in children.items()) + "})"
 
     def _sequential(self, path: str, module: Any) -> str:
         """The call that makes a Sequential, where the module is one that calls its children one after another; else ""."""
@@ -112,12 +119,14 @@ class _Writer:
         begin = ["    def __init__(self):", "        super().__init__()"]
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                begin.append(f"        self.{name} = nn.Parameter({_zeros(parameter)}{_gradient(parameter)})")
+                begin.append(f"        self.{_named(name)} = nn.Parameter({_zeros(parameter)}{_gradient(parameter)})")
         begin += [
-            f'        self.register_buffer("{name}", {_zeros(buffer)})' for name, buffer in module._buffers.items() if buffer is not None
+            f"        self.register_buffer({_named(name)!r}, {_zeros(buffer)})"
+            for name, buffer in module._buffers.items()
+            if buffer is not None
         ]
         begin += [
-            f"        self.{name} = {call}" if name.isidentifier() else f'        self.add_module("{name}", {call})'
+            f"        self.{name} = {call}" if _is_name(name) else f"        self.add_module({name!r}, {call})"
             for name, call in made.items()
         ]
         if path == "":
@@ -127,10 +136,10 @@ class _Writer:
         if graph is not None and len(graph.nodes):
             body += "\n" + self._forward(path, module)
         if body not in self.classes:
-            self.classes[body] = self._named((getattr(module, "_ty", None) or path or "Model").rpartition(".")[2])
+            self.classes[body] = self._class_name((getattr(module, "_ty", None) or path or "Model").rpartition(".")[2])
         return f"{self.classes[body]}()"
 
-    def _named(self, wanted: str) -> str:
+    def _class_name(self, wanted: str) -> str:
         name = re.sub(r"\W", "", wanted.title() if wanted.islower() else wanted)
         name = name if name.isidentifier() and not keyword.iskeyword(name) else f"Module{name}"
         number, found = 1, name
@@ -184,16 +193,16 @@ class _Writer:
         signature, unpacked = [], []
         for place, (key, value) in enumerate([*((None, value) for value in args), *kwargs.items()]):
             if isinstance(value, torch.export.graph_signature.ConstantArgument):
-                signature.append(f"{key or value.name or f'input_{place}'}={value.value!r}")
+                signature.append(f"{_named(key or value.name or f'input_{place}')}={lines.value(value.value)}")
                 continue
             node = by_name.get(getattr(value, "name", None))
             if node is not None:
                 if key is not None and key not in lines.taken:
-                    lines.names[node] = key
+                    lines.names[node] = _named(key)
                     lines.taken.add(key)
-                signature.append(lines.name(node) if key is None or lines.name(node) == key else key)
+                signature.append(lines.name(node) if key is None or lines.name(node) == key else _named(key))
                 continue
-            name = key or f"input_{place}"
+            name = _named(key or f"input_{place}")
             inner = [by_name.get(getattr(leaf, "name", None)) for leaf in pytree.tree_leaves(value)]
             signature.append(name)
             unpacked.append(f"{', '.join(lines.name(n) if n is not None else '_' for n in inner)}, = pytree.tree_leaves({name})")
@@ -253,6 +262,36 @@ def _example(value: Any) -> Any:
     return f"torch.randint({low}, {high}, {shape}, dtype={value.dtype})"
 
 
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and not keyword.iskeyword(text) and not text.startswith("__")
+
+
+def _named(text: str) -> str:
+    """A name that is written as it is; CaptureError where it is none in Python, for a file may say anything."""
+    if not _is_name(text):
+        raise CaptureError(f"{shown(text)} is no name in Python, and is not written as source.")
+    return text
+
+
+def _check_plain(tree: ast.Module) -> None:
+    """Raise CaptureError where source has more than variables of its own and PyTorch: names came from a file that anybody may have made."""
+    held = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    held |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} | {"super", "range", "float"}
+    held |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    held |= {
+        alias.asname or alias.name.partition(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        foreign = isinstance(node, ast.Name) and name not in held
+        inner = isinstance(node, ast.Import | ast.ImportFrom | ast.Lambda) and node not in tree.body
+        if foreign or inner or (name.startswith("__") and name not in ("__init__", "__and__", "__or__")):
+            raise CaptureError(f"The graph would be written as source that uses {shown(name or 'an import')}, which no graph does.")
+
+
 def _is_container(module: Any) -> bool:
     """Whether a module only holds others: a list of them, or a dictionary."""
     graph = getattr(module, "graph", None)
@@ -265,7 +304,7 @@ def _access(module: Any, path: str) -> str:
     for part in (_CALL.sub("", part) for part in path.split(".")):
         inner = getattr(module, "_modules", {}).get(part)
         listed = part.isdecimal() and _is_container(module) and [*module._modules] == [str(n) for n in range(len(module._modules))]
-        text += f"[{part}]" if listed else f".{part}" if part.isidentifier() else f'._modules["{part}"]'
+        text += f"[{part}]" if listed else f".{part}" if _is_name(part) else f"._modules[{part!r}]"
         module = inner
     return text
 

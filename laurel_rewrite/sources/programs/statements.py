@@ -75,13 +75,13 @@ class Lines:
         if (isinstance(thing, float) and thing != thing) or thing in (float("inf"), float("-inf")):
             return f'float("{thing}")'
         if isinstance(thing, torch.device):
-            return f'"{thing}"'
+            return repr(str(thing))
         if thing is None or isinstance(thing, bool | int | float | str | torch.dtype | torch.layout | torch.memory_format):
             return repr(thing)
         raise CaptureError(f"a graph with an operand of type {type(thing).__name__} is not written as source")
 
     def call(self, function: str, args: Any, kwargs: Mapping[str, Any]) -> str:
-        given = [*map(self.value, args), *(f"{key}={self.value(value)}" for key, value in kwargs.items())]
+        given = [*map(self.value, args), *(f"{_key(key)}={self.value(value)}" for key, value in kwargs.items())]
         return f"{function}({', '.join(given)})"
 
     def add(self, graph: fx.Graph, indent: str = "") -> Any:
@@ -115,10 +115,10 @@ class Lines:
         begin = args.index(next(a for a in args if isinstance(a, fx.Node) and a.op == "get_attr"))
         said = args[:begin]
         if "set_grad" in kind:
-            self.lines.append(f"{indent}with torch.set_grad_enabled({said[0]}):")
+            self.lines.append(f"{indent}with torch.set_grad_enabled({bool(said[0])}):")
         else:
             device, dtype, enabled, cache = (*said, None, None, None)[:4]
-            words = f'"{device}", dtype={dtype!r}, enabled={enabled!r}, cache_enabled={cache!r}'
+            words = f"{str(device)!r}, dtype={self.value(dtype)}, enabled={self.value(enabled)}, cache_enabled={self.value(cache)}"
             self.lines.append(f"{indent}with torch.autocast({words}):")
         inputs = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
         for inner, outer in zip(inputs, args[begin + 1 :], strict=True):
@@ -162,6 +162,12 @@ class Lines:
         if hasattr(torch, name) and not name.startswith("_"):
             return self.call(f"torch.{name}", args, kwargs)
         return self.call(f"torch.ops.aten.{name}.{overload}", args, dict(node.kwargs))
+
+
+def _key(name: str) -> str:
+    if not name.isidentifier():
+        raise CaptureError("a graph with an operand that has no name is not written as source")
+    return name
 
 
 def _attribute(module: Any, path: str) -> Any:
@@ -233,14 +239,14 @@ def _attention(lines: Lines, node: fx.Node) -> str:
         args = args[:4]
         kwargs.pop("dropout_p", None)
     text = lines.call("F.scaled_dot_product_attention", args, kwargs)
-    return text[:-1] + f", dropout_p={p} if self.training else 0.0)" if p else text
+    return text[:-1] + f", dropout_p={lines.value(p)} if self.training else 0.0)" if p else text
 
 
 def _batch_norm(lines: Lines, node: fx.Node) -> str:
     x, weight, bias, mean, variance, *rest = node.args
     momentum, eps = (rest[1], rest[2]) if len(rest) > 2 else rest
     found = f"{lines.value(mean)}, {lines.value(variance)}, {lines.value(weight)}, {lines.value(bias)}"
-    text = f"F.batch_norm({lines.value(x)}, {found}, self.training, {momentum}, {eps})"
+    text = f"F.batch_norm({lines.value(x)}, {found}, self.training, {lines.value(momentum)}, {lines.value(eps)})"
     return f"({text},)" if node.target._schema.name != "aten::batch_norm" else text  # type: ignore[union-attr]  # an op
 
 
