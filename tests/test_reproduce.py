@@ -19,12 +19,13 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_can_be_made(name, monkeypatch):
-    """Its model is built, has its candidates' sites, and at least a million tokens (of images: pixels) are trained on."""
+    """Its model is built, has its candidates' sites, and at least a million tokens (of images: pixels) are trained on; half as many where there are 120
+    runs."""
     monkeypatch.chdir(REPOSITORY)
     table = TABLES[name]
     built = build(table.model, table.settings)
     positions = 1 if "length" in table.recipe else built.args[0][0, 0].numel()
-    assert table.recipe["tokens"] * positions >= 1_000_000
+    assert table.recipe["tokens"] * positions >= (500_000 if name == "registry" else 1_000_000)
     names = [candidate.name for candidate in table.candidates()]
     assert len(names) == len(set(names)) > 1
     Recipe(**table.recipe)
