@@ -140,3 +140,14 @@ def test_help_shows_the_options_of_the_named_operator(here):
     assert "--streams" not in usual
     assert "--streams" in other
     assert "--init-down" not in other
+
+
+@pytest.mark.parametrize("stack", [AttentionStack, PostNormStack])
+def test_no_parameter_is_a_part_of_a_larger_tensor(stack):
+    """Files of weights refuse such."""
+    sites = detect(stack(), (X,))
+    for name in registry.operators():
+        plan, _ = plan_of(sites, name)
+        for row in plan.sites if plan is not None else ():
+            for key, value in plan.build(row, None).state_dict().items():
+                assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), f"{name}: {key}"

@@ -60,7 +60,7 @@ class _Mixed(Connection):
         """Make them: of so many lanes of so many features, and with such a start of A_m."""
         self.into = nn.Parameter(torch.ones(count))
         self.across = nn.Parameter(torch.eye(count))
-        self.out = None if self.config.last else nn.Parameter(out)
+        self.out = None if self.config.last else nn.Parameter(out.clone())  # not a part of a larger tensor, which no file would hold alone
         reads = 0 if self.config.last else out.numel() // count
         self.dynamic = Dynamic(self, width, count + 1, reads) if self.config.mix == "dynamic" else None
 
