@@ -112,11 +112,10 @@ def prepare(
     )
     chosen.check(sites)
     factors = chosen.factors(sites)
-    original = model
-    with _compiling(original, "eager"):
-        proof = (
-            Proof(original, args, kwargs, chosen.seed, regrouped=True) if verify else None
-        )  # torch.nn's fused kernels give way to its ops
+    original, proof = model, None
+    if verify:
+        with _compiling(original, "eager"):  # where torch.nn's fused kernels give way to its ops
+            proof = Proof(original, args, kwargs, chosen.seed, regrouped=True)
     model = model if inplace else copied(model)
     attach(model, chosen)
     scale_branches(model, factors)

@@ -111,6 +111,13 @@ class _Trial:
 
     # The step itself
 
+    def law_each_parameter_is_a_tensor_of_its_own(self) -> str:
+        """Files of weights refuse parts of larger ones."""
+        for name, value in self.started.state_dict().items():  # a copy of the model would have made them whole
+            whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            assert whole, f"{name} is a part of a larger tensor: clone it"
+        return ""
+
     def law_a_step_leaves_its_arguments_and_keeps_shape_and_type(self) -> str:
         state: tuple[Tensor, ...] = ()
         counts = []

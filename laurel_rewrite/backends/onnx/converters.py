@@ -73,6 +73,7 @@ def _computed(node: Any, graph: Any) -> Any:
     attributes = {attribute.name: _value(attribute) for attribute in node.proto.attribute}
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if unknown := [name for name in attributes if name not in parameters and not takes_any]:
+        # Passed over, it would change what is computed in silence. Whoever converts makes an ExportError of this.
         raise NotImplementedError(f"{node.operation_type} with {', '.join(unknown)}")
     if "outputs" in parameters:
         attributes["outputs"] = len(node.output_values)

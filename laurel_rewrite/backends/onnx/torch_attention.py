@@ -15,7 +15,7 @@ def attention(
     softcap: float = 0.0, softmax_precision: int = 0, left_window_size: int = -1, right_window_size: int = -1, outputs: int = 1,
 ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """See the standard; operands are [B, heads, S, D] or [B, S, heads * D]. The products of queries and keys are no output here."""
-    if outputs > 3:
+    if outputs > 3:  # no exporter of PyTorch models asks for it
         raise NotImplementedError("Attention with its products as an output")
     packed = q.ndim == 3
     if packed:

@@ -26,6 +26,7 @@ def resize(
     keep_aspect_ratio_policy: str = "stretch",
 ) -> Tensor:
     """See the standard. Boxes to crop, and sizes that keep the aspect ratio, are refused with a NotImplementedError."""
+    # Neither is written by an exporter of PyTorch models; computed as if they were not there, the result would be wrong in silence.
     if coordinate_transformation_mode == "tf_crop_and_resize" or keep_aspect_ratio_policy != "stretch":
         raise NotImplementedError(f"Resize with {coordinate_transformation_mode} and {keep_aspect_ratio_policy}")
     dims = range(x.ndim) if axes is None else axes
