@@ -59,9 +59,9 @@ def test_all_doors_give_the_same_numbers(name, settings, variant, tmp_path):
     expected = first(edited, *wide)
     assert (expected - first(model, *wide)).abs().max() > 1e-4
 
-    def near(found, door):
+    def near(found, door, atol=1e-6):
         # float32; ids, streams and parameters are the same, and so is the order of operations but for several branches of one sum
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()), msg=lambda text: f"{door}: {text}")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol, msg=lambda text: f"{door}: {text}")
 
     sizes = pytree.tree_map_only(torch.Tensor, lambda x: {0: AUTO} if x.ndim else None, (args, kwargs))
     with quiet(), without_caches(model):
@@ -96,4 +96,8 @@ def test_all_doors_give_the_same_numbers(name, settings, variant, tmp_path):
     file = write_onnx(onnx.model, tmp_path / "laurel.onnx")
     inputs = [value.name for value in ir.load(file).graph.inputs]
     given = [leaf.numpy() for leaf in pytree.tree_leaves(wide) if isinstance(leaf, torch.Tensor)]
-    near(torch.from_numpy(run_onnx(file, dict(zip(inputs, given, strict=True)), optimised=False)[0]), "ONNX")
+    near(
+        torch.from_numpy(run_onnx(file, dict(zip(inputs, given, strict=True)), optimised=False)[0]),
+        "ONNX",
+        atol=1e-5 * float(expected.abs().max()),
+    )  # other kernels
