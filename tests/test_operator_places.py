@@ -346,7 +346,7 @@ def test_a_wide_stream_that_is_read_apart_behind_norms():
     try:
         assert [*stacks_for(registry.operator(WideApart.name)).values()][-1] is PostNormAttentionStack
         laws = _Trial(WideApart.name, {}, PostNormAttentionStack, "").outcomes()
-        assert len(laws) == 15
+        assert len(laws) == 16
         assert not [str(law) for law in laws if not law.passed]
     finally:
         registry.forget(["toy-wide-apart"])

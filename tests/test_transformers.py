@@ -162,7 +162,8 @@ import sys, torch
 from laurel_rewrite.sources.built import declare_torchvision_ops
 declare_torchvision_ops()
 import transformers
-folder, how = sys.argv[1:]
+folder, how, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # bit for bit is asked, and how a sum is cut depends on them
 if how == "imported":
     import laurel_rewrite.integrations.transformers
 kwargs, expected = torch.load(folder + "/expected.pt")
@@ -187,7 +188,11 @@ def test_a_fresh_process_has_laurel_or_an_error(how, said, tmp_path):
     model.save_pretrained(tmp_path)
     torch.save((dict(example.kwargs), model(**example.kwargs).logits), tmp_path / "expected.pt")
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path), how], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path), how, str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
     )
     assert said in (done.stdout if said == "same" else done.stderr), done.stderr
     assert (done.returncode == 0) == (said == "same")
