@@ -3,9 +3,9 @@
     python tools/bench_operators.py [--model gpt2] [--operator hc ...] [--measure eager ...] [--seconds 15]
 
 Some operators at a time stand beside the unchanged model; steps, and runs of the exported graphs, are interleaved in random order, and ratios
-have 95 % intervals (`laurel_rewrite.profiling`). The unchanged model stands there once more as a control. The parameters of operators are off
-their start. Results are kept in `tools/results/operators-cost.json`, so that a run goes on where the last one stopped; `--again` measures
-anew. The table is `operators-cost.md`, beside it.
+have 95 % intervals (`laurel_rewrite.profiling`); of one thread, its CPU time is measured. The unchanged model stands there once more as a
+control. The parameters of operators are off their start. Results are kept in `tools/results/operators-cost.json`, so that a run goes on where
+the last one stopped; `--again` measures anew. The table is `operators-cost.md`, beside it.
 """
 
 from __future__ import annotations
@@ -114,10 +114,13 @@ def bandwidth(megabytes: int = 64) -> float:
 
 def measured(what: str, base: Base, models: dict[str, nn.Module], seconds: float, cached: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What one way of running says of each operator."""
-    from laurel_rewrite import export_onnx, profile
+    from laurel_rewrite import export_onnx
+    from laurel_rewrite.profiling.latency import Effort, measure
+    from laurel_rewrite.profiling.sessions import session_of, settings
     from laurel_rewrite.profiling.training import profile_training
 
     seconds *= len(models) + 1
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     if what == "onnxruntime":
         if not cached.exists():
             export_onnx(base.model.eval(), base.args, base.kwargs, cached)
@@ -125,11 +128,13 @@ def measured(what: str, base: Base, models: dict[str, nn.Module], seconds: float
             paths = [cached, *(Path(folder) / f"{place}.onnx" for place in range(len(models)))]
             for model, path in zip(models.values(), paths[1:], strict=True):
                 export_onnx(model.eval(), base.args, base.kwargs, path)
-            result = profile(paths, names=["plain", *models], seconds=seconds, threads=torch.get_num_threads())
-        for operator, row in zip(models, result.rows[1:], strict=True):
-            yield operator, interval(row.latency)
+            setting = settings(torch.get_num_threads())
+            names = [one.name for one in session_of(cached, setting).get_inputs()]
+            feeds = {name: value.numpy() for name, value in zip(names, (*base.args, *base.kwargs.values()), strict=True)}
+            times, _ = measure(paths, setting, feeds, Effort(seconds), seed=0, clock=clock)
+        for operator, latency in zip(models, times[1:], strict=True):
+            yield operator, {**interval(latency), "plain_ms": times[0].median_ms}
         return
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     found = profile_training({"plain": base.model, **models}, base.args, base.kwargs, seconds=seconds, modes=(what,), clock=clock)
     torch.compiler.reset()
     if found.notes:
