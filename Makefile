@@ -47,7 +47,7 @@ lint: $(VENV)/dev
 
 # The site, in docs/_build; a warning is an error.
 docs: $(VENV)/docs
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build
 
 # About ten minutes; writes a dated table under tools/results/.
 zoo: $(VENV)/dev

@@ -26,12 +26,16 @@ version = release = laurel_rewrite.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+smartquotes_action = "D"  # dashes; what a message says is quoted as it is
 default_role = "code"  # docstrings have `names` as in Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_custom_sections = [("Class data", "params_style")]
 html_theme = "furo"
+pygments_dark_style = "monokai"  # furo's own underlines names of classes, as if they were links
 html_title = project
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 

@@ -71,7 +71,9 @@ def _index(families: dict[str, list[str]]) -> str:
         lines += ["| operator | formula | start | parameters |", "|---|---|---|---|"]
         for name in names:
             known = described(name)
-            lines.append(f"| [`{name}`]({file_name(name)}) | {_code(known['formula'])} | {STARTS[known['start']]} | {known['parameters']:,} |")
+            lines.append(
+                f"| [`{name}`]({file_name(name)}) | {_code(known['formula'])} | {STARTS[known['start']]} | {known['parameters']:,} |"
+            )
     lines += ["", "```{toctree}", ":hidden:", "", *(f"{name} <{file_name(name)}>" for names in families.values() for name in names), "```"]
     return "\n".join(lines) + "\n"
 

@@ -85,7 +85,13 @@ SITES = {"gpt": 6, "resnet": 8, "vit": 6, "unet": 7, "translator": 15}
 @pytest.mark.parametrize(
     ("name", "settings", "variant"),
     [
-        *[("gpt", SMALL, "lr+pa"), ("resnet", [], "rw+lr+pa"), ("vit", SMALL, "rw+lr"), ("unet", [], "rw+lr"), ("translator", SMALL, "rw+lr")],
+        *[
+            ("gpt", SMALL, "lr+pa"),
+            ("resnet", [], "rw+lr+pa"),
+            ("vit", SMALL, "rw+lr"),
+            ("unet", [], "rw+lr"),
+            ("translator", SMALL, "rw+lr"),
+        ],
         *[
             slow("gpt", SMALL, "rw"),
             slow("gpt", SMALL, "rw+pa"),

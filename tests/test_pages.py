@@ -67,7 +67,8 @@ def test_the_explanation_is_what_the_command_prints():
 
 def test_every_make_target_that_is_named_exists():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"(?:^|`)make ([\w-]+)", README.read_text() + (ROOT / "CONTRIBUTING.md").read_text(), re.M))
+    texts = [path.read_text() for path in (README, ROOT / "CONTRIBUTING.md", ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md")]
+    targets = set(re.findall(r"(?:^|`)make ([\w-]+)", "\n".join(texts), re.M))
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M)
@@ -91,7 +92,9 @@ def test_the_first_five_minutes_work_to_the_letter(tmp_path):
             shown = [" ".join(line.split()) for line in block.text.splitlines() if line != "..."]
             assert [line for line in shown if line not in printed] == []
         elif not block.text.startswith("python3.11 -m venv"):  # the environment is this one
-            done = subprocess.run(block.text, shell=True, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
+            done = subprocess.run(
+                block.text, shell=True, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+            )
             assert done.returncode == 0, done.stderr
             printed = " ".join(done.stdout.split())
     assert (folder / "laurel_out" / "report.html").is_file()
@@ -112,6 +115,12 @@ def test_the_page_of_examples_has_every_example():
     page = (DOCS / "examples.md").read_text()
     for path in (ROOT / "tools" / "examples").glob("*.*"):
         assert f"](../tools/examples/{path.name})" in page
+
+
+def test_the_citation_has_the_version():
+    import laurel_rewrite
+
+    assert f"\nversion: {laurel_rewrite.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_export_is_documented():

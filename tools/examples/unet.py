@@ -49,7 +49,11 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.down1, self.pool1 = Block(width, width, time), nn.Conv2d(width, 2 * width, 3, 2, padding=1)
         self.down2, self.pool2 = Block(2 * width, 2 * width, time), nn.Conv2d(2 * width, 4 * width, 3, 2, padding=1)
-        self.middle1, self.attention, self.middle2 = Block(4 * width, 4 * width, time), Attention(4 * width), Block(4 * width, 4 * width, time)
+        self.middle1, self.attention, self.middle2 = (
+            Block(4 * width, 4 * width, time),
+            Attention(4 * width),
+            Block(4 * width, 4 * width, time),
+        )
         self.up2, self.join2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2), Block(4 * width, 2 * width, time)
         self.up1, self.join1 = nn.ConvTranspose2d(2 * width, width, 2, 2), Block(2 * width, width, time)
         self.head = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
