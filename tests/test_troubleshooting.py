@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 
@@ -47,3 +48,17 @@ def test_an_internal_error_has_a_section_too(monkeypatch, capsys):
     assert stopped.value.code == 70
     assert capsys.readouterr().err.endswith("(docs: troubleshooting#internal-error)\n")
     assert "\n## Internal error\n" in PAGE
+
+
+def test_what_the_page_quotes_is_in_the_source_of_a_message():
+    texts = []
+    for path in [*(ROOT / "laurel_rewrite").rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    rows = [row.split("|")[1] for row in PAGE.splitlines() if row.startswith('| "')]
+    quoted = [quote for row in rows for quote in re.findall(r'"(.+?)"', row)]
+    assert len(quoted) > 25
+    assert [quote for quote in quoted if not any(re.search(re.escape(quote).replace(r"\.\.\.", ".*"), text) for text in texts)] == []
