@@ -30,6 +30,7 @@ smartquotes_action = "D"  # dashes; what a message says is quoted as it is
 default_role = "code"  # docstrings have `names` as in Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 napoleon_custom_sections = [("Class data", "params_style")]
 html_theme = "furo"
 pygments_dark_style = "monokai"  # furo's own underlines names of classes, as if they were links

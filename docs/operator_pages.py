@@ -30,7 +30,7 @@ WHEN = {
     "scale-free": "Where every reader of the stream is a normalisation (pre-norm models), the rewritten model starts as the model that it was made "
     "from, up to the epsilon of these norms. Elsewhere the rewrite says that the start differs.",
     "inexact": "The rewritten model is another function at its start: train it from scratch, or let the operator take over step by step with "
-    "`--anneal linear` ([annealing](../operators.md#annealing)).",
+    "`--anneal linear --anneal-steps STEPS` ([annealing](../operators.md#annealing)).",
 }
 """What follows from a start."""
 COSTS = "Costs are those of 24 connections in 12 blocks with D = 768 features."
