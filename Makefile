@@ -1,9 +1,9 @@
-# make demo, test, test-engines, test-all, test-torchtitan, lint, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
+# make demo, test, test-engines, test-all, test-torchtitan, lint, docs, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-all test-torchtitan lint zoo fuzz engines clean
+.PHONY: demo test test-engines test-all test-torchtitan lint docs zoo fuzz engines clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ $(VENV)/base: pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[zoo,dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nudenet  # for the YOLO graph inside
+	touch $@
+
+$(VENV)/docs: $(VENV)/base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 demo: $(VENV)/base
@@ -41,6 +45,10 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in docs/_build; a warning is an error.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build
+
 # About ten minutes; writes a dated table under tools/results/.
 zoo: $(VENV)/dev
 	$(BIN)/python tools/zoo.py
@@ -55,4 +63,4 @@ engines: $(VENV)/dev
 	$(BIN)/python -m tools.engines
 
 clean:
-	rm -rf $(VENV) laurel_out .fuzz.json
+	rm -rf $(VENV) laurel_out .fuzz.json docs/_build docs/operators

@@ -12,6 +12,11 @@ class LaurelError(Exception):
 
     exit_code = 1
 
+    @classmethod
+    def section(cls) -> str:
+        """Where `docs/troubleshooting.md` says what raises it and how to mend it; a subclass from elsewhere has that of its base here."""
+        return next(base.__name__.lower() for base in cls.__mro__ if base.__module__ == __name__)
+
 
 class VerificationError(LaurelError):
     """The rewritten model does not compute what it must.

@@ -25,11 +25,13 @@ class PassResult(Generic[Graph]):
 class Pass(ABC, Generic[Graph]):
     """One change to graphs of one kind, made in place.
 
-    | method     | mutates | raises             |
-    |------------|---------|--------------------|
-    | `requires` | no      | where it cannot be |
-    | `call`     | yes     | no                 |
-    | `ensures`  | no      | where it went wrong|
+    ==========  =======  ===================
+    method      mutates  raises
+    ==========  =======  ===================
+    `requires`  no       where it cannot be
+    `call`      yes      no
+    `ensures`   no       where it went wrong
+    ==========  =======  ===================
     """
 
     def requires(self, graph: Graph) -> None:

@@ -1,6 +1,7 @@
 """The blocks of code in the README and in the pages of `docs`.
 
-A block that no plain Python process can run is marked for another test, by a comment before it: `<!-- test: NAME -->`.
+A block that no plain Python process can run is marked for another test, by a comment before it: `<!-- test: NAME -->`. Where NAME is that of a
+file, the page has the reader write it, and the test of the page does so.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ class Block(NamedTuple):
     text: str
 
 
+def every_block(page: Path) -> list[Block]:
+    """All blocks, in order."""
+    return [Block(*match) for match in _BLOCK.findall(page.read_text())]
+
+
 def blocks(page: Path, language: str, test: str = "") -> list[str]:
     """The blocks of one language that are for one test, in order."""
-    found = [Block(*match) for match in _BLOCK.findall(page.read_text())]
-    return [block.text for block in found if (block.language, block.test) == (language, test)]
+    return [block.text for block in every_block(page) if (block.language, block.test) == (language, test)]
 
 
 def run(page: Path, folder: Path, test: str = "") -> subprocess.CompletedProcess[str]:

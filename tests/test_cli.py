@@ -79,12 +79,19 @@ def test_the_main_job(net):
 
 
 SMALL = "--set depth=3 --set width=40 --set heads=2".split()
+SITES = {"gpt": 6, "resnet": 8, "vit": 6, "unet": 7, "translator": 15}
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "variant"),
     [
-        *[("gpt", SMALL, "lr+pa"), ("resnet", [], "rw+lr+pa")],
+        *[
+            ("gpt", SMALL, "lr+pa"),
+            ("resnet", [], "rw+lr+pa"),
+            ("vit", SMALL, "rw+lr"),
+            ("unet", [], "rw+lr"),
+            ("translator", SMALL, "rw+lr"),
+        ],
         *[
             slow("gpt", SMALL, "rw"),
             slow("gpt", SMALL, "rw+pa"),
@@ -98,7 +105,7 @@ def test_the_examples_through_every_variant(name, settings, variant, here, tmp_p
     done = here(str(EXAMPLES / f"{name}.py"), "--variant", variant, "--rank", "8", "--profile-seconds", "0", "--json", *settings)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report["plan"]["sites"]) == (6 if name == "gpt" else 8)
+    assert len(report["plan"]["sites"]) == SITES[name]
     assert not any(check["outcome"] == "FAILED" for check in report["verification"])
     assert {p.name for p in (tmp_path / "laurel_out").iterdir()} == FILES | {f"{name}.py", MANIFEST}
 

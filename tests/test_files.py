@@ -362,7 +362,7 @@ def test_the_output_cannot_be_printed(tmp_path):
             [sys.executable, "-m", "laurel_rewrite", "--help"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 2
-    assert done.stderr == "Error: the output cannot be printed: No space left on device.\n"
+    assert done.stderr == "Error: the output cannot be printed: No space left on device. (docs: troubleshooting#configerror)\n"
 
 
 @pytest.mark.parametrize("words", [["--out", "x" * 300], ["--plan-out", "x" * 300], ["--plan", "x" * 300]])

@@ -21,6 +21,8 @@ from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, NoSite
 
 COMMANDS = {"sites": sites, "operators": operators, "profile": profile, "compare": compare, "inspect": inspect}
 """By their words; what no word is said of is `rewrite`."""
+_POINTER = "(docs: troubleshooting#{})"
+"""The section of a page in `docs` on what went wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(ConfigError.exit_code)
     except LaurelError as error:
-        _stop(f"{'Nothing to do' if isinstance(error, NoSiteError) else 'Error'}: {error.args[0]}", error.exit_code)
+        _fail(f"{'Nothing to do' if isinstance(error, NoSiteError) else 'Error'}: {error.args[0]}", type(error))
     except SystemExit as error:  # our own are raised below: this one is a model's, or click's own for a reader that is gone
         if isinstance(error.__context__, BrokenPipeError):
             raise
-        _stop(f"Error: the model's code ended the program with sys.exit({error.code!r}). Nothing was written.", CaptureError.exit_code)
+        _fail(f"Error: the model's code ended the program with sys.exit({error.code!r}). Nothing was written.", CaptureError)
     except BrokenPipeError:  # the reader has seen enough
         _drop_stdout()
         sys.exit(1)
@@ -51,18 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.filename is not None or error.errno != errno.ENOSPC:
             _unexpected(error, rest)
         _drop_stdout()
-        _stop(f"Error: the output cannot be printed: {error.strerror}.", ConfigError.exit_code)
+        _fail(f"Error: the output cannot be printed: {error.strerror}.", ConfigError)
     except Exception as error:  # the last net; a traceback would say as little to a user
         _unexpected(error, rest)
     except BaseException as error:  # which no code of ours raises
-        _stop(f"Error: the model's code raised {type(error).__name__}: {error}. Nothing was written.", CaptureError.exit_code)
+        _fail(f"Error: the model's code raised {type(error).__name__}: {error}. Nothing was written.", CaptureError)
 
 
 def _unexpected(error: Exception, arguments: Sequence[str]) -> None:
     if {"-v", "--verbose"} & set(arguments):
         traceback.print_exc()
     first = next(iter(str(error).strip().splitlines()), "")[:300]
-    _stop(f"Internal error: {type(error).__name__}: {first}. Please report it, with the traceback that --verbose shows.", 70)
+    text = f"Internal error: {type(error).__name__}: {first}. Please report it, with the traceback that --verbose shows."
+    _stop(f"{text} {_POINTER.format('internal-error')}", 70)
+
+
+def _fail(message: str, kind: type[LaurelError]) -> None:
+    """End with an error of this kind, and say where the documentation has it."""
+    _stop(f"{message} {_POINTER.format(kind.section())}", kind.exit_code)
 
 
 def _stop(message: str, code: int) -> None:

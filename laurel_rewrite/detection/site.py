@@ -15,7 +15,7 @@ class Site:
     """One residual connection.
 
     Attributes:
-        id: owner's module path, "laurel_" and an ordinal: where the LAuReL module goes, and so the prefix of its parameters'
+        id: owner's module path, `laurel_` and an ordinal: where the LAuReL module goes, and so the prefix of its parameters'
             names. A loop adds ".turn"; a further call of a shared module adds "@call".
         kind: "identity" (x + f(x)), "projection" (ResNet's downsample) or "partial" (the skip is a slice of what the branch reads).
         owner: path of the module whose code adds; "" is the model itself.

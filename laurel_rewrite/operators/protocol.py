@@ -66,8 +66,8 @@ class Connection(BetweenGraphs, SumInParts):
         title: what its ONNX functions are called by; the class's name where it is empty.
         formula: in one line, of x, f and parameters.
         paper: where it comes from.
-        start: "exact" (at its start the model computes what it computed), "evaluation" (in evaluation mode), "scale-free" (where every reader of the stream is a normalisation,
-            up to its epsilon) or "inexact".
+        start: "exact" (at its start the model computes what it computed), "evaluation" (in evaluation mode), "scale-free" (where every reader
+            of the stream is a normalisation, up to its epsilon) or "inexact".
         needs: of `NEEDS`: "features" (D is known), "maps" (and the axis fits linear maps: `self.linear`), "plain links" (no norm or
             activation between two connections), "norms between" (a norm between any two), "whole stream" (every connection of it), "features last", "branch input" (`step` and
             `skip` get it as the keyword `n`: what the branch's first mixing op reads, behind its norm where it has one), "attention" (a branch

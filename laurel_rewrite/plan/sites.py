@@ -25,12 +25,14 @@ class LaurelConfig:
     Attributes:
         variant: name of an operator: "rw", "lr", "pa" or a sum of them, such as "rw+lr", or any other that is registered.
         options: of the operator, which are attributes, too: `config.rank`. Those of LAuReL:
-            rank: r, the inner width of the low-rank maps, at least 1; a site whose D is smaller gets D, if any site has room for it.
-            history: k, how many states of the stream PA reads, the skip included.
-            normalize: how a and b are kept bounded: "softmax" (2 softmax(w), sum 2), "sigmoid" (a = 2 sigmoid(w), b = 2 - a), "none"
-                (free) or "paper" (softmax(w), which starts at 1/2 and so does not keep the function of the model).
-            init_down: start of V: "orthogonal" (the paper's for LLMs) or "xavier" (its for ResNet).
-            history_map: h of PA without LR: "low-rank", one map shared by the lags, or "identity".
+
+            * rank: r, the inner width of the low-rank maps, at least 1; a site whose D is smaller gets D, if any site has room for it.
+            * history: k, how many states of the stream PA reads, the skip included.
+            * normalize: how a and b are kept bounded: "softmax" (2 softmax(w), sum 2), "sigmoid" (a = 2 sigmoid(w), b = 2 - a), "none"
+              (free) or "paper" (softmax(w), which starts at 1/2 and so does not keep the function of the model).
+            * init_down: start of V: "orthogonal" (the paper's for LLMs) or "xavier" (its for ResNet).
+            * history_map: h of PA without LR: "low-rank", one map shared by the lags, or "identity".
+
         extra_turns: what turns of a loop beyond those that were seen do: "refuse", or "share" the last turn's LAuReL.
         include: patterns over site ids, owners, their classes, kinds or blocks, or the role of a branch ("attention"); a site must match
             one. `{3..7}` stands for these numbers: "model.layers.{3..7}". Empty: every identity and projection site. See
