@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from laurel_rewrite.app.operator_options import OPERATORS, USUAL, OperatorCommand, given_options
-from laurel_rewrite.app.options import FORCE, SET, common, operator_options, seconds_of
+from laurel_rewrite.app.options import FORCE, SET, common, operator_options, profile_seconds, seconds_of
 from laurel_rewrite.app.running import console, first_process, print_json, start
 from laurel_rewrite.errors import ConfigError, LimitError
 
@@ -85,13 +85,7 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
     help="Train the model with one more layer, too.",
 )
 @click.option("--self-check", is_flag=True, help="The unchanged model against itself, from another start: they must not be told apart.")
-@click.option(
-    "--profile-seconds",
-    default=2.0,
-    show_default=True,
-    callback=seconds_of,
-    help="To measure each graph's latency in onnxruntime; 0 for none.",
-)
+@profile_seconds(2.0, "Time to measure each graph's latency in onnxruntime; 0 for none.")
 @click.option(
     "--inspect", type=int, default=4, show_default=True, help="Batches to look inside the trained models with, for the report; 0 for none."
 )

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from laurel_rewrite.app.operator_options import builtin_options
+from laurel_rewrite.errors import ConfigError
+
+
+def seconds_of(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not 0 <= value < math.inf:  # nan is neither
+        raise click.BadParameter("it must be a number of seconds, 0 or more.")
+    return value
+
 
 SET = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the factory, or field of the architecture's configuration."
@@ -30,8 +38,55 @@ PRECISION = click.option(
     help="Measure on until every interval reaches no farther from its ratio: 0.02 is 2 %. At most for --max-time.",
 )
 MAX_TIME = click.option(
-    "--max-time", "max_seconds", default=120.0, show_default=True, help="With --precision: seconds to measure at most at each shape."
+    "--max-time",
+    "max_seconds",
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --precision: seconds to measure at most at each shape.",
 )
+
+
+def parse_shapes(words: Sequence[str]) -> dict[str, list[int]]:
+    """ "batch=1,8" -> {"batch": [1, 8]}.
+
+    Raises:
+        ConfigError: a word of another form.
+    """
+    shapes: dict[str, list[int]] = {}
+    for word in words:
+        name, equals, sizes = word.partition("=")
+        try:
+            shapes[name] = [int(size) for size in sizes.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--shape takes NAME=SIZE[,SIZE...], for instance batch=1,8; not {word!r}.") from error
+        if not name or not equals:
+            raise ConfigError(f"--shape takes NAME=SIZE[,SIZE...], for instance batch=1,8; not {word!r}.")
+    return shapes
+
+
+def profile_seconds(default: float, words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """How long onnxruntime is measured, of every command that does it."""
+    return click.option("--profile-seconds", default=default, show_default=True, callback=seconds_of, metavar="SECONDS", help=words)
+
+
+SHAPE = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=SIZE[,SIZE...]",
+    help="Measure at these sizes of an open dimension: batch=1,8. All combinations.",
+)
+THREADS = click.option(
+    "--threads", type=click.IntRange(1), metavar="COUNT", help="Threads of a measured run.  [default: one a core, at most 4]"
+)
+
+
+def provider(default: str | None, usual: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Where it is measured; `usual` says in words where that is if nobody says."""
+    return click.option(
+        "--provider", default=default, metavar="NAME", help=f"Execution provider of onnxruntime to measure on.  [default: {usual}]"
+    )
 
 
 PROMPT = click.option(
@@ -45,12 +100,6 @@ FORCE = click.option(
     is_flag=True,
     help="Replace files in --out that are no earlier result, or were changed since, and another plan at --plan-out.",
 )
-
-
-def seconds_of(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    if not 0 <= value < math.inf:  # nan is neither
-        raise click.BadParameter("it must be a number of seconds, 0 or more.")
-    return value
 
 
 def common(function: Any) -> Any:

@@ -8,7 +8,20 @@ from typing import Any
 import click
 
 from laurel_rewrite.app.command_help import Command
-from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PAST, PRECISION, PROMPT, common, seconds_of
+from laurel_rewrite.app.options import (
+    FAIL_IF,
+    FORCE,
+    MAX_TIME,
+    PAST,
+    PRECISION,
+    PROMPT,
+    SHAPE,
+    THREADS,
+    common,
+    parse_shapes,
+    profile_seconds,
+    provider,
+)
 from laurel_rewrite.app.running import check_limits, console, print_json, start, stop_if_exceeded
 
 
@@ -16,19 +29,15 @@ from laurel_rewrite.app.running import check_limits, console, print_json, start,
 @click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
 @FORCE
-@click.option(
-    "--min-time", "seconds", default=10.0, show_default=True, callback=seconds_of, help="Seconds of interleaved rounds at each shape."
-)
-@click.option(
-    "--shape", "shapes", multiple=True, metavar="NAME=SIZE[,SIZE...]", help="Sizes of an open dimension: batch=1,8. All combinations."
-)
+@profile_seconds(10.0, "Time to measure latency at each shape.")
+@SHAPE
 @PROMPT
 @PAST
 @click.option("--inputs", type=click.Path(path_type=Path), help="Inputs (.npz), instead of random ones.")
 @PRECISION
 @MAX_TIME
-@click.option("--threads", type=click.IntRange(1), help="Threads of a run.  [default: as many as there are cores, at most 4]")
-@click.option("--provider", default="CPU", show_default=True, help="Execution provider of onnxruntime.")
+@THREADS
+@provider("CPU", "CPU")
 @click.option(
     "--one-more-layer/--no-one-more-layer", "control", default=True, show_default=True, help="The first model with one more layer, too."
 )
@@ -39,6 +48,7 @@ from laurel_rewrite.app.running import check_limits, console, print_json, start,
 def profile(
     models: tuple[Path, ...],
     out: Path,
+    profile_seconds: float,
     shapes: tuple[str, ...],
     inputs: Path | None,
     limits: tuple[str, ...],
@@ -54,7 +64,8 @@ def profile(
     from laurel_rewrite.app import profile_job, terminal
 
     listener = terminal.Stages(console(stderr=True), quiet=quiet)
-    data, result = profile_job.run(models, out, shapes=profile_job.parse_shapes(shapes), inputs=inputs, listener=listener, **options)
+    sizes = parse_shapes(shapes)
+    data, result = profile_job.run(models, out, seconds=profile_seconds, shapes=sizes, inputs=inputs, listener=listener, **options)
     if as_json:
         print_json(data)
     else:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.graph.feeds import read_feeds
@@ -56,21 +55,3 @@ def run(
         data = {"title": title, "profile": result.to_dict(), "out": str(out), "files": files}
         write_report(data, draft)
     return data, result
-
-
-def parse_shapes(words: Sequence[str]) -> dict[str, list[int]]:
-    """ "batch=1,8" -> {"batch": [1, 8]}.
-
-    Raises:
-        ConfigError: a word of another form.
-    """
-    shapes: dict[str, list[int]] = {}
-    for word in words:
-        name, equals, sizes = word.partition("=")
-        try:
-            shapes[name] = [int(size) for size in sizes.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--shape takes NAME=SIZE[,SIZE...], for instance batch=1,8; not {word!r}.") from error
-        if not name or not equals:
-            raise ConfigError(f"--shape takes NAME=SIZE[,SIZE...], for instance batch=1,8; not {word!r}.")
-    return shapes

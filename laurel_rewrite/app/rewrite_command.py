@@ -11,7 +11,22 @@ import click
 from laurel_rewrite import __version__
 from laurel_rewrite.app.command_help import EPILOG
 from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand, given_options
-from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PAST, PRECISION, PROMPT, SET, common, operator_options, seconds_of
+from laurel_rewrite.app.options import (
+    FAIL_IF,
+    FORCE,
+    MAX_TIME,
+    PAST,
+    PRECISION,
+    PROMPT,
+    SET,
+    SHAPE,
+    THREADS,
+    common,
+    operator_options,
+    parse_shapes,
+    profile_seconds,
+    provider,
+)
 from laurel_rewrite.app.running import check_limits, console, only_for_onnx, print_json, start, stop_if_exceeded
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.sources import is_onnx
@@ -20,6 +35,7 @@ from laurel_rewrite.targets import target as find_target
 
 if TYPE_CHECKING:
     from laurel_rewrite.app.job import Report
+    from laurel_rewrite.app.measuring import Measuring
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.stages import Listener
 
@@ -53,7 +69,10 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
 @FORCE
-@click.option("--profile-seconds", default=10.0, show_default=True, callback=seconds_of, help="Time to measure latency; 0 for no profile.")
+@profile_seconds(10.0, "Time to measure latency at each shape; 0 for no profile.")
+@SHAPE
+@THREADS
+@provider(None, "that of --target")
 @PRECISION
 @MAX_TIME
 @click.option(
@@ -122,16 +141,16 @@ def rewrite(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     options = given_options(context, given)
     config = LaurelConfig(given["variant"], include=given["include"], exclude=given["exclude"], seed=given["seed"], **options)
     from laurel_rewrite.app import terminal
-    from laurel_rewrite.app.wording import not_timed
 
     listener = terminal.Stages(console(stderr=True), quiet=quiet)
     if given["dry_run"] or given["plan_out"] is not None:
         _plan_only(model, config, given, listener, as_json=as_json)
         return
-    if measured and (missing := not_timed(find_target(given["target"]))):
+    measuring = _measuring(given)
+    if measured and (missing := measuring.missing(find_target(given["target"]))):
         raise ConfigError(f"--fail-if needs a profile. {missing}")
     try:
-        report = _main_job(model, config, given, listener)
+        report = _main_job(model, config, given, measuring, listener)
     except VerificationError as error:
         if len(error.args) > 1:
             failed = error.args[1]
@@ -160,6 +179,8 @@ def _check(context: click.Context, model: str, given: Mapping[str, Any]) -> None
     only_for_onnx(model, *said(*_GRAPH_OPTIONS))
     if given["allow_inference_graph"] and not model.endswith(".pt2"):
         raise ConfigError("--allow-inference-graph is for exported programs (model.pt2).")
+    if given["shapes"] and given["inputs"] is not None:
+        raise ConfigError("--shape is for inputs that are drawn, and --inputs gives them.")
     for name in ("train", "with_past"):
         if given[name] and is_onnx(model):
             raise ConfigError(f"--{name.replace('_', '-')} is for models in PyTorch, and an ONNX file is none.")
@@ -191,18 +212,24 @@ def _plan_only(model: str, config: LaurelConfig, given: Mapping[str, Any], liste
         click.echo(f"Written to {plan_out}. Edit it, then: laurel-rewrite {model} --plan {plan_out}")
 
 
-def _main_job(model: str, config: LaurelConfig, given: Mapping[str, Any], listener: Listener) -> Report:
+def _measuring(given: Mapping[str, Any]) -> Measuring:
+    from laurel_rewrite.app.measuring import Measuring
+    from laurel_rewrite.profiling.latency import Effort
+
+    effort = Effort(given["profile_seconds"], precision=given["precision"], max_seconds=given["max_seconds"])
+    return Measuring(effort, parse_shapes(given["shapes"]), given["threads"], given["provider"] or "")
+
+
+def _main_job(model: str, config: LaurelConfig, given: Mapping[str, Any], measuring: Measuring, listener: Listener) -> Report:
     """Of a model, or of a graph in a file."""
     from laurel_rewrite.app import graph_job, job
-    from laurel_rewrite.profiling.latency import Effort
     from laurel_rewrite.sources.models import parse_settings
 
     settings = parse_settings(given["settings"])
-    effort = Effort(given["profile_seconds"], precision=given["precision"], max_seconds=given["max_seconds"])
     shared = {name: given[name] for name in ("plan", "functions", "target", "skip", "force")}
     if is_onnx(model):
         own = {name: given[name] for name in _GRAPH_OPTIONS}
-        return graph_job.run(job.graph_file(model, settings), config, given["out"], effort=effort, listener=listener, **shared, **own)
+        return graph_job.run(job.graph_file(model, settings), config, given["out"], measuring=measuring, listener=listener, **shared, **own)
     own = {name: given[name] for name in ("train", "unsupported", "allow_inference_graph")}
     own["with_past"] = (given["prompt"], given["past"]) if given["with_past"] else None
-    return job.run(model, config, given["out"], settings=settings, effort=effort, listener=listener, **shared, **own)
+    return job.run(model, config, given["out"], settings=settings, measuring=measuring, listener=listener, **shared, **own)
