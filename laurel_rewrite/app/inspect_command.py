@@ -12,7 +12,7 @@ from laurel_rewrite.app.running import console, print_json, start
 from laurel_rewrite.errors import ConfigError
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="look inside what compare trained: which sites gain")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--candidate", metavar="NAME", help="One of those compared.  [default: all that have an operator]")
 @click.option("--batches", type=click.IntRange(2), default=8, show_default=True, help="Of the third split, to look with.")

@@ -12,7 +12,7 @@ from laurel_rewrite.app.options import SET, common
 from laurel_rewrite.app.running import console, print_json, start
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="list what can stand in their place, and which fit a model")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--model", metavar="MODEL", help="Say which fit it, which start exactly, what they would add, and why others are refused.")
 @click.option(

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from laurel_rewrite.app.command_help import CONFIG, PRINT_CONFIG
+from laurel_rewrite.app.config_file import FILE
 from laurel_rewrite.app.operator_options import builtin_options
 from laurel_rewrite.errors import ConfigError
 
@@ -108,6 +110,10 @@ def common(function: Any) -> Any:
         click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr."),
         click.option("-q", "--quiet", is_flag=True, help="Show no stages."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option(
+            PRINT_CONFIG, is_flag=True, expose_value=False, help="Print the value of every option and where it is from, and stop."
+        ),
+        click.option(CONFIG, metavar="FILE", expose_value=False, help=f"File of options.  [default: {FILE}, where there is one]"),
     ):
         function = option(function)
     return function

@@ -25,7 +25,7 @@ from laurel_rewrite.app.options import (
 from laurel_rewrite.app.running import check_limits, console, print_json, start, stop_if_exceeded
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="measure ONNX files side by side: latency, memory and more")
 @click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
 @FORCE

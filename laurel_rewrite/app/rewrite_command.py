@@ -138,7 +138,7 @@ def rewrite(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
         raise ConfigError(f"{'--fail-if' if measured else '--precision'} needs a profile, and --profile-seconds 0 leaves it out.")
     from laurel_rewrite.plan import LaurelConfig
 
-    options = given_options(context, given)
+    options = given_options(context, given, [given["variant"]])
     config = LaurelConfig(given["variant"], include=given["include"], exclude=given["exclude"], seed=given["seed"], **options)
     from laurel_rewrite.app import terminal
 
@@ -169,20 +169,20 @@ def _check(context: click.Context, model: str, given: Mapping[str, Any]) -> None
     def said(*names: str) -> list[str]:
         return [name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
 
-    if given["plan"] is not None and (others := [*said(*_SITE_OPTIONS), *given_options(context, given)]):
+    if given["plan"] is not None and (others := said(*_SITE_OPTIONS, *given_options(context, given, [given["variant"]]))):
         raise ConfigError(f"--plan says what each site gets, so --{others[0].replace('_', '-')} cannot be given with it. Edit the plan.")
     made_for = find_target(given["target"])
-    if given["skip"] and not made_for.lowers:
+    if said("skip") and not made_for.lowers:
         raise ConfigError(f"--skip-pass is for --target {_LOWERED}.")
     if not made_for.keeps_functions and said("functions"):
         raise ConfigError(f"--onnx-functions is for --target {_KEPT}.")
     only_for_onnx(model, *said(*_GRAPH_OPTIONS))
-    if given["allow_inference_graph"] and not model.endswith(".pt2"):
+    if said("allow_inference_graph") and not model.endswith(".pt2"):
         raise ConfigError("--allow-inference-graph is for exported programs (model.pt2).")
     if given["shapes"] and given["inputs"] is not None:
         raise ConfigError("--shape is for inputs that are drawn, and --inputs gives them.")
     for name in ("train", "with_past"):
-        if given[name] and is_onnx(model):
+        if said(name) and is_onnx(model):
             raise ConfigError(f"--{name.replace('_', '-')} is for models in PyTorch, and an ONNX file is none.")
     if not given["with_past"] and (lengths := said("prompt", "past")):
         raise ConfigError(f"--{lengths[0]} is for graphs with a past: give --with-past, too.")
