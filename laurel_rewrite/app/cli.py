@@ -14,6 +14,7 @@ from click.shell_completion import shell_complete
 
 from laurel_rewrite.app.command_help import Verbs
 from laurel_rewrite.app.compare_command import compare
+from laurel_rewrite.app.doctor_command import doctor
 from laurel_rewrite.app.inspect_command import inspect
 from laurel_rewrite.app.operators_command import operators
 from laurel_rewrite.app.profile_command import profile
@@ -21,7 +22,7 @@ from laurel_rewrite.app.rewrite_command import rewrite
 from laurel_rewrite.app.sites_command import sites
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, NoSiteError
 
-COMMANDS = {"sites": sites, "operators": operators, "profile": profile, "compare": compare, "inspect": inspect}
+COMMANDS = {"sites": sites, "operators": operators, "profile": profile, "compare": compare, "inspect": inspect, "doctor": doctor}
 """By their words; what no word is said of is `rewrite`."""
 NAME = "laurel-rewrite"
 MAIN = Verbs(NAME, commands={"": rewrite, **COMMANDS})
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked := os.environ.get(_COMPLETE):
         sys.exit(shell_complete(MAIN, {}, NAME, _COMPLETE, asked))
     try:
-        MAIN.main(given, prog_name=NAME, standalone_mode=False)
+        code = MAIN.main(given, prog_name=NAME, standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         _stop("Interrupted.", 130)
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _unexpected(error, given)
     except BaseException as error:  # which no code of ours raises
         _stop(f"Error: the model's code raised {type(error).__name__}: {error}. Nothing was written.", CaptureError.exit_code)
+    if isinstance(code, int) and code:  # of a command that has said why
+        sys.exit(code)
 
 
 def _unexpected(error: Exception, arguments: Sequence[str]) -> None:

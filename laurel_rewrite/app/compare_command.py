@@ -116,7 +116,8 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     Under `accelerate launch -m laurel_rewrite compare ...` it trains on several processes or GPUs. Stopped, the same command goes on.
     """
     start(verbose, as_json)
-    from laurel_rewrite.app import lab_tables, terminal
+    from laurel_rewrite.app import lab_tables
+    from laurel_rewrite.app.progress import Stages
     from laurel_rewrite.lab.candidates import Candidate
     from laurel_rewrite.lab.comparing import compare as train
     from laurel_rewrite.lab.folder import PLAN
@@ -135,7 +136,7 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     found = train(
         model, variants=variants, candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
         settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],
-        listener=terminal.Stages(console(stderr=True), quiet=quiet or not first_process()), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
+        listener=Stages(console(stderr=True), quiet=quiet or not first_process()), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
     )  # fmt: skip
     if as_json and first_process():
         print_json(found.to_dict())

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from laurel_rewrite.app.terminal import show_table
+from laurel_rewrite.app.tables import show_table
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.config import SiteConfig

@@ -35,7 +35,7 @@ def operators(
     """
     start(verbose, as_json)
     from laurel_rewrite.app import operator_tables as tables
-    from laurel_rewrite.app import terminal
+    from laurel_rewrite.app.progress import Stages
     from laurel_rewrite.operators import registry
 
     for file in operator_files:
@@ -49,7 +49,7 @@ def operators(
     from laurel_rewrite.plan.fits import fits
     from laurel_rewrite.sources.models import parse_settings
 
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     with listener("detect"):
         sites = job.find_sites(model, parse_settings(settings))
     with listener("fit"):

@@ -62,8 +62,9 @@ def profile(
     start(verbose, as_json)
     check_limits(limits)
     from laurel_rewrite.app import profile_job, terminal
+    from laurel_rewrite.app.progress import Stages
 
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     sizes = parse_shapes(shapes)
     data, result = profile_job.run(models, out, seconds=profile_seconds, shapes=sizes, inputs=inputs, listener=listener, **options)
     if as_json:

@@ -141,8 +141,9 @@ def rewrite(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     options = given_options(context, given, [given["variant"]])
     config = LaurelConfig(given["variant"], include=given["include"], exclude=given["exclude"], seed=given["seed"], **options)
     from laurel_rewrite.app import terminal
+    from laurel_rewrite.app.progress import Stages
 
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     if given["dry_run"] or given["plan_out"] is not None:
         _plan_only(model, config, given, listener, as_json=as_json)
         return

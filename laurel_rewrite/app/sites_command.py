@@ -34,6 +34,7 @@ def sites(
     """
     start(verbose, as_json)
     from laurel_rewrite.app import job, terminal
+    from laurel_rewrite.app.progress import Stages
     from laurel_rewrite.detection.drawing import check_format, draw
     from laurel_rewrite.detection.explaining import explain
     from laurel_rewrite.sources.models import parse_settings
@@ -41,7 +42,7 @@ def sites(
     if drawing is not None:
         check_format(drawing)
     only_for_onnx(model, "inputs" if inputs is not None else "")
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     with listener("detect"):
         found = job.find_sites(model, parse_settings(settings), inputs)
     explanations = explain(found, selector) if selector is not None else None
