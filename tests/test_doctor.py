@@ -11,6 +11,7 @@ import pytest
 
 from laurel_rewrite.app import doctor, trials
 from laurel_rewrite.app.doctor import Package
+from laurel_rewrite.errors import reason
 
 
 @pytest.fixture
@@ -91,4 +92,4 @@ def test_the_compiled_model_computes_the_same(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **settings: lambda x: model(x) + 1)
     with pytest.raises(AssertionError) as caught:
         trials.compiled()
-    assert doctor.reason(caught.value).startswith("AssertionError: Tensor-likes are not close")
+    assert reason(caught.value).startswith("AssertionError: Tensor-likes are not close")

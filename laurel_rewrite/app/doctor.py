@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from laurel_rewrite import __version__
+from laurel_rewrite.errors import reason
 from laurel_rewrite.stages import Listener, silent
 
 NAME = "laurel-rewrite"
@@ -238,12 +239,6 @@ def _tried(name: str, function: str, listener: Listener) -> Trial:
             works, detail = False, reason(error)
         stage.done(detail)
     return Trial(name, works, detail, time.perf_counter() - begin)
-
-
-def reason(error: BaseException) -> str:
-    """An error in a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _begin_compiling() -> subprocess.Popen[str]:

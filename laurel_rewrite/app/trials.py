@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import laurel_rewrite
-from laurel_rewrite.app.doctor import reason
+from laurel_rewrite.errors import reason
 
 _RTOL, _ATOL = 1e-4, 1e-5
 
