@@ -62,7 +62,7 @@ def test_quiet_is_silent_and_json_is_alone_on_its_output(here, tmp_path):
     words = ("net.py", "--rank", "4", "--profile-seconds", "0", "--json")
     told = here(*words)
     assert json.loads(told.stdout)["parameters"]
-    assert re.search(r"^verify ONNX: \d+ passed.* \(\d+\.\d s\)$", told.stderr, re.M)
+    assert re.search(r"^verify ONNX: \d+ checks passed.* \(\d+\.\d s\)$", told.stderr, re.M)
     silent = here(*words, "--quiet")
     assert json.loads(silent.stdout)["parameters"]
     assert silent.stderr == ""

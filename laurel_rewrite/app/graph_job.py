@@ -26,7 +26,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
 from laurel_rewrite.report import HTML, JSON
-from laurel_rewrite.report.words import count
+from laurel_rewrite.report.words import count, numbered
 from laurel_rewrite.stages import Listener, silent
 from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, write_in_float32
 
@@ -187,7 +187,7 @@ class _Work:
                     result = self.measured
             self.file = result
             self.report.notes.append(job.lowered(self.measured))
-            stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
+            stage.done(f"{numbered(done.sites, 'connection')} as fast ops")
         job.stop_if_failed(self.report)
 
     def emit_torch(self, weights: Path | None) -> ExportError | None:

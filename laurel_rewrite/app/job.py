@@ -26,6 +26,7 @@ from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report.words import count as number
+from laurel_rewrite.report.words import numbered
 from laurel_rewrite.sources import is_graph, is_onnx
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.models import build
@@ -239,7 +240,7 @@ def run(
         stop_if_failed(report)
         with listener("save") as stage:
             save(rewritten, draft, built=built)
-            stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
+            stage.done(f"{MODELING}, weights, plan")
         if measuring.wanted and (missing := measuring.missing(made_for)):
             report.notes.append(missing)
         elif measuring.wanted:
@@ -406,8 +407,9 @@ def lowered(path: Path) -> str:
 
     from laurel_rewrite.lowering import NOTES
 
-    random = " with random LAuReL parameters" if PROBE in path.name else ""
-    return f"Lowered{random}: {ir.load(path).metadata_props.get(NOTES, '')}"
+    random = " (with random LAuReL parameters; those of the start cost less)" if PROBE in path.name else ""
+    said = ir.load(path).metadata_props.get(NOTES, "")
+    return f"In the graph to deploy{random}: {said}." if said else f"The graph to deploy{random} has LAuReL as ordinary ops."
 
 
 def parameters(model: int, plan: Plan) -> dict[str, int]:
@@ -423,6 +425,5 @@ def parameters(model: int, plan: Plan) -> dict[str, int]:
 
 def insertion(report: Report) -> str:
     """In words: how many modules, and what they add."""
-    added = report.parameters["added"]
-    share = 100 * added / max(report.parameters["model"], 1)
-    return f"{len(report.plan.sites)} connections, {number(added)} parameters more (+{share:.2f} %)"
+    share = 100 * report.parameters["added"] / max(report.parameters["model"], 1)
+    return f"{numbered(len(report.plan.sites), 'connection')}, +{share:.2f} % parameters"

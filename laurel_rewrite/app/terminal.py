@@ -13,6 +13,7 @@ from rich.text import Text
 
 from laurel_rewrite.app.job import Report
 from laurel_rewrite.app.tables import show_table
+from laurel_rewrite.backends.module.saved_folder import MODELING
 from laurel_rewrite.detection.explaining import Explanation
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.detection.sites import Sites
@@ -21,7 +22,7 @@ from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
-from laurel_rewrite.report.words import figure, places, shortened, size, sizes_of, skipped_of
+from laurel_rewrite.report.words import figure, numbered, places, shortened, size, sizes_of, skipped_of
 
 
 def show_sites(console: Console, model: str, sites: Sites) -> None:
@@ -36,14 +37,20 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
         ]  # fmt: skip
         show_table(
             console,
-            f"{model}: {len(sites)} residual connections",
+            f"{model}: {numbered(len(sites), 'residual connection')}",
             ("site", "kind", "branch", "shape", "D (axis)>", "stream>", "where"),
             rows,
+            _LEGEND,
         )
     counts = Counter((r.reason, short(r.where), r.detail) for r in sites.rejected)
     if counts:
         rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
-        show_table(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
+        show_table(
+            console,
+            f"{numbered(len(sites.rejected), 'other addition')}: no residual connection",
+            ("reason", "where", "detail", "times>"),
+            rejected,
+        )
     for note in filter(None, (sites.existing(), *(sites.notes if sites.sites else [sites.why_none()]))):
         console.print(Text(note))
 
@@ -78,7 +85,7 @@ def show_plan(console: Console, report: Report) -> None:
     for site in report.plan.sites:
         words = ", ".join(f"{name} {value}" for name, value in site.changed_options().items() if name != "rank")
         groups.setdefault((site.variant, str(site.options.get("rank", "")), words, str(site.dim)), []).append(site.id)
-    columns = ["first site", "sites>", "variant", "rank>", "options", "D>"]
+    columns = ["first site", "sites>", "variant", "rank>", "options", "features>"]
     empty = {column for place, column in enumerate(columns[2:]) if all(not group[place] for group in groups)}
     rows = [
         (ids[0], str(len(ids)), *(text for text, column in zip(group, columns[2:], strict=True) if column not in empty))
@@ -117,13 +124,15 @@ def show_report(console: Console, report: Report) -> None:
         )
         for check in report.checks
     ]  # fmt: skip
-    show_table(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, cut={"passed"})
+    show_table(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, _CHECKED, cut={"passed"})
     if report.profile is not None:
         show_profile(console, report.profile)
     if report.training is not None:
         show_training(console, report.training)
     if report.files:
         console.print(Text(f"Written to {report.out}/: {', '.join(report.files)}"))
+        if MODELING in report.files:
+            console.print(Text(f"Look at report.html; train what laurel_rewrite.load({report.out!r}) gives."))
 
 
 def show_profile(console: Console, profile: Profile) -> None:
@@ -147,14 +156,14 @@ def show_profile(console: Console, profile: Profile) -> None:
     show_table(console, "Cost", ("model", *(f"{one.heading}>" for one in brief)), costs)
     for row in profile.rows:
         line = f"{shortened(row.name, 60)}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
-        console.print(Text(line if row is baseline else f"{line}; fusions {row.ops.against(baseline.ops)}"))
+        console.print(Text(line if row is baseline else f"{line}; of the baseline's fused ops {row.ops.against(baseline.ops)}"))
         sites = row.attribution.sites
         if sites:
             dearest = max(sites, key=lambda site: site.ms)
             console.print(
                 Text(
-                    f"  {len(sites)} sites take {sum(site.ms for site in sites):+.3f} ms, most {shortened(dearest.site, 60)} ({dearest.ms:+.4f} ms); "
-                    f"{row.attribution.left_over_ms:+.3f} ms of the difference belong to none"
+                    f"  in the traced runs its {numbered(len(sites), 'connection')} take {sum(site.ms for site in sites):+.3f} ms more than the sums, most "
+                    f"of it {shortened(dearest.site, 60)} ({dearest.ms:+.4f} ms); {row.attribution.left_over_ms:+.3f} ms are elsewhere"
                 )
             )
     for warning in profile.warnings:
@@ -170,6 +179,14 @@ def show_training(console: Console, training: Training) -> None:
         console.print(Text(note, style="yellow"))
 
 
+_LEGEND = (
+    "kind: identity adds x itself, projection what a layer makes of it; branch: what f is; D: features, and the axis that has them; stream: the chain of "
+    "sums that it belongs to, and its place there"
+)
+_CHECKED = (
+    "exact start: before training it computes what the original does; random LAuReL: the same graph with new parameters off their start, where a "
+    "mistake would show; optimised: by onnxruntime"
+)
 _MEMORY = ("activations>", "resident\npeak>")
 
 

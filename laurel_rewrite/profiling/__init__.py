@@ -328,7 +328,8 @@ def _doubt(name: str, phase: str, time: Latency, effort: Effort) -> list[str]:
         ]
     if time.precision > RESOLVED:
         return [
-            f"{name}{phase}: {time.verdict}, and the ratio is only known to lie in {between}. Measure longer, or until a precision is reached."
+            f"{name}{phase}: {time.verdict}, and the ratio is only known to lie in {between}. Measure longer (--profile-seconds), or until it is "
+            f"known well enough (--precision {RESOLVED:g})."
         ]
     return []
 
