@@ -15,6 +15,7 @@ from click.shell_completion import shell_complete
 from laurel_rewrite.app.command_help import Verbs
 from laurel_rewrite.app.compare_command import compare
 from laurel_rewrite.app.doctor_command import doctor
+from laurel_rewrite.app.export_command import export
 from laurel_rewrite.app.inspect_command import inspect
 from laurel_rewrite.app.operators_command import operators
 from laurel_rewrite.app.profile_command import profile
@@ -22,7 +23,9 @@ from laurel_rewrite.app.rewrite_command import rewrite
 from laurel_rewrite.app.sites_command import sites
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, NoSiteError
 
-COMMANDS = {"sites": sites, "operators": operators, "profile": profile, "compare": compare, "inspect": inspect, "doctor": doctor}
+COMMANDS = {
+    "sites": sites, "operators": operators, "compare": compare, "inspect": inspect, "export": export, "profile": profile, "doctor": doctor,
+}  # fmt: skip
 """By their words; what no word is said of is `rewrite`."""
 NAME = "laurel-rewrite"
 MAIN = Verbs(NAME, commands={"": rewrite, **COMMANDS})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -12,6 +12,8 @@ from laurel_rewrite.app.command_help import CONFIG, PRINT_CONFIG
 from laurel_rewrite.app.config_file import FILE
 from laurel_rewrite.app.operator_options import builtin_options
 from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.targets import DEFAULT, targets
+from laurel_rewrite.targets import target as find_target
 
 
 def seconds_of(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -95,6 +97,54 @@ PROMPT = click.option(
     "--prompt", type=click.IntRange(1), metavar="TOKENS", help="Of decoders with a past: measure the prefill of a prompt of so many tokens."
 )
 PAST = click.option("--past", type=click.IntRange(1), metavar="TOKENS", help="Of the same: measure decoding, one token behind so many.")
+
+
+_LOWERED = " or ".join(target.name for target in targets() if target.lowers)
+_KEPT = " or ".join(target.name for target in targets() if target.keeps_functions)
+_SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skippable)
+
+WITH_PAST = click.option(
+    "--with-past",
+    is_flag=True,
+    help="Write a causal decoder's graphs with keys and values of earlier tokens as inputs, and profile prefill and decoding apart.",
+)
+FUNCTIONS = click.option(
+    "--onnx-functions",
+    "functions",
+    type=click.Choice(["keep", "inline"]),
+    default="keep",
+    show_default=True,
+    help=f"With --target {_KEPT}: LAuReL as local functions, or as ordinary nodes.",
+)
+TARGET = click.option(
+    "--target",
+    type=click.Choice([target.name for target in targets()]),
+    metavar="NAME",
+    default=DEFAULT,
+    show_default=True,
+    help=f"LAuReL in ONNX: {'; '.join(f'{target.name}: {target.help}' for target in targets())}.",
+)
+SKIP_PASS = click.option(
+    "--skip-pass",
+    "skip",
+    multiple=True,
+    metavar="PASS",
+    help=f"With --target {_LOWERED}: a pass to leave out: {', '.join(_SKIPPABLE)}.",
+)
+
+
+def check_target(context: click.Context, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError where options of an export do not go with its target."""
+    made_for = find_target(given["target"])
+    if was_given(context, "skip") and not made_for.lowers:
+        raise ConfigError(f"--skip-pass is for --target {_LOWERED}.")
+    if was_given(context, "functions") and not made_for.keeps_functions:
+        raise ConfigError(f"--onnx-functions is for --target {_KEPT}.")
+
+
+def was_given(context: click.Context, name: str) -> bool:
+    """Whether a parameter stands on the command line."""
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 FORCE = click.option(

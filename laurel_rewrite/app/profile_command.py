@@ -26,7 +26,7 @@ from laurel_rewrite.app.running import check_limits, console, print_json, start,
 
 
 @click.command(cls=Command, short_help="measure ONNX files side by side: latency, memory and more")
-@click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, metavar="BASELINE [OTHER ...]", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
 @FORCE
 @profile_seconds(10.0, "Time to measure latency at each shape.")
@@ -58,7 +58,11 @@ def profile(
     **options: Any,
 ) -> None:
     """Measure ONNX files against the first: latency with intervals, memory, where the time goes, FLOPs, fusions. Writes report.html and
-    report.json."""
+    report.json.
+
+    A folder of a rewritten model, as laurel_rewrite.save, the main job and save_pretrained write it, is exported for it; as the first, beside the same
+    model without LAuReL.
+    """
     start(verbose, as_json)
     check_limits(limits)
     from laurel_rewrite.app import profile_job, terminal

@@ -14,23 +14,28 @@ from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand
 from laurel_rewrite.app.options import (
     FAIL_IF,
     FORCE,
+    FUNCTIONS,
     MAX_TIME,
     PAST,
     PRECISION,
     PROMPT,
     SET,
     SHAPE,
+    SKIP_PASS,
+    TARGET,
     THREADS,
+    WITH_PAST,
+    check_target,
     common,
     operator_options,
     parse_shapes,
     profile_seconds,
     provider,
-)
+    was_given,
+)  # fmt: skip
 from laurel_rewrite.app.running import check_limits, console, only_for_onnx, print_json, start, stop_if_exceeded
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.sources import is_onnx
-from laurel_rewrite.targets import DEFAULT, targets
 from laurel_rewrite.targets import target as find_target
 
 if TYPE_CHECKING:
@@ -41,10 +46,6 @@ if TYPE_CHECKING:
 
 _SITE_OPTIONS = ("variant", "include", "exclude")
 _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
-
-_LOWERED = " or ".join(target.name for target in targets() if target.lowers)
-_KEPT = " or ".join(target.name for target in targets() if target.keeps_functions)
-_SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skippable)
 
 
 @click.command(cls=OperatorCommand, sections=EPILOG)
@@ -78,38 +79,14 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 @click.option(
     "--allow-inference-graph", is_flag=True, help="model.pt2: take a program of evaluation mode, without what that export left out."
 )
-@click.option(
-    "--with-past",
-    is_flag=True,
-    help="Write a causal decoder's graphs with keys and values of earlier tokens as inputs, and profile prefill and decoding apart.",
-)
+@WITH_PAST
 @PROMPT
 @PAST
 @click.option("--train", is_flag=True, help="Measure training steps too, eager and compiled.")
 @FAIL_IF
-@click.option(
-    "--onnx-functions",
-    "functions",
-    type=click.Choice(["keep", "inline"]),
-    default="keep",
-    show_default=True,
-    help=f"With --target {_KEPT}: LAuReL as local functions, or as ordinary nodes.",
-)
-@click.option(
-    "--target",
-    type=click.Choice([target.name for target in targets()]),
-    metavar="NAME",
-    default=DEFAULT,
-    show_default=True,
-    help=f"LAuReL in ONNX: {'; '.join(f'{target.name}: {target.help}' for target in targets())}.",
-)
-@click.option(
-    "--skip-pass",
-    "skip",
-    multiple=True,
-    metavar="PASS",
-    help=f"With --target {_LOWERED}: a pass to leave out: {', '.join(_SKIPPABLE)}.",
-)
+@FUNCTIONS
+@TARGET
+@SKIP_PASS
 @click.option("--weights", type=click.Path(path_type=Path), help="model.onnx: trained LAuReL parameters (safetensors) to put in.")
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="model.onnx: inputs (.npz) to verify and profile with, instead of random ones."
@@ -168,15 +145,11 @@ def _check(context: click.Context, model: str, given: Mapping[str, Any]) -> None
     """Raise ConfigError where options do not go together."""
 
     def said(*names: str) -> list[str]:
-        return [name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        return [name for name in names if was_given(context, name)]
 
     if given["plan"] is not None and (others := said(*_SITE_OPTIONS, *given_options(context, given, [given["variant"]]))):
         raise ConfigError(f"--plan says what each site gets, so --{others[0].replace('_', '-')} cannot be given with it. Edit the plan.")
-    made_for = find_target(given["target"])
-    if said("skip") and not made_for.lowers:
-        raise ConfigError(f"--skip-pass is for --target {_LOWERED}.")
-    if not made_for.keeps_functions and said("functions"):
-        raise ConfigError(f"--onnx-functions is for --target {_KEPT}.")
+    check_target(context, given)
     only_for_onnx(model, *said(*_GRAPH_OPTIONS))
     if said("allow_inference_graph") and not model.endswith(".pt2"):
         raise ConfigError("--allow-inference-graph is for exported programs (model.pt2).")
