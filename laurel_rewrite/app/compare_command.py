@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from laurel_rewrite.app.operator_options import OPERATORS, USUAL, OperatorCommand, Several, given_options
-from laurel_rewrite.app.options import FORCE, SET, common, operator_options, profile_seconds, seconds_of
+from laurel_rewrite.app.operator_options import OPERATORS, USUAL, OperatorCommand, Several, complete_operator, given_options
+from laurel_rewrite.app.options import FORCE, SET, common, complete_model, operator_options, profile_seconds, seconds_of
 from laurel_rewrite.app.running import console, first_process, print_json, start
 from laurel_rewrite.errors import ConfigError, LimitError
 
@@ -38,11 +38,12 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[list
 
 
 @click.command(cls=OperatorCommand, several=True, short_help="does it help? train MODEL with and without, and judge")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--variant",
     "variants",
     multiple=True,
+    shell_complete=complete_operator,
     metavar="NAME",
     help=f"Operator; several times for several: {', '.join(OPERATORS)}, or others.  [default: {USUAL}; with --search LAuReL's]",
 )

@@ -23,6 +23,11 @@ USUAL = "rw+lr"
 _ADDED = "laurel_rewrite.operator_options"
 
 
+def complete_operator(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell offers for the name of an operator: this package's own, which are known without importing them."""
+    return [name for name in OPERATORS if name.startswith(incomplete)]
+
+
 class Several(click.ParamType[list[Any]]):
     """Values of a kind, with commas between them."""
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from laurel_rewrite.app.command_help import CONFIG, PRINT_CONFIG
 from laurel_rewrite.app.config_file import FILE
 from laurel_rewrite.app.operator_options import builtin_options
 from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.sources import libraries
 from laurel_rewrite.targets import DEFAULT, targets
 from laurel_rewrite.targets import target as find_target
 
@@ -152,6 +154,12 @@ FORCE = click.option(
     is_flag=True,
     help="Replace files in --out that are no earlier result, or were changed since, and another plan at --plan-out.",
 )
+
+
+def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell offers for MODEL: files, and the libraries' prefixes."""
+    prefixes = [CompletionItem(f"{name}:") for name in libraries() if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="file"), *prefixes]
 
 
 def common(function: Any) -> Any:

@@ -10,7 +10,7 @@ import click
 
 from laurel_rewrite import __version__
 from laurel_rewrite.app.command_help import EPILOG
-from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand, given_options
+from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand, complete_operator, given_options
 from laurel_rewrite.app.options import (
     FAIL_IF,
     FORCE,
@@ -27,6 +27,7 @@ from laurel_rewrite.app.options import (
     WITH_PAST,
     check_target,
     common,
+    complete_model,
     operator_options,
     parse_shapes,
     profile_seconds,
@@ -49,8 +50,8 @@ _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
 
 
 @click.command(cls=OperatorCommand, sections=EPILOG)
-@click.argument("model")
-@click.option("--variant", default=USUAL, show_default=True, help=VARIANTS)
+@click.argument("model", shell_complete=complete_model)
+@click.option("--variant", default=USUAL, show_default=True, metavar="NAME", shell_complete=complete_operator, help=VARIANTS)
 @click.option(
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from laurel_rewrite.app.command_help import Command
-from laurel_rewrite.app.options import SET, common
+from laurel_rewrite.app.options import SET, common, complete_model
 from laurel_rewrite.app.running import console, only_for_onnx, print_json, start
 
 
 @click.command(cls=Command, short_help="list the residual connections, and why other sums are none")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("--explain", "selector", metavar="SITE|LINE", help="Why an addition is, or is not, a site: an id, a module, or [FILE:]LINE.")
 @click.option("--inputs", type=click.Path(path_type=Path), help="model.onnx: inputs (.npz) for sizes that cannot be inferred.")
 @click.option("--graph", "drawing", type=click.Path(path_type=Path), metavar="FILE", help="Draw streams, sites and branches: .svg, .dot.")
