@@ -51,8 +51,7 @@ def summary(model: nn.Module) -> Summary:
     `print(laurel_rewrite.summary(model))` is the line that peft's `print_trainable_parameters` prints.
 
     Args:
-        model: a rewritten model, as it is or wrapped (DDP, torch.compile); of one that is sharded with FSDP 2 or tensor parallel it counts whole
-            parameters.
+        model: a rewritten model, as it is or wrapped (DDP, torch.compile).
 
     Raises:
         ConfigError: the model has no connection.
