@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from laurel_rewrite.operators.protocol import Connection
     from laurel_rewrite.operators.reads import Reads
     from laurel_rewrite.operators.registry import load_operators, register_operator
+    from laurel_rewrite.operators.trainable import freeze_base, summary
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.profiling import profile
 
@@ -62,6 +63,7 @@ _HOMES = {
     "profile": "profiling",
     "compare": "lab.comparing",
     **dict.fromkeys(("param_groups", "check_optimizer", "learned"), "operators.connections"),
+    **dict.fromkeys(("summary", "freeze_base"), "operators.trainable"),
     "advance_annealing": "operators.annealing",
     "Connection": "operators.protocol",
     "Reads": "operators.reads",
@@ -105,6 +107,7 @@ __all__ = [
     "draw",
     "explain",
     "export_onnx",
+    "freeze_base",
     "learned",
     "load",
     "load_operators",
@@ -116,6 +119,7 @@ __all__ = [
     "rewrite",
     "rewrite_onnx",
     "save",
+    "summary",
     "write_onnx",
 ]
 

@@ -45,7 +45,9 @@ class Lowering:
         kept: nodes that stay functions, for what they compute is not linear.
         folded: branches whose weight went into what computes them.
         refused: nodes where it did not, and why.
-        rescaled: what became of the skips' weights, in words.
+        rescaled: what became of the skips' weights, in the words of the pass.
+        unweighted: skips whose weight is gone.
+        multiplied: multiplications that this left, or brought in.
         scales: c of every value that is 1/c of what it was, by name.
     """
 
@@ -54,14 +56,23 @@ class Lowering:
     folded: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     rescaled: str = ""
+    unweighted: int = 0
+    multiplied: int = 0
     scales: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """In sentences for the user."""
-        lines = [f"{self.folded} branches have their weight in what computes them."] if self.folded else []
-        lines += [f"{count} branches keep their weight as a Mul: {why}." for why, count in Counter(self.refused.values()).most_common(4)]
-        lines += [f"{len(self.kept)} connections are not linear, and stay functions."] if self.kept else []
-        return " ".join([*lines, f"Streams: {self.rescaled}."] if self.rescaled else lines)
+        lines = [f"of {self.sites} connections, the weight of f(x) costs nothing at {self.folded}: the layer that computes f(x) has it"]
+        lines += [f"at {count} it is a multiplication ({why})" for why, count in Counter(self.refused.values()).most_common(4)]
+        left = f", but for {self.multiplied} multiplications" if self.multiplied else ""
+        lines += (
+            [f"the weight of x costs nothing at {self.unweighted}{left}: the layers that read the sum have it"] if self.unweighted else []
+        )
+        lines += (
+            ["the weights of x stay, for without them there would be more multiplications"] if self.rescaled and not self.unweighted else []
+        )
+        lines += [f"{len(self.kept)} are not linear, and stay functions"] if self.kept else []
+        return "; ".join(lines if self.folded else lines[1:])
 
 
 @dataclass
@@ -89,6 +100,7 @@ def _rescale(work: _Work) -> None:
     rescale = RescaleStream(work.forms)
     rescale(work.model)
     work.result.rescaled, work.result.scales = rescale.note, rescale.scales
+    work.result.unweighted, work.result.multiplied = rescale.saved, rescale.resets + rescale.readers
 
 
 def _fold(work: _Work) -> None:

@@ -95,12 +95,14 @@ class RescaleStream(OnnxPass):
 
     Attributes:
         note: what was done, in words, with the range of c.
+        saved, resets, readers: skips whose weight became 1, those at which c is set back to 1 by a Mul, and other Muls that came in.
         scales: c of every value that is no longer what it was, by name: it was c times what it is.
     """
 
     def __init__(self, forms: Forms) -> None:
         self.forms = forms
         self.note = ""
+        self.saved = self.resets = self.readers = 0
         self.scales: dict[str, float] = {}
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
@@ -111,6 +113,7 @@ class RescaleStream(OnnxPass):
         for change in walk.changes:
             change()
         self.scales = {str(value.name): scale for value, scale in walk.scales.items()}
+        self.saved, self.resets, self.readers = walk.saved, walk.reset, walk.muls
         reset = f", set back to 1 by a Mul at {walk.reset} sites" if walk.reset else ""
         self.note = f"{walk.saved} skip weights became 1, c from {walk.low:.3g} to {walk.high:.3g}{reset}, {walk.muls} Muls at readers"
         return PassResult(graph, tuple(str(node.name) for node in self.forms))

@@ -15,6 +15,7 @@ import pytest
 from conftest import EXAMPLES, run, slow
 from toys import D
 
+from laurel_rewrite.app import cli
 from laurel_rewrite.operators.families.laurel import Laurel
 
 NET = f"""
@@ -65,7 +66,7 @@ def test_help_answers_without_heavy_imports(tmp_path):
 def test_the_main_job(net):
     done = run(net, "net.py", "--rank", "4", "--profile-seconds", "0.1")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no progress in a pipe
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()][:2] == ["build", "detect"]
     assert "Verification" in done.stdout
     assert "Profile in onnxruntime" in done.stdout
     assert {p.name for p in (net / "laurel_out").iterdir()} == FILES | TRACES | {"net.py", MANIFEST}
@@ -76,6 +77,33 @@ def test_the_main_job(net):
     assert set(report["files"]) == FILES | TRACES | {"net.py", MANIFEST}
     code = "import laurel_rewrite, torch; print(type(laurel_rewrite.load('laurel_out').laurel_0).__name__)"
     assert subprocess.run([sys.executable, "-c", code], cwd=net, capture_output=True, text=True, check=True).stdout == "Laurel\n"
+
+
+def test_the_main_job_measures_as_profile_does(net, here):
+    words = ("--rank", "4", "--profile-seconds", "0.05", "--threads", "1")
+    done = here("net.py", *words, "--shape", "batch=1,3", "--provider", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    profile = json.loads(done.stdout)["profile"]
+    assert [list(shape.values()) for shape in profile["shapes"]] == [[f"float32[1, {D}]"], [f"float32[3, {D}]"]]
+    assert profile["conditions"]["threads"] == 1
+    graph = here("laurel_out/baseline.onnx", *words, "--shape", "batch=5", "--out", "graph", "--json")
+    assert graph.returncode == 0, graph.stderr
+    assert json.loads(graph.stdout)["profile"]["conditions"]["inputs"] == {"x": f"float32[5, {D}]"}
+    for wrong, message in (("--provider=nowhere", "no execution provider 'nowhere'"), ("--shape=batch", "--shape takes NAME=SIZE")):
+        refused = here("net.py", *words, wrong, "--out", "other")
+        assert refused.returncode == 2
+        assert message in refused.stderr
+    both = here("laurel_out/baseline.onnx", "--shape", "batch=5", "--inputs", "x.npz")
+    assert "--shape is for inputs that are drawn" in both.stderr
+
+
+def test_every_verb_stands_in_the_help_and_has_one(here):
+    text = here("--help").stdout.partition("Options:")[0]
+    assert all(re.search(rf"^  {verb} +\S", text, re.M) for verb in cli.COMMANDS)
+    for verb in cli.COMMANDS:
+        for flag in ("-h", "--help"):
+            assert here(verb, flag).stdout.startswith(f"Usage: laurel-rewrite {verb} ")
+    assert re.fullmatch(r"laurel-rewrite, version \d+\.\d+\.\d+\n", here("--version").stdout)
 
 
 SMALL = "--set depth=3 --set width=40 --set heads=2".split()

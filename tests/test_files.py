@@ -204,7 +204,7 @@ def test_two_runs_at_once_are_one_after_the_other(tmp_path):
 def test_no_room_for_the_results(tmp_path):
     """A limit on the size of files stands for a full disk."""
     (tmp_path / "net.py").write_text(NET)
-    command = [sys.executable, "-m", "laurel_rewrite", "net.py", "--rank", "4", "--profile-seconds", "0"]
+    command = [sys.executable, "-m", "laurel_rewrite", "net.py", "--rank", "4", "--profile-seconds", "0", "--quiet"]
     (tmp_path / "laurel_out").mkdir()
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -114,7 +114,7 @@ def test_what_is_no_limit(limit, message):
 
 def test_the_command_fails_after_it_has_written(exported, tmp_path, here):
     given = str(exported("bert"))
-    words = ["profile", given, given, "--min-time", "0.05", "--no-one-more-layer", "--fail-if"]
+    words = ["profile", given, given, "--profile-seconds", "0.05", "--no-one-more-layer", "--fail-if"]
     result = here(*words, "ops > 1")
     assert result.returncode == 1
     assert "ops > 1 (ops" in result.stderr

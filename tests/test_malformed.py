@@ -319,7 +319,7 @@ def test_exported_programs(tmp_path, capfd):
 def test_a_model_that_ends_the_program(change, message, tmp_path, here):
     name = f"ends_{len(message)}.py"
     (tmp_path / name).write_text(change(NET))
-    done = here(name, "--rank", "4", "--profile-seconds", "0")
+    done = here(name, "--rank", "4", "--profile-seconds", "0", "--quiet")
     assert done.returncode == 4
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1

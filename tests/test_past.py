@@ -273,7 +273,18 @@ def test_prefill_and_decoding_are_profiled_apart(graphs):
 
 def test_the_command_profiles_them(graphs, here, tmp_path):
     result = here(
-        "profile", *map(str, graphs), "--prompt", "8", "--past", "16", "--min-time", "0.1", "--out", "out", "--fail-if", "latency_ms > 1e9"
+        "profile",
+        *map(str, graphs),
+        "--prompt",
+        "8",
+        "--past",
+        "16",
+        "--profile-seconds",
+        "0.1",
+        "--out",
+        "out",
+        "--fail-if",
+        "latency_ms > 1e9",
     )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -98,7 +98,7 @@ def test_the_schema_is_one():
 
 def test_a_profile_of_files(exported, tmp_path, here):
     given = exported("gpt2")
-    result = here("profile", str(given), str(given), "--min-time", "0.2", "--shape", "batch=1,2", "--self-check", "--out", "out")
+    result = here("profile", str(given), str(given), "--profile-seconds", "0.2", "--shape", "batch=1,2", "--self-check", "--out", "out")
     assert result.returncode == 0, result.stderr
     report = check_json(tmp_path / "out" / "report.json")
     assert [row["name"] for row in report["profile"]["rows"]] == [f"{given} (1)", f"{given} (2)", "one more layer", "the same again"]

@@ -91,7 +91,7 @@ def test_ids_of_sites_stay_whole(width, exported):
 
 
 @pytest.mark.parametrize("columns", [80, 40, 30])
-@pytest.mark.parametrize("command", ["rewrite", "sites", "profile"])
+@pytest.mark.parametrize("command", ["rewrite", *cli.COMMANDS])
 def test_help_breaks_no_words(command, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     commands = {"rewrite": cli.rewrite, **cli.COMMANDS}

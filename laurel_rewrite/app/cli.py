@@ -10,8 +10,12 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import shell_complete
 
+from laurel_rewrite.app.command_help import Verbs
 from laurel_rewrite.app.compare_command import compare
+from laurel_rewrite.app.doctor_command import doctor
+from laurel_rewrite.app.export_command import export
 from laurel_rewrite.app.inspect_command import inspect
 from laurel_rewrite.app.operators_command import operators
 from laurel_rewrite.app.profile_command import profile
@@ -19,21 +23,25 @@ from laurel_rewrite.app.rewrite_command import rewrite
 from laurel_rewrite.app.sites_command import sites
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, NoSiteError
 
-COMMANDS = {"sites": sites, "operators": operators, "profile": profile, "compare": compare, "inspect": inspect}
+COMMANDS = {
+    "sites": sites, "operators": operators, "compare": compare, "inspect": inspect, "export": export, "profile": profile, "doctor": doctor,
+}  # fmt: skip
 """By their words; what no word is said of is `rewrite`."""
 _POINTER = "(docs: troubleshooting#{})"
 """The section of a page in `docs` on what went wrong."""
+NAME = "laurel-rewrite"
+MAIN = Verbs(NAME, commands={"": rewrite, **COMMANDS})
+_COMPLETE = "_LAUREL_REWRITE_COMPLETE"
+"""The variable by which a shell asks what may follow, as click's scripts for shells name it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `laurel-rewrite`: the default action is `rewrite`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    word = given[0] if given and given[0] in COMMANDS else ""
-    command, rest = (COMMANDS[word], given[1:]) if word else (rewrite, given)
-    name = f"laurel-rewrite {word}".strip()
+    if asked := os.environ.get(_COMPLETE):
+        sys.exit(shell_complete(MAIN, {}, NAME, _COMPLETE, asked))
     try:
-        needy = any(parameter.required for parameter in command.params)
-        command.main(rest or (["--help"] if needy else []), prog_name=name, standalone_mode=False)
+        code = MAIN.main(given, prog_name=NAME, standalone_mode=False)
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         _stop("Interrupted.", 130)
@@ -51,13 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         if error.filename is not None or error.errno != errno.ENOSPC:
-            _unexpected(error, rest)
+            _unexpected(error, given)
         _drop_stdout()
         _fail(f"Error: the output cannot be printed: {error.strerror}.", ConfigError)
     except Exception as error:  # the last net; a traceback would say as little to a user
-        _unexpected(error, rest)
+        _unexpected(error, given)
     except BaseException as error:  # which no code of ours raises
         _fail(f"Error: the model's code raised {type(error).__name__}: {error}. Nothing was written.", CaptureError)
+    if isinstance(code, int) and code:  # of a command that has said why
+        sys.exit(code)
 
 
 def _unexpected(error: Exception, arguments: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from laurel_rewrite.app.operator_options import OPERATORS, USUAL, OperatorCommand, given_options
-from laurel_rewrite.app.options import FORCE, SET, common, operator_options, seconds_of
+from laurel_rewrite.app.operator_options import OPERATORS, USUAL, OperatorCommand, Several, complete_operator, given_options
+from laurel_rewrite.app.options import FORCE, SET, common, complete_model, operator_options, profile_seconds, seconds_of
 from laurel_rewrite.app.running import console, first_process, print_json, start
 from laurel_rewrite.errors import ConfigError, LimitError
 
@@ -33,19 +33,17 @@ class _Count(click.ParamType[int]):
         return round(float(found[1]) * _UNITS[found[2]])
 
 
-def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for words in value for word in words.split(","))
-    except ValueError as error:
-        raise click.BadParameter("it takes numbers, such as 1e-3 or 1e-3,3e-3.") from error
+def _rates(context: click.Context, parameter: click.Parameter, value: tuple[list[float], ...]) -> tuple[float, ...]:
+    return tuple(rate for rates in value for rate in rates)
 
 
-@click.command(cls=OperatorCommand, several=True)
-@click.argument("model")
+@click.command(cls=OperatorCommand, several=True, short_help="does it help? train MODEL with and without, and judge")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--variant",
     "variants",
     multiple=True,
+    shell_complete=complete_operator,
     metavar="NAME",
     help=f"Operator; several times for several: {', '.join(OPERATORS)}, or others.  [default: {USUAL}; with --search LAuReL's]",
 )
@@ -59,7 +57,7 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
 @click.option("--tokens", type=_Count(), required=True, metavar="COUNT", help="To train each model on, 200k or 20M; of images, how many.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings of each model. With one, nothing is judged.")
 @click.option(
-    "--lr", "rates", multiple=True, default=("1e-3",), show_default=True, callback=_rates, metavar="RATE[,RATE...]",
+    "--lr", "rates", type=Several(float), multiple=True, default=("1e-3",), show_default=True, callback=_rates, metavar="RATE[,RATE...]",
     help="Learning rates. Of several, each model is judged at its own best, by the loss on the second split.",
 )  # fmt: skip
 @click.option(
@@ -85,13 +83,7 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[str,
     help="Train the model with one more layer, too.",
 )
 @click.option("--self-check", is_flag=True, help="The unchanged model against itself, from another start: they must not be told apart.")
-@click.option(
-    "--profile-seconds",
-    default=2.0,
-    show_default=True,
-    callback=seconds_of,
-    help="To measure each graph's latency in onnxruntime; 0 for none.",
-)
+@profile_seconds(2.0, "Time to measure each graph's latency in onnxruntime; 0 for none.")
 @click.option(
     "--inspect", type=int, default=4, show_default=True, help="Batches to look inside the trained models with, for the report; 0 for none."
 )
@@ -125,7 +117,8 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     Under `accelerate launch -m laurel_rewrite compare ...` it trains on several processes or GPUs. Stopped, the same command goes on.
     """
     start(verbose, as_json)
-    from laurel_rewrite.app import lab_tables, terminal
+    from laurel_rewrite.app import lab_tables
+    from laurel_rewrite.app.progress import Stages
     from laurel_rewrite.lab.candidates import Candidate
     from laurel_rewrite.lab.comparing import compare as train
     from laurel_rewrite.lab.folder import PLAN
@@ -137,13 +130,14 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
         raise ConfigError(f"{model} is a graph, and only models in PyTorch are trained.")
     if given["budgets"] and not given["search"]:
         raise ConfigError("--budget is for a --search.")
-    options = given_options(context, given)
     searched = [name for name, operator in OPERATORS.items() if operator["family"] == "laurel"]
     usual = searched if given["search"] else () if given["plans"] else (USUAL,)
+    variants = given["variants"] or tuple(usual)
+    options = given_options(context, given, variants)
     found = train(
-        model, variants=given["variants"] or tuple(usual), candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
+        model, variants=variants, candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
         settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],
-        listener=terminal.Stages(console(stderr=True), quiet=quiet or not first_process()), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
+        listener=Stages(console(stderr=True), quiet=quiet or not first_process()), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
     )  # fmt: skip
     if as_json and first_process():
         print_json(found.to_dict())

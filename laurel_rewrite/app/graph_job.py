@@ -11,7 +11,9 @@ import onnx_ir as ir
 
 from laurel_rewrite import targets
 from laurel_rewrite.app import job
-from laurel_rewrite.app.wording import counts, not_timed, verdict, verified_elsewhere
+from laurel_rewrite.app.job import USUAL
+from laurel_rewrite.app.measuring import Measuring
+from laurel_rewrite.app.wording import counts, verdict, verified_elsewhere
 from laurel_rewrite.backends.module.saved_folder import PLAN
 from laurel_rewrite.backends.module.saving import save_graph
 from laurel_rewrite.backends.onnx.surgery import GraphRewrite, away_from_start, inline_laurel
@@ -23,9 +25,8 @@ from laurel_rewrite.graph.feeds import check_feeds, read_feeds
 from laurel_rewrite.lowering import lower
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
-from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.report import HTML, JSON
-from laurel_rewrite.report.words import count
+from laurel_rewrite.report.words import count, numbered
 from laurel_rewrite.stages import Listener, silent
 from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, write_in_float32
 
@@ -50,7 +51,7 @@ def run(
     inputs: Path | None = None,
     verify: bool = True,
     emit_torch: bool = False,
-    effort: Effort = USUAL,
+    measuring: Measuring = USUAL,
     force: bool = False,
     listener: Listener = silent,
 ) -> job.Report:
@@ -67,7 +68,7 @@ def run(
         inputs: an .npz file for verification and profile; else they are drawn (`feeds`).
         verify: run the original and the result in onnxruntime and compare.
         emit_torch: write a trainable PyTorch module as well, which `laurel_rewrite.load(out)` gives.
-        effort: how long to measure; 0 seconds for no profile.
+        measuring: how to measure.
         force: replace files in `out` that are no earlier result, too.
         listener: is told of the stages.
 
@@ -106,9 +107,9 @@ def run(
             if weights is not None:
                 work.load(weights, plan)
             if made_for.lowers:
-                work.lower(config.seed, with_random=verify or effort.seconds > 0)
+                work.lower(config.seed, with_random=verify or measuring.wanted)
             unconverted = work.emit_torch(weights) if emit_torch else None
-            work.profile(given, effort, config.seed, verify)
+            work.profile(given, measuring, config.seed, verify)
             work.finish()
         finally:
             for twin in out.glob(f"{draft.name}-*"):
@@ -186,7 +187,7 @@ class _Work:
                     result = self.measured
             self.file = result
             self.report.notes.append(job.lowered(self.measured))
-            stage.done(f"{done.sites} LAuReL nodes, {done.folded} branches folded")
+            stage.done(f"{numbered(done.sites, 'connection')} as fast ops")
         job.stop_if_failed(self.report)
 
     def emit_torch(self, weights: Path | None) -> ExportError | None:
@@ -204,17 +205,17 @@ class _Work:
         job.stop_if_failed(self.report)
         return unconverted
 
-    def profile(self, given: Mapping[str, np.ndarray] | None, effort: Effort, seed: int, verify: bool) -> None:
+    def profile(self, given: Mapping[str, np.ndarray] | None, measuring: Measuring, seed: int, verify: bool) -> None:
         """Measure the result beside the original, on the target's provider; or say why not."""
         original, notes = self.proof.original, self.report.notes
         feeds = given or (original.draws[0] if original is not None else None)
         notes += verified_elsewhere(self.target) if verify and feeds is not None else []
-        if effort.seconds <= 0:
+        if not measuring.wanted:
             return
         if verify and feeds is None:
             notes.append("Not profiled, for the graph was not run.")
             return
-        if missing := not_timed(self.target):
+        if missing := measuring.missing(self.target):
             notes.append(missing)
             return
         with self.listener("profile") as stage:
@@ -225,8 +226,8 @@ class _Work:
                 notes.append(IN_FLOAT32)
             names = [self.path.name if self.path.name != NAME else f"original {NAME}", NAME]
             result = profile(
-                files, names=names, inputs=feeds, **vars(effort), control=True, traces=self.draft, seed=seed,
-                provider=self.target.provider, progress=stage.progress,
+                files, names=names, inputs=None if measuring.shapes else feeds, shapes=measuring.shapes, **measuring.options(self.target), control=True,
+                traces=self.draft, seed=seed, progress=stage.progress,
             )  # fmt: skip
             self.report.profile = job.renamed(result, {files[0]: self.path, files[1]: Path(self.report.out) / NAME})
             stage.done(f"{result.rows[1].latency.ratio:.3f}x the original's latency")

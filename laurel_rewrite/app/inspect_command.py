@@ -12,7 +12,7 @@ from laurel_rewrite.app.running import console, print_json, start
 from laurel_rewrite.errors import ConfigError
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="look inside what compare trained: which sites gain")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--candidate", metavar="NAME", help="One of those compared.  [default: all that have an operator]")
 @click.option("--batches", type=click.IntRange(2), default=8, show_default=True, help="Of the third split, to look with.")
@@ -24,13 +24,14 @@ def inspect(
 ) -> None:
     """Look inside the models that `compare` trained, site by site: what was learned, the stream, and what each site is worth."""
     start(verbose, as_json)
-    from laurel_rewrite.app import lab_tables, terminal
+    from laurel_rewrite.app import lab_tables
+    from laurel_rewrite.app.progress import Stages
     from laurel_rewrite.lab.inspecting import inspect as look
     from laurel_rewrite.plan import check_plan_file
 
     if plan_out is not None:
         check_plan_file(plan_out)
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     with listener("inspect") as stage:
         found = look(folder, candidate=candidate, batches=batches)
         stage.done(f"{len(found)} models")

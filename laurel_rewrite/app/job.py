@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import targets
-from laurel_rewrite.app.wording import counts, not_timed, verdict, verified_elsewhere
+from laurel_rewrite.app.measuring import Measuring
+from laurel_rewrite.app.wording import counts, verdict, verified_elsewhere
 from laurel_rewrite.backends import Skipped
 from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
 from laurel_rewrite.detection.detecting import detect
@@ -22,10 +23,10 @@ from laurel_rewrite.graph.feeds import read_feeds
 from laurel_rewrite.operators import registry
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
-from laurel_rewrite.profiling.latency import USUAL, Effort
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
 from laurel_rewrite.report.words import count as number
+from laurel_rewrite.report.words import numbered
 from laurel_rewrite.sources import is_graph, is_onnx
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.models import build
@@ -39,6 +40,7 @@ from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, session_of, write_
 if TYPE_CHECKING:
     from torch import nn
 
+USUAL = Measuring()
 PROBE = "probe.onnx"
 RANKS = (4, 8, 16, 32, 64)  # that a dry run compares
 _PROMPT, _PAST = 128, 512  # tokens that a decoder is measured at
@@ -183,7 +185,7 @@ def run(
     functions: str = "keep",
     target: str = targets.DEFAULT,
     skip: tuple[str, ...] = (),
-    effort: Effort = USUAL,
+    measuring: Measuring = USUAL,
     train: bool = False,
     with_past: tuple[int | None, int | None] | None = None,
     unsupported: str = "skip",
@@ -238,16 +240,16 @@ def run(
         stop_if_failed(report)
         with listener("save") as stage:
             save(rewritten, draft, built=built)
-            stage.done("modeling_laurel.py, model.safetensors, plan.toml, laurel_config.json")
-        if effort.seconds > 0 and (missing := not_timed(made_for)):
+            stage.done(f"{MODELING}, weights, plan")
+        if measuring.wanted and (missing := measuring.missing(made_for)):
             report.notes.append(missing)
-        elif effort.seconds > 0:
+        elif measuring.wanted:
             with listener("profile") as stage:
-                report.profile = exports.profiled(out, effort, config.seed, stage, report.notes, with_past)
+                report.profile = exports.profiled(out, measuring, config.seed, stage, report.notes, with_past)
                 stage.done(f"{', '.join(f'{time.ratio:.3f}x' for time in report.profile.rows[1].latencies)} the baseline's latency")
         if train:
             with listener("training") as stage:
-                report.training = _train(model, rewritten, sites, built, effort.seconds or 10.0, config.seed)
+                report.training = _train(model, rewritten, sites, built, measuring.effort.seconds or 10.0, config.seed)
                 stage.done(_steps(report.training))
         for file in draft.glob(f"{PROBE}*"):
             file.unlink()
@@ -328,17 +330,19 @@ class _Exports:
         return checks + more + check_export(self.built.model, self.baseline, args, kwargs, name="baseline.onnx", seed=seed, past=past)[0]
 
     def profiled(
-        self, out: Path, effort: Effort, seed: int, stage: Stage, notes: list[str], lengths: tuple[int | None, int | None] | None
+        self, out: Path, measuring: Measuring, seed: int, stage: Stage, notes: list[str], lengths: tuple[int | None, int | None] | None
     ) -> Profile:
         """With random parameters: at its start a runtime would delete what LAuReL adds, and one would measure another graph."""
         files = [self.baseline.path, self.probe.path]
         if self.start is not None and self.start.in_float32:
             files = [write_in_float32(file, self.draft / f"{PROBE}-{file.name}") for file in files]
             notes.append(IN_FLOAT32)
-        measured = {"inputs": _feeds(files[0], self.built)} if lengths is None else _lengths(self.built.model, *lengths)
+        measured = _lengths(self.built.model, *lengths) if lengths is not None else {}
+        if lengths is None and not measuring.shapes:
+            measured["inputs"] = _feeds(files[0], self.built)
         found = profile(
-            files, names=["baseline.onnx", "laurel.onnx"], **measured, **vars(effort), control=True,
-            provider=self.target.provider, traces=self.draft, seed=seed, progress=stage.progress,
+            files, names=["baseline.onnx", "laurel.onnx"], **measured, shapes=measuring.shapes, **measuring.options(self.target), control=True,
+            traces=self.draft, seed=seed, progress=stage.progress,
         )  # fmt: skip
         return renamed(found, {files[0]: out / "baseline.onnx", files[1]: out / "laurel.onnx", self.draft: out})
 
@@ -403,8 +407,9 @@ def lowered(path: Path) -> str:
 
     from laurel_rewrite.lowering import NOTES
 
-    random = " with random LAuReL parameters" if PROBE in path.name else ""
-    return f"Lowered{random}: {ir.load(path).metadata_props.get(NOTES, '')}"
+    random = " (with random LAuReL parameters; those of the start cost less)" if PROBE in path.name else ""
+    said = ir.load(path).metadata_props.get(NOTES, "")
+    return f"In the graph to deploy{random}: {said}." if said else f"The graph to deploy{random} has LAuReL as ordinary ops."
 
 
 def parameters(model: int, plan: Plan) -> dict[str, int]:
@@ -420,6 +425,5 @@ def parameters(model: int, plan: Plan) -> dict[str, int]:
 
 def insertion(report: Report) -> str:
     """In words: how many modules, and what they add."""
-    added = report.parameters["added"]
-    share = 100 * added / max(report.parameters["model"], 1)
-    return f"{len(report.plan.sites)} connections, {number(added)} parameters more (+{share:.2f} %)"
+    share = 100 * report.parameters["added"] / max(report.parameters["model"], 1)
+    return f"{numbered(len(report.plan.sites), 'connection')}, +{share:.2f} % parameters"

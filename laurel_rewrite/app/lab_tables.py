@@ -8,7 +8,7 @@ from collections import Counter
 from rich.console import Console
 from rich.text import Text
 
-from laurel_rewrite.app.terminal import show_table
+from laurel_rewrite.app.tables import show_table
 from laurel_rewrite.lab.comparison import Comparison
 from laurel_rewrite.lab.inside import Difference, SiteInside
 from laurel_rewrite.lab.inspecting import Looked

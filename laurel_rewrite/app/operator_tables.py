@@ -10,19 +10,20 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from laurel_rewrite.app.terminal import show_table
+from laurel_rewrite.app.tables import show_table
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.config import SiteConfig
 from laurel_rewrite.operators.counting import counted_stream
 from laurel_rewrite.operators.registry import Operator
 from laurel_rewrite.plan.fits import Fit
+from laurel_rewrite.report.words import numbered
 
 STARTS = {
     "exact": "exact",
     "evaluation": "exact in evaluation",
     "scale-free": "exact for readers behind a norm",
-    "inexact": "another function",
+    "inexact": "another function than x + f",
 }
 """Starts in words."""
 _DIM = 768
@@ -82,7 +83,8 @@ def show_operators(console: Console, listed: Sequence[Mapping[str, Any]], *, opt
             console.print(Padding(line, (0, 0, 0, 2)))
     console.print(
         Text(
-            f"\nOf {_LENGTH} connections in 12 blocks, D = {_DIM}: parameters of all, elements that one moves a position on average (the plain sum 3 D), and the most that one leaves for the next.",
+            f"\nparameters: of all {_LENGTH} connections of a model of 12 blocks with D = {_DIM} features; moved: numbers that a connection reads and writes at "
+            "each position (a plain sum 3 D); kept: what it hands on to the next.",
             style="italic dim",
         )
     )
@@ -93,9 +95,9 @@ def show_fits(console: Console, model: str, sites: Sites, found: Sequence[Fit]) 
     fitting = [fit for fit in found if fit.fits]
     rows = [(fit.operator, STARTS[fit.start], str(fit.connections), f"{fit.added:,}") for fit in fitting]
     streams = len({site.stream for site in sites})
-    title = f"{model}: {len(sites)} residual connections, and {len(fitting)} of {len(found)} operators that fit"
+    title = f"{model}: {numbered(len(sites), 'residual connection')}, and {len(fitting)} of {len(found)} operators that fit"
     if rows:
-        show_table(console, title, ("operator", "start", "connections>", "parameters>"), rows)
+        show_table(console, title, ("operator", "start", "sites>", "parameters>"), rows)
     else:
         console.print(Text(title, style="bold"))
     for fit in found:

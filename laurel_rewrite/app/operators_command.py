@@ -8,13 +8,19 @@ from typing import Any
 import click
 
 from laurel_rewrite.app.command_help import Command
-from laurel_rewrite.app.options import SET, common
+from laurel_rewrite.app.operator_options import complete_operator
+from laurel_rewrite.app.options import SET, common, complete_model
 from laurel_rewrite.app.running import console, print_json, start
 
 
-@click.command(cls=Command)
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--model", metavar="MODEL", help="Say which fit it, which start exactly, what they would add, and why others are refused.")
+@click.command(cls=Command, short_help="list what can stand in their place, and which fit a model")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_operator)
+@click.option(
+    "--model",
+    metavar="MODEL",
+    shell_complete=complete_model,
+    help="Say which fit it, which start exactly, what they would add, and why others are refused.",
+)
 @click.option(
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )
@@ -35,7 +41,7 @@ def operators(
     """
     start(verbose, as_json)
     from laurel_rewrite.app import operator_tables as tables
-    from laurel_rewrite.app import terminal
+    from laurel_rewrite.app.progress import Stages
     from laurel_rewrite.operators import registry
 
     for file in operator_files:
@@ -49,7 +55,7 @@ def operators(
     from laurel_rewrite.plan.fits import fits
     from laurel_rewrite.sources.models import parse_settings
 
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     with listener("detect"):
         sites = job.find_sites(model, parse_settings(settings))
     with listener("fit"):

@@ -8,27 +8,36 @@ from typing import Any
 import click
 
 from laurel_rewrite.app.command_help import Command
-from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PAST, PRECISION, PROMPT, common, seconds_of
+from laurel_rewrite.app.options import (
+    FAIL_IF,
+    FORCE,
+    MAX_TIME,
+    PAST,
+    PRECISION,
+    PROMPT,
+    SHAPE,
+    THREADS,
+    common,
+    parse_shapes,
+    profile_seconds,
+    provider,
+)
 from laurel_rewrite.app.running import check_limits, console, print_json, start, stop_if_exceeded
 
 
-@click.command(cls=Command)
-@click.argument("models", nargs=-1, required=True, metavar="BASELINE.onnx [OTHER.onnx ...]", type=click.Path(path_type=Path))
+@click.command(cls=Command, short_help="measure ONNX files side by side: latency, memory and more")
+@click.argument("models", nargs=-1, required=True, metavar="BASELINE [OTHER ...]", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_profile"), show_default=True, help="Folder for the report.")
 @FORCE
-@click.option(
-    "--min-time", "seconds", default=10.0, show_default=True, callback=seconds_of, help="Seconds of interleaved rounds at each shape."
-)
-@click.option(
-    "--shape", "shapes", multiple=True, metavar="NAME=SIZE[,SIZE...]", help="Sizes of an open dimension: batch=1,8. All combinations."
-)
+@profile_seconds(10.0, "Time to measure latency at each shape.")
+@SHAPE
 @PROMPT
 @PAST
 @click.option("--inputs", type=click.Path(path_type=Path), help="Inputs (.npz), instead of random ones.")
 @PRECISION
 @MAX_TIME
-@click.option("--threads", type=click.IntRange(1), help="Threads of a run.  [default: as many as there are cores, at most 4]")
-@click.option("--provider", default="CPU", show_default=True, help="Execution provider of onnxruntime.")
+@THREADS
+@provider("CPU", "CPU")
 @click.option(
     "--one-more-layer/--no-one-more-layer", "control", default=True, show_default=True, help="The first model with one more layer, too."
 )
@@ -39,6 +48,7 @@ from laurel_rewrite.app.running import check_limits, console, print_json, start,
 def profile(
     models: tuple[Path, ...],
     out: Path,
+    profile_seconds: float,
     shapes: tuple[str, ...],
     inputs: Path | None,
     limits: tuple[str, ...],
@@ -48,13 +58,19 @@ def profile(
     **options: Any,
 ) -> None:
     """Measure ONNX files against the first: latency with intervals, memory, where the time goes, FLOPs, fusions. Writes report.html and
-    report.json."""
+    report.json.
+
+    A folder of a rewritten model, as laurel_rewrite.save, the main job and save_pretrained write it, is exported for it; as the first, beside the same
+    model without LAuReL.
+    """
     start(verbose, as_json)
     check_limits(limits)
     from laurel_rewrite.app import profile_job, terminal
+    from laurel_rewrite.app.progress import Stages
 
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
-    data, result = profile_job.run(models, out, shapes=profile_job.parse_shapes(shapes), inputs=inputs, listener=listener, **options)
+    listener = Stages(console(stderr=True), quiet=quiet)
+    sizes = parse_shapes(shapes)
+    data, result = profile_job.run(models, out, seconds=profile_seconds, shapes=sizes, inputs=inputs, listener=listener, **options)
     if as_json:
         print_json(data)
     else:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.app.job import renamed
+from laurel_rewrite.app.trained import as_graphs
 from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.graph.feeds import read_feeds
@@ -29,7 +30,7 @@ def run(
     """Profile files against the first; the report, as `report.json` holds it, and the profile.
 
     Args:
-        models: ONNX files.
+        models: ONNX files, and folders of rewritten models (`laurel_rewrite.app.trained`).
         out: folder for `report.html`, `report.json` and the raw traces, which appear when all is done.
         shapes, options: see `profile`.
         inputs: an .npz file.
@@ -42,35 +43,22 @@ def run(
     check_out(out, "profile", (JSON, HTML), force=force)
     feeds = read_feeds(inputs) if inputs is not None else None
     with replacing(out, "profile", force=force, keep=[*models, *([inputs] if inputs is not None else [])]) as draft:
-        with listener("profile") as stage:
-            result = measure(models, inputs=feeds, shapes=shapes, traces=draft, progress=stage.progress, **options)
+        past = options.get("prompt") is not None or options.get("past") is not None
+        with (
+            as_graphs(models, draft, inputs=inputs, past=past, seed=options.get("seed", 0), listener=listener) as (graphs, names, made),
+            listener("profile") as stage,
+        ):
+            measured = measure(graphs, names=names, inputs=feeds, shapes=shapes, traces=draft, progress=stage.progress, **options)
+            result = renamed(measured, made)
             stage.done(
                 ", ".join(f"{row.name} {row.latency.ratio:.3f}x" for row in result.rows[1:]) or f"{result.rows[0].latency.median_ms:.2f} ms"
             )
         files = sorted([*(file.name for file in draft.iterdir()), JSON, HTML, MANIFEST])
         title = (
-            " against ".join([", ".join(row.name for row in result.rows[1 : len(models)]), result.rows[0].name])
-            if len(models) > 1
+            " against ".join([", ".join(row.name for row in result.rows[1 : len(graphs)]), result.rows[0].name])
+            if len(graphs) > 1
             else result.rows[0].name
         )
         data = {"title": title, "profile": result.to_dict(), "out": str(out), "files": files}
         write_report(data, draft)
     return data, result
-
-
-def parse_shapes(words: Sequence[str]) -> dict[str, list[int]]:
-    """ "batch=1,8" -> {"batch": [1, 8]}.
-
-    Raises:
-        ConfigError: a word of another form.
-    """
-    shapes: dict[str, list[int]] = {}
-    for word in words:
-        name, equals, sizes = word.partition("=")
-        try:
-            shapes[name] = [int(size) for size in sizes.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--shape takes NAME=SIZE[,SIZE...], for instance batch=1,8; not {word!r}.") from error
-        if not name or not equals:
-            raise ConfigError(f"--shape takes NAME=SIZE[,SIZE...], for instance batch=1,8; not {word!r}.")
-    return shapes

@@ -10,30 +10,48 @@ import click
 
 from laurel_rewrite import __version__
 from laurel_rewrite.app.command_help import EPILOG
-from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand, given_options
-from laurel_rewrite.app.options import FAIL_IF, FORCE, MAX_TIME, PAST, PRECISION, PROMPT, SET, common, operator_options, seconds_of
+from laurel_rewrite.app.operator_options import USUAL, VARIANTS, OperatorCommand, complete_operator, given_options
+from laurel_rewrite.app.options import (
+    FAIL_IF,
+    FORCE,
+    FUNCTIONS,
+    MAX_TIME,
+    PAST,
+    PRECISION,
+    PROMPT,
+    SET,
+    SHAPE,
+    SKIP_PASS,
+    TARGET,
+    THREADS,
+    WITH_PAST,
+    check_target,
+    common,
+    complete_model,
+    operator_options,
+    parse_shapes,
+    profile_seconds,
+    provider,
+    was_given,
+)  # fmt: skip
 from laurel_rewrite.app.running import check_limits, console, only_for_onnx, print_json, start, stop_if_exceeded
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.sources import is_onnx
-from laurel_rewrite.targets import DEFAULT, targets
 from laurel_rewrite.targets import target as find_target
 
 if TYPE_CHECKING:
     from laurel_rewrite.app.job import Report
+    from laurel_rewrite.app.measuring import Measuring
     from laurel_rewrite.plan import LaurelConfig
     from laurel_rewrite.stages import Listener
 
 _SITE_OPTIONS = ("variant", "include", "exclude")
 _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
 
-_LOWERED = " or ".join(target.name for target in targets() if target.lowers)
-_KEPT = " or ".join(target.name for target in targets() if target.keeps_functions)
-_SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skippable)
-
 
 @click.command(cls=OperatorCommand, sections=EPILOG)
-@click.argument("model")
-@click.option("--variant", default=USUAL, show_default=True, help=VARIANTS)
+@click.argument("model", shell_complete=complete_model)
+@click.option("--variant", default=USUAL, show_default=True, metavar="NAME", shell_complete=complete_operator, help=VARIANTS)
 @click.option(
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )
@@ -53,44 +71,23 @@ _SKIPPABLE = dict.fromkeys(name for target in targets() for name in target.skipp
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's and LAuReL's start.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("laurel_out"), show_default=True, help="Folder for the results.")
 @FORCE
-@click.option("--profile-seconds", default=10.0, show_default=True, callback=seconds_of, help="Time to measure latency; 0 for no profile.")
+@profile_seconds(10.0, "Time to measure latency at each shape; 0 for no profile.")
+@SHAPE
+@THREADS
+@provider(None, "that of --target")
 @PRECISION
 @MAX_TIME
 @click.option(
     "--allow-inference-graph", is_flag=True, help="model.pt2: take a program of evaluation mode, without what that export left out."
 )
-@click.option(
-    "--with-past",
-    is_flag=True,
-    help="Write a causal decoder's graphs with keys and values of earlier tokens as inputs, and profile prefill and decoding apart.",
-)
+@WITH_PAST
 @PROMPT
 @PAST
 @click.option("--train", is_flag=True, help="Measure training steps too, eager and compiled.")
 @FAIL_IF
-@click.option(
-    "--onnx-functions",
-    "functions",
-    type=click.Choice(["keep", "inline"]),
-    default="keep",
-    show_default=True,
-    help=f"With --target {_KEPT}: LAuReL as local functions, or as ordinary nodes.",
-)
-@click.option(
-    "--target",
-    type=click.Choice([target.name for target in targets()]),
-    metavar="NAME",
-    default=DEFAULT,
-    show_default=True,
-    help=f"LAuReL in ONNX: {'; '.join(f'{target.name}: {target.help}' for target in targets())}.",
-)
-@click.option(
-    "--skip-pass",
-    "skip",
-    multiple=True,
-    metavar="PASS",
-    help=f"With --target {_LOWERED}: a pass to leave out: {', '.join(_SKIPPABLE)}.",
-)
+@FUNCTIONS
+@TARGET
+@SKIP_PASS
 @click.option("--weights", type=click.Path(path_type=Path), help="model.onnx: trained LAuReL parameters (safetensors) to put in.")
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="model.onnx: inputs (.npz) to verify and profile with, instead of random ones."
@@ -119,19 +116,20 @@ def rewrite(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
         raise ConfigError(f"{'--fail-if' if measured else '--precision'} needs a profile, and --profile-seconds 0 leaves it out.")
     from laurel_rewrite.plan import LaurelConfig
 
-    options = given_options(context, given)
+    options = given_options(context, given, [given["variant"]])
     config = LaurelConfig(given["variant"], include=given["include"], exclude=given["exclude"], seed=given["seed"], **options)
     from laurel_rewrite.app import terminal
-    from laurel_rewrite.app.wording import not_timed
+    from laurel_rewrite.app.progress import Stages
 
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     if given["dry_run"] or given["plan_out"] is not None:
         _plan_only(model, config, given, listener, as_json=as_json)
         return
-    if measured and (missing := not_timed(find_target(given["target"]))):
+    measuring = _measuring(given)
+    if measured and (missing := measuring.missing(find_target(given["target"]))):
         raise ConfigError(f"--fail-if needs a profile. {missing}")
     try:
-        report = _main_job(model, config, given, listener)
+        report = _main_job(model, config, given, measuring, listener)
     except VerificationError as error:
         if len(error.args) > 1:
             failed = error.args[1]
@@ -148,20 +146,18 @@ def _check(context: click.Context, model: str, given: Mapping[str, Any]) -> None
     """Raise ConfigError where options do not go together."""
 
     def said(*names: str) -> list[str]:
-        return [name for name in names if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        return [name for name in names if was_given(context, name)]
 
-    if given["plan"] is not None and (others := [*said(*_SITE_OPTIONS), *given_options(context, given)]):
+    if given["plan"] is not None and (others := said(*_SITE_OPTIONS, *given_options(context, given, [given["variant"]]))):
         raise ConfigError(f"--plan says what each site gets, so --{others[0].replace('_', '-')} cannot be given with it. Edit the plan.")
-    made_for = find_target(given["target"])
-    if given["skip"] and not made_for.lowers:
-        raise ConfigError(f"--skip-pass is for --target {_LOWERED}.")
-    if not made_for.keeps_functions and said("functions"):
-        raise ConfigError(f"--onnx-functions is for --target {_KEPT}.")
+    check_target(context, given)
     only_for_onnx(model, *said(*_GRAPH_OPTIONS))
-    if given["allow_inference_graph"] and not model.endswith(".pt2"):
+    if said("allow_inference_graph") and not model.endswith(".pt2"):
         raise ConfigError("--allow-inference-graph is for exported programs (model.pt2).")
+    if given["shapes"] and given["inputs"] is not None:
+        raise ConfigError("--shape is for inputs that are drawn, and --inputs gives them.")
     for name in ("train", "with_past"):
-        if given[name] and is_onnx(model):
+        if said(name) and is_onnx(model):
             raise ConfigError(f"--{name.replace('_', '-')} is for models in PyTorch, and an ONNX file is none.")
     if not given["with_past"] and (lengths := said("prompt", "past")):
         raise ConfigError(f"--{lengths[0]} is for graphs with a past: give --with-past, too.")
@@ -191,18 +187,24 @@ def _plan_only(model: str, config: LaurelConfig, given: Mapping[str, Any], liste
         click.echo(f"Written to {plan_out}. Edit it, then: laurel-rewrite {model} --plan {plan_out}")
 
 
-def _main_job(model: str, config: LaurelConfig, given: Mapping[str, Any], listener: Listener) -> Report:
+def _measuring(given: Mapping[str, Any]) -> Measuring:
+    from laurel_rewrite.app.measuring import Measuring
+    from laurel_rewrite.profiling.latency import Effort
+
+    effort = Effort(given["profile_seconds"], precision=given["precision"], max_seconds=given["max_seconds"])
+    return Measuring(effort, parse_shapes(given["shapes"]), given["threads"], given["provider"] or "")
+
+
+def _main_job(model: str, config: LaurelConfig, given: Mapping[str, Any], measuring: Measuring, listener: Listener) -> Report:
     """Of a model, or of a graph in a file."""
     from laurel_rewrite.app import graph_job, job
-    from laurel_rewrite.profiling.latency import Effort
     from laurel_rewrite.sources.models import parse_settings
 
     settings = parse_settings(given["settings"])
-    effort = Effort(given["profile_seconds"], precision=given["precision"], max_seconds=given["max_seconds"])
     shared = {name: given[name] for name in ("plan", "functions", "target", "skip", "force")}
     if is_onnx(model):
         own = {name: given[name] for name in _GRAPH_OPTIONS}
-        return graph_job.run(job.graph_file(model, settings), config, given["out"], effort=effort, listener=listener, **shared, **own)
+        return graph_job.run(job.graph_file(model, settings), config, given["out"], measuring=measuring, listener=listener, **shared, **own)
     own = {name: given[name] for name in ("train", "unsupported", "allow_inference_graph")}
     own["with_past"] = (given["prompt"], given["past"]) if given["with_past"] else None
-    return job.run(model, config, given["out"], settings=settings, effort=effort, listener=listener, **shared, **own)
+    return job.run(model, config, given["out"], settings=settings, measuring=measuring, listener=listener, **shared, **own)

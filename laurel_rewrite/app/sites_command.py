@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from laurel_rewrite.app.command_help import Command
-from laurel_rewrite.app.options import SET, common
+from laurel_rewrite.app.options import SET, common, complete_model
 from laurel_rewrite.app.running import console, only_for_onnx, print_json, start
 
 
-@click.command(cls=Command)
-@click.argument("model")
+@click.command(cls=Command, short_help="list the residual connections, and why other sums are none")
+@click.argument("model", shell_complete=complete_model)
 @click.option("--explain", "selector", metavar="SITE|LINE", help="Why an addition is, or is not, a site: an id, a module, or [FILE:]LINE.")
 @click.option("--inputs", type=click.Path(path_type=Path), help="model.onnx: inputs (.npz) for sizes that cannot be inferred.")
 @click.option("--graph", "drawing", type=click.Path(path_type=Path), metavar="FILE", help="Draw streams, sites and branches: .svg, .dot.")
@@ -34,6 +34,7 @@ def sites(
     """
     start(verbose, as_json)
     from laurel_rewrite.app import job, terminal
+    from laurel_rewrite.app.progress import Stages
     from laurel_rewrite.detection.drawing import check_format, draw
     from laurel_rewrite.detection.explaining import explain
     from laurel_rewrite.sources.models import parse_settings
@@ -41,7 +42,7 @@ def sites(
     if drawing is not None:
         check_format(drawing)
     only_for_onnx(model, "inputs" if inputs is not None else "")
-    listener = terminal.Stages(console(stderr=True), quiet=quiet)
+    listener = Stages(console(stderr=True), quiet=quiet)
     with listener("detect"):
         found = job.find_sites(model, parse_settings(settings), inputs)
     explanations = explain(found, selector) if selector is not None else None

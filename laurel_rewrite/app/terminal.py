@@ -1,22 +1,19 @@
-"""What a person sees: stages while they run, tables when they are done."""
+"""What a person sees of a job when it is done."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from laurel_rewrite.app.job import Report
+from laurel_rewrite.app.tables import show_table
+from laurel_rewrite.backends.module.saved_folder import MODELING
 from laurel_rewrite.detection.explaining import Explanation
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.detection.sites import Sites
@@ -25,45 +22,7 @@ from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
 from laurel_rewrite.profiling.rows import Row
 from laurel_rewrite.profiling.training import Training
-from laurel_rewrite.report.words import figure, places, shortened, size, sizes_of, skipped_of
-from laurel_rewrite.stages import Stage
-
-
-class Stages:
-    """Shows the stages on a terminal as they run; in a pipe it shows nothing."""
-
-    def __init__(self, console: Console, *, quiet: bool) -> None:
-        self.console = console
-        self.shown = console.is_terminal and not quiet
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[Stage]:
-        begin = time.perf_counter()
-        bar = Progress(
-            SpinnerColumn(), TextColumn(f"{name:<18}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
-            console=self.console, transient=True,
-            disable=not self.shown,
-        )  # fmt: skip
-        with bar:
-            stage = _Shown(bar)
-            yield stage
-        if self.shown:
-            seconds = time.perf_counter() - begin
-            mark = (" ✗ ", "bold red") if stage.text.startswith("FAILED") else (" ✓ ", "green")
-            self.console.print(Text.assemble(mark, f"{name:<18}", stage.text, (f"  {seconds:.1f} s", "dim")))
-
-
-class _Shown:
-    def __init__(self, bar: Progress) -> None:
-        self.bar = bar
-        self.task = bar.add_task("", total=None)
-        self.text = ""
-
-    def done(self, text: str) -> None:
-        self.text = text
-
-    def progress(self, fraction: float, text: str = "") -> None:
-        self.bar.update(self.task, total=1.0, completed=fraction, description=escape(text))
+from laurel_rewrite.report.words import figure, numbered, places, shortened, size, sizes_of, skipped_of
 
 
 def show_sites(console: Console, model: str, sites: Sites) -> None:
@@ -78,14 +37,20 @@ def show_sites(console: Console, model: str, sites: Sites) -> None:
         ]  # fmt: skip
         show_table(
             console,
-            f"{model}: {len(sites)} residual connections",
+            f"{model}: {numbered(len(sites), 'residual connection')}",
             ("site", "kind", "branch", "shape", "D (axis)>", "stream>", "where"),
             rows,
+            _LEGEND,
         )
     counts = Counter((r.reason, short(r.where), r.detail) for r in sites.rejected)
     if counts:
         rejected = [(*words, str(times)) for words, times in sorted(counts.items())]
-        show_table(console, f"{len(sites.rejected)} other additions", ("reason", "where", "detail", "times>"), rejected)
+        show_table(
+            console,
+            f"{numbered(len(sites.rejected), 'other addition')}: no residual connection",
+            ("reason", "where", "detail", "times>"),
+            rejected,
+        )
     for note in filter(None, (sites.existing(), *(sites.notes if sites.sites else [sites.why_none()]))):
         console.print(Text(note))
 
@@ -120,7 +85,7 @@ def show_plan(console: Console, report: Report) -> None:
     for site in report.plan.sites:
         words = ", ".join(f"{name} {value}" for name, value in site.changed_options().items() if name != "rank")
         groups.setdefault((site.variant, str(site.options.get("rank", "")), words, str(site.dim)), []).append(site.id)
-    columns = ["first site", "sites>", "variant", "rank>", "options", "D>"]
+    columns = ["first site", "sites>", "variant", "rank>", "options", "features>"]
     empty = {column for place, column in enumerate(columns[2:]) if all(not group[place] for group in groups)}
     rows = [
         (ids[0], str(len(ids)), *(text for text, column in zip(group, columns[2:], strict=True) if column not in empty))
@@ -159,13 +124,15 @@ def show_report(console: Console, report: Report) -> None:
         )
         for check in report.checks
     ]  # fmt: skip
-    show_table(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, cut={"passed"})
+    show_table(console, "Verification", ("check", "", "difference>", "allowed", "detail"), checks, _CHECKED, cut={"passed"})
     if report.profile is not None:
         show_profile(console, report.profile)
     if report.training is not None:
         show_training(console, report.training)
     if report.files:
         console.print(Text(f"Written to {report.out}/: {', '.join(report.files)}"))
+        if MODELING in report.files:
+            console.print(Text(f"Look at report.html; train what laurel_rewrite.load({report.out!r}) gives."))
 
 
 def show_profile(console: Console, profile: Profile) -> None:
@@ -189,14 +156,14 @@ def show_profile(console: Console, profile: Profile) -> None:
     show_table(console, "Cost", ("model", *(f"{one.heading}>" for one in brief)), costs)
     for row in profile.rows:
         line = f"{shortened(row.name, 60)}: {row.ops.before.total()} ops, {row.ops.after.total()} after optimisation"
-        console.print(Text(line if row is baseline else f"{line}; fusions {row.ops.against(baseline.ops)}"))
+        console.print(Text(line if row is baseline else f"{line}; of the baseline's fused ops {row.ops.against(baseline.ops)}"))
         sites = row.attribution.sites
         if sites:
             dearest = max(sites, key=lambda site: site.ms)
             console.print(
                 Text(
-                    f"  {len(sites)} sites take {sum(site.ms for site in sites):+.3f} ms, most {shortened(dearest.site, 60)} ({dearest.ms:+.4f} ms); "
-                    f"{row.attribution.left_over_ms:+.3f} ms of the difference belong to none"
+                    f"  in the traced runs its {numbered(len(sites), 'connection')} take {sum(site.ms for site in sites):+.3f} ms more than the sums, most "
+                    f"of it {shortened(dearest.site, 60)} ({dearest.ms:+.4f} ms); {row.attribution.left_over_ms:+.3f} ms are elsewhere"
                 )
             )
     for warning in profile.warnings:
@@ -212,6 +179,14 @@ def show_training(console: Console, training: Training) -> None:
         console.print(Text(note, style="yellow"))
 
 
+_LEGEND = (
+    "kind: identity adds x itself, projection what a layer makes of it; branch: what f is; D: features, and the axis that has them; stream: the chain of "
+    "sums that it belongs to, and its place there"
+)
+_CHECKED = (
+    "exact start: before training it computes what the original does; random LAuReL: the same graph with new parameters off their start, where a "
+    "mistake would show; optimised: by onnxruntime"
+)
 _MEMORY = ("activations>", "resident\npeak>")
 
 
@@ -238,69 +213,6 @@ def _timed(time: Latency) -> tuple[str, str, Text]:
     ratio = "1" if time.verdict == "baseline" else f"{time.ratio:.3f}\n[{time.low:.3f}, {time.high:.3f}]"
     style = {"faster": "green", "slower": "red", "unresolved": "yellow"}.get(time.verdict, "")
     return f"{time.median_ms:.2f}\n({time.p10_ms:.2f}-{time.p90_ms:.2f})", ratio, Text(time.verdict, style)
-
-
-def show_table(
-    console: Console,
-    title: str,
-    headings: Sequence[str],
-    rows: Sequence[Sequence[str | Text]],
-    caption: str = "",
-    cut: Collection[str] = (),
-) -> None:
-    """A table where it fits the width; else of each row two paragraphs: its first cell, and indented the others with their headings.
-
-    Args:
-        console: to print on.
-        title, caption: above and below.
-        headings: of the columns; one that ends in ">" is set to the right.
-        rows: cells.
-        cut: rows that hold a cell with such a text have their second paragraph cut to one line.
-    """
-    table = Table(title=Text(title), caption=caption or None, **_STYLE)
-    for heading in headings:
-        table.add_column(heading.removesuffix(">"), justify="right" if heading.endswith(">") else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    table.caption, measured = None, table.__rich_measure__(console, console.options.update(width=_WIDEST))
-    if measured.maximum <= console.width:
-        table.caption = caption or None
-        console.print(table)
-        return
-    console.print(Text(f"\n{title}", style="bold"))
-    names = ["", *(heading.removesuffix(">").partition("\n")[0] for heading in headings[1:])]
-    for first, *others in rows:
-        console.print(_line(first))
-        cells = [
-            Text.assemble((f"{name} ", "dim") if name else "", _line(cell))
-            for name, cell in zip(names[1:], others, strict=True)
-            if str(cell)
-        ]
-        if any(str(cell) in cut for cell in others):
-            console.print(Padding(Text(" · ", "dim").join(cells), (0, 0, 0, 2)), no_wrap=True, overflow="ellipsis")
-        else:
-            console.print(Padding(_packed(cells, console.width - 2), (0, 0, 0, 2)))
-    if caption:
-        console.print(Text(caption, style="italic dim"))
-    console.print()
-
-
-def _packed(cells: Sequence[Text], width: int) -> Text:
-    """Cells one behind the other, each whole on a line where it fits one."""
-    lines: list[Text] = []
-    for cell in cells:
-        joined = Text(" · ", "dim").join([lines[-1], cell]) if lines else cell
-        lines[-1:] = [joined] if joined.cell_len <= width or not lines else [lines[-1], cell]
-    return Text("\n").join(lines)
-
-
-def _line(cell: str | Text) -> Text:
-    """The lines of a cell in one."""
-    return Text(" ").join(Text(str(cell), cell.style if isinstance(cell, Text) else "").split("\n"))
-
-
-_WIDEST = 10_000  # columns, to find out how wide a table would like to be
-_STYLE: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "caption_justify": "left"}
 
 
 def _parameter_line(report: Report) -> str:

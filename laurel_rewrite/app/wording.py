@@ -7,6 +7,7 @@ from collections import Counter
 from laurel_rewrite import targets
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.profiling.sessions import has_provider
+from laurel_rewrite.report.words import numbered
 from laurel_rewrite.verification.checks import Check
 from laurel_rewrite.verification.onnx_runs import FLOAT32
 
@@ -15,14 +16,16 @@ def counts(sites: Sites) -> str:
     """The kinds of sites, in words."""
     kinds = Counter(site.kind for site in sites)
     streams = len({site.stream for site in sites})
-    return f"{len(sites)} sites ({', '.join(f'{n} {k}' for k, n in kinds.items()) or 'none'}), {streams} streams, {len(sites.rejected)} other additions"
+    found = f"{numbered(len(sites), 'site')} ({', '.join(f'{n} {k}' for k, n in kinds.items()) or 'none'}) in {numbered(streams, 'stream')}"
+    return f"{found}, {numbered(len(sites.rejected), 'other addition')}"
 
 
 def verdict(checks: list[Check]) -> str:
     """How many checks had each outcome, or which failed."""
     failed = [check.name for check in checks if check.failed]
     outcomes = Counter(check.outcome for check in checks)
-    return f"FAILED: {', '.join(failed)}" if failed else ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items())
+    words = [f"{numbered(n, 'check')} passed" if outcome == "passed" else f"{n} {outcome}" for outcome, n in outcomes.items()]
+    return f"FAILED: {', '.join(failed)}" if failed else ", ".join(words)
 
 
 def not_timed(target: targets.Target) -> str:

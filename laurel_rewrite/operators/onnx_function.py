@@ -408,7 +408,7 @@ def _older(function: onnx.FunctionProto, opset: int) -> None:
 # Bodies on disk
 
 
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Where bodies are kept; None for nowhere."""
     given = os.environ.get(_CACHE)
     if given == "0":
@@ -419,7 +419,7 @@ def _folder() -> Path | None:
 
 def _cached(key: str) -> onnx.FunctionProto | None:
     """A body that was kept whole; what is torn is made anew."""
-    folder = _folder()
+    folder = cache_folder()
     if folder is None:
         return None
     try:
@@ -435,7 +435,7 @@ def _cached(key: str) -> onnx.FunctionProto | None:
 
 
 def _keep(key: str, function: onnx.FunctionProto) -> None:
-    folder = _folder()
+    folder = cache_folder()
     if folder is None:
         return
     content = function.SerializeToString(deterministic=True)

@@ -34,6 +34,7 @@ _RESERVED = frozenset(
     """
     variant plan plan_out dry_run unsupported seed out force profile_seconds precision max_time train fail_if onnx_functions target skip_pass
     weights inputs external_data emit_torch verify set include exclude verbose quiet json version help operator_file extra_turns id kind owner
+    threads provider prompt past with_past print_config allow_inference_graph
     where shape axis dim stream index calls turns holder side repeats model site stream rule config options
     """.split()
 )

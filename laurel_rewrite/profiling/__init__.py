@@ -102,7 +102,7 @@ def profile(
         prompt: of decoders with a past (`export_onnx(past=True)`): measure the prefill, so many tokens behind no past.
         past: of the same: measure the decoding, one token behind a past of so many. With `prompt` too, both are measured, each at every
             one of the shapes.
-        seconds: time for the rounds at each shape, after warm-up. There are at least `min_rounds`.
+        seconds: time for the rounds at each shape, after warm-up (`--profile-seconds` of the command). There are at least `min_rounds`.
         precision: measure on until every 95 % interval reaches no farther from its ratio than this fraction of it (0.02 is 2 %), or
             `max_seconds` are over at that shape; then a warning says so.
         threads: of one run. None: as many as the process may use, at most 4.
@@ -328,7 +328,8 @@ def _doubt(name: str, phase: str, time: Latency, effort: Effort) -> list[str]:
         ]
     if time.precision > RESOLVED:
         return [
-            f"{name}{phase}: {time.verdict}, and the ratio is only known to lie in {between}. Measure longer, or until a precision is reached."
+            f"{name}{phase}: {time.verdict}, and the ratio is only known to lie in {between}. Measure longer (--profile-seconds), or until it is "
+            f"known well enough (--precision {RESOLVED:g})."
         ]
     return []
 

@@ -54,6 +54,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def numbered(count: int, noun: str) -> str:
+    """ "1 site", "2 sites"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def figure(number: float, form: str) -> str:
     """A figure in its form: see `laurel_rewrite.profiling.figures.Figure`."""
     if form in ("ms", "number"):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
+from laurel_rewrite.app.progress import Stages
 from laurel_rewrite.app.running import console
-from laurel_rewrite.app.terminal import Stages
 from laurel_rewrite.files.checked import read_json
 from laurel_rewrite.lab.candidates import UNCHANGED
 from laurel_rewrite.lab.comparing import compare

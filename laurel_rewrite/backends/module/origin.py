@@ -112,13 +112,7 @@ def base_model(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Mod
     """The model as it was before LAuReL. Of what a configuration can name nothing is called but makers of models: see each."""
     kind = recipe["kind"]
     if kind == "spec":
-        spec = recipe["spec"]
-        file = spec.rpartition(":")[0] if ".py:" in spec else spec
-        if file.endswith(".py"):
-            if file not in recipe["files"]:
-                raise ConfigError(f"{folder / CONFIG} names the model {shown(spec)}, which is none of its files.")
-            spec = str(folder / spec)
-        return build(spec, recipe["settings"], device="meta" if meta else "cpu", offered=True).model
+        return _built(folder, recipe, meta=meta).model
     if kind == "transformers":
         require("transformers")
         from laurel_rewrite.backends.module import pretrained
@@ -128,6 +122,31 @@ def base_model(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> nn.Mod
     if kind == "skeleton" and SKELETON in recipe["files"]:
         return unpickled(folder / SKELETON)
     raise ConfigError(f"{folder / CONFIG} does not say how to build the model.")
+
+
+def example_inputs(folder: Path, recipe: Mapping[str, Any], model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs that a folder's model runs with; ConfigError where nothing says which."""
+    if recipe["kind"] == "spec":
+        built = _built(folder, recipe, meta=False)
+        return built.args, built.kwargs
+    if recipe["kind"] == "transformers":
+        from laurel_rewrite.sources.libraries.hf import example_inputs as drawn
+
+        return (), drawn(model, 2, "cpu")
+    raise ConfigError(
+        f"Nothing in {folder} says what inputs its model takes: give some, --inputs FILE.npz, by the names of its forward's arguments."
+    )
+
+
+def _built(folder: Path, recipe: Mapping[str, Any], *, meta: bool) -> Built:
+    """The base model of a recipe that names one as the command does."""
+    spec = recipe["spec"]
+    file = spec.rpartition(":")[0] if ".py:" in spec else spec
+    if file.endswith(".py"):
+        if file not in recipe["files"]:
+            raise ConfigError(f"{folder / CONFIG} names the model {shown(spec)}, which is none of its files.")
+        spec = str(folder / spec)
+    return build(spec, recipe["settings"], device="meta" if meta else "cpu", offered=True)
 
 
 def named(name: str, kind: type) -> Any:

@@ -40,7 +40,7 @@ def make(name: str, settings: dict[str, Any], device: str, batch: int) -> Built:
     except Exception as error:  # a library of configurations may raise anything for a value that it does not expect
         raise ConfigError(f"hf:{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     model = _from_config(config, name, device)
-    return Built(model.train(), (), _inputs(model, batch, device), f"hf:{name}", settings)
+    return Built(model.train(), (), example_inputs(model, batch, device), f"hf:{name}", settings)
 
 
 def _class_for(config: Any, name: str) -> Any:
@@ -79,8 +79,8 @@ def _from_folder(folder: Path, name: str, settings: dict[str, Any], device: str,
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if device == "meta":
             model = _from_config(config, name, device)
-            return Built(model.train(), (), _inputs(model, batch, device), f"hf:{name}", folder=folder)
-        with _without_bar():
+            return Built(model.train(), (), example_inputs(model, batch, device), f"hf:{name}", folder=folder)
+        with without_bar():
             model, report = _class_for(config, name).from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except LaurelError:
         raise
@@ -89,11 +89,11 @@ def _from_folder(folder: Path, name: str, settings: dict[str, Any], device: str,
     wrong = [f"{what.replace('_', ' ')}: {sorted(report[what])[0]}" for what in ("missing_keys", "unexpected_keys") if report[what]]
     if wrong:
         raise ConfigError(f"hf:{name}: its weights are not those of {type(model).__name__} ({'; '.join(wrong)}).")
-    return Built(model.train(), (), _inputs(model, batch, device), f"hf:{name}", folder=folder)
+    return Built(model.train(), (), example_inputs(model, batch, device), f"hf:{name}", folder=folder)
 
 
 @contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
+def without_bar() -> Iterator[None]:
     """The library's progress bars are not shown: whoever asked has a display of his own."""
     from transformers.utils import logging
 
@@ -106,7 +106,8 @@ def _without_bar() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _inputs(model: Any, batch: int, device: str) -> dict[str, Any]:
+def example_inputs(model: Any, batch: int, device: str) -> dict[str, Any]:
+    """Random inputs that a model of transformers takes, by name."""
     config = model.config
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", 224)
