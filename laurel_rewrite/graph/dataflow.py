@@ -64,7 +64,7 @@ class OpKind:
         norm: a normalisation; a stream passes through it.
         scaleless: a factor on its operand makes no difference, its epsilon aside; not where it divides by what it was trained on.
         gated: a sum whose operands are weighted by tensors (lerp, addcmul).
-        enclosed: a sum in the subgraph of a control-flow op, which is listed and left alone.
+        enclosed: a sum in a subgraph that is not read, which is listed and left alone.
         upsample: enlarges positions; marks a lateral sum.
         softmax: turns attention scores into weights; a sum that only this reads is a bias on scores.
         attends: is a whole attention, from queries, keys and values on.
@@ -122,6 +122,7 @@ class Value:
         existing: the op lies inside a LAuReL module that the model already had.
         recorded: the op runs where gradients are recorded, not under no_grad.
         weights: names of the parameters that it is, or that its op reads without operands, as a module does.
+        room: path of the subgraph of control flow that it lies in (`graph.rooms`); "" in the graph itself.
     """
 
     index: int
@@ -142,6 +143,7 @@ class Value:
     existing: bool = False
     recorded: bool = True
     weights: tuple[str, ...] = ()
+    room: str = ""
 
     @property
     def role(self) -> Role:
@@ -155,7 +157,8 @@ class Dataflow:
     `outputs` are the graph's results, and what its inputs and buffers hold at the end where they were written into. `deployed` is a graph that
     may be the deployed half of a trained model, whose results need not be those that it learned from. Where two graphs lie in it, those of a
     model's two modes, nothing leads from one to the other, and the second begins at `second`. `zeros` are the names of parameters that are 0
-    everywhere and stand in several places: exporters share equal constants, as biases are at their start.
+    everywhere and stand in several places: exporters share equal constants, as biases are at their start. Rooms lie in it beside the graph;
+    `borders` has for an input of one, and for a result of control flow, what it is on the other side, `opened` the ops that they belong to.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -163,6 +166,8 @@ class Dataflow:
     deployed: bool = False
     second: int | None = None
     zeros: set[str] = field(default_factory=set)
+    borders: dict[int, list[int]] = field(default_factory=dict)
+    opened: set[int] = field(default_factory=set)
 
     def graph_of(self, index: int) -> list[Value]:
         """The values of the graph that one of them lies in."""
@@ -175,6 +180,10 @@ class Dataflow:
         value = Value(len(self.values), name, op, kind, tuple(inputs), **attributes)  # type: ignore[arg-type]  # checked by Value's fields
         self.values.append(value)
         return value
+
+    def join(self, index: int, others: Iterable[int]) -> None:
+        """A value is these, on the other side of a room's border."""
+        self.borders.setdefault(index, []).extend(others)
 
     @cached_property
     def readers(self) -> list[list[int]]:
