@@ -46,7 +46,7 @@ class Calls:
     def _what(self, residual: Residual, place: Place) -> Hashable | None:
         """What a connection computes, less its inputs; None where its branch reads no parameter."""
         values = self.flow.values
-        inside = {i for branch in residual.branches for i in self.descent.between(residual.source, branch)}
+        inside = {i for branch in residual.branches for i in self.descent.between(residual.source, branch)} - {residual.source}
         read = sorted(w for i in inside for o in values[i].inputs for w in self._weights(o))
         ops = Counter(values[i].op for i in inside)
         sides = tuple(side for _, side in residual.adds)
