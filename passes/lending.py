@@ -83,7 +83,7 @@ class Lending:
         home = module_of(graph)
         self.touched[graph] = home
         target = self._child(home, site)
-        first = next((node for node in graph.nodes if node.op != "placeholder"))
+        first = next(node for node in graph.nodes if node.op != "placeholder")
         with graph.inserting_before(first):
             connection = graph.get_attr(target)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -12,8 +10,7 @@ from torch._higher_order_ops.map import map as mapped
 from torch._higher_order_ops.scan import scan
 from toys import D
 
-from laurel_rewrite import ConfigError, RewriteError, detect, rewrite
-from laurel_rewrite.operators import registry
+from laurel_rewrite import ConfigError, rewrite
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.testing import gradients_of, moved, near
 
@@ -129,7 +126,7 @@ BLOCK = {"cond": "cond.true", "scan": "scan.body", "while": "while_loop.body", "
 
 
 def graph_of(model, args, strict=False):
-    dims = [{axis: torch.export.Dim.AUTO for axis in range(arg.ndim - 1)} for arg in args]
+    dims = [dict.fromkeys(range(arg.ndim - 1), torch.export.Dim.AUTO) for arg in args]
     return torch.export.export(model, args, dynamic_shapes=dims, strict=strict).module(check_guards=False)
 
 

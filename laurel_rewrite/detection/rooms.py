@@ -5,7 +5,7 @@ Each is a dataflow of its own, in which nothing else is looked at to find them (
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from laurel_rewrite.graph.dataflow import Dataflow, OpKind, Role, Value
-from laurel_rewrite.graph.fx_nodes import class_of, discrete, owner_of, shape_of, traced
+from laurel_rewrite.graph.fx_nodes import class_of, discrete, owner_of, shape_of
 from laurel_rewrite.graph.ops.rules import (
     DETACH,
     LINEAR,
@@ -25,6 +25,7 @@ from laurel_rewrite.graph.ops.rules import (
     STRUCTURE,
     TRANSPARENT,
     cut,
+    placed,
     reshaped_axes,
     scaled,
 )
@@ -162,7 +163,8 @@ class _Reader:
             return
         owner, run, existing = owner_of(node)
         room = node.meta.get(ROOM, "")
-        owner_class, (where, trace) = class_of(node), traced(node, written=bool(room))
+        owner_class = class_of(node)
+        where, trace = placed(node.meta.get("stack_trace") or getattr(node, "stack_trace", None) or "", inside=bool(room))
         marks = node.meta.get("custom") or {}
         value = self.flow.add(
             node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner or room, owner_class=owner_class, existing=existing,

@@ -1,4 +1,4 @@
-"""What a node of an fx graph says of itself in its metadata: its shape, the module that ran it, the line that it was traced from."""
+"""What a node of an fx graph says of itself in its metadata: its shape, and the module that ran it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from laurel_rewrite.graph.ops.rules import innermost_frame
-
-_GENERATED = 'File "<eval_with_key>'
 _ROOT = "_export_root"
 """What torch.export calls the model in the subgraphs of a strict export."""
 
@@ -66,16 +63,3 @@ def owner_of(node: fx.Node) -> tuple[str, int, bool]:
     inside = str(path).removeprefix("L['self']").lstrip(".")
     inside = "" if inside == _ROOT else inside.removeprefix(f"{_ROOT}.")
     return inside, int(run) if run.isdigit() else 0, existing
-
-
-def traced(node: fx.Node, *, written: bool) -> tuple[str, str]:
-    """ "file:line" of the innermost frame in the node's stack trace, and the trace.
-
-    Args:
-        written: only what people wrote counts: in the subgraph of an op, the generated code that PyTorch traced once more is left out, and such a
-            trace, which is that of the op, tells no two of its nodes apart.
-    """
-    trace = node.meta.get("stack_trace") or ""
-    people, generated, _ = trace.partition(_GENERATED) if written else (trace, "", "")
-    where = innermost_frame(people or getattr(node, "stack_trace", None) or "")
-    return where, "" if generated else trace
