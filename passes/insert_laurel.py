@@ -23,7 +23,7 @@ from laurel_rewrite.operators.lent import Lent, draws
 from laurel_rewrite.operators.prepared import prepare
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.base import Pass, PassResult
-from laurel_rewrite.passes.lending import Called, Lending, module_of
+from laurel_rewrite.passes.lending import Called, Lending, module_of, ops_of_rooms
 
 if TYPE_CHECKING:
     from laurel_rewrite.plan import Plan
@@ -80,7 +80,7 @@ class InsertLaurel(Pass[fx.GraphModule]):
                     f"{site.id}: its sum, or what its branch reads, lies partly in a region of the graph (autocast, no_grad, a checkpoint)"
                 )
             if self._sites.room(site):
-                _check_in_room(graph, row, self.plan.build(row, torch.empty(0)))
+                _check_in_room(graph, home, row, self.plan.build(row, torch.empty(0)))
             if self.plan.has_history(row.stream) and graphs.setdefault(site.stream, home) is not home:
                 raise RewriteError(
                     f"{site.id}: {row.variant} reads the states of the connections before it, and its stream goes through regions of the graph (autocast, "
@@ -155,8 +155,13 @@ class InsertLaurel(Pass[fx.GraphModule]):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
 
 
-def _check_in_room(graph: fx.GraphModule, row: PlanSite, connection: Connection) -> None:
+def _check_in_room(graph: fx.GraphModule, home: fx.Graph, row: PlanSite, connection: Connection) -> None:
     """Raise RewriteError where a connection cannot stand in a subgraph of control flow."""
+    if home not in ops_of_rooms(graph):
+        raise RewriteError(
+            f"{row.id} ({row.where}): its sum lies in a region (autocast, no_grad, a checkpoint, a module of its own) of a subgraph of control flow, which "
+            "no parameters are handed to. Leave the site out with exclude"
+        )
     if row.operator.start == "evaluation" or (not row.operator.uses_history and draws(connection, row.shape)):
         raise RewriteError(
             f"{row.id} ({row.where}): {row.variant} draws random numbers in training, and the gradients of control flow are those of another draw. Leave "

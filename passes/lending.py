@@ -46,8 +46,7 @@ class Lending:
     def __init__(self, root: fx.GraphModule, connections: Mapping[str, Connection]) -> None:
         self.root, self.connections = root, connections
         self.touched = {root.graph: root}
-        graphs = [module.graph for module in root.modules() if isinstance(module, fx.GraphModule)]
-        self._ops = {room.graph: node for graph in graphs for node in graph.nodes for room in rooms_of(node)}
+        self._ops = ops_of_rooms(root)
         self._known: dict[tuple[fx.Graph, str], tuple[fx.Node, ...]] = {}
 
     def called(self, graph: fx.Graph, site: str) -> Called:
@@ -106,6 +105,12 @@ class Lending:
             with inner.inserting_before(inputs[-1].next if inputs else next(iter(inner.nodes))):
                 self._known[inner, site] = tuple(inner.placeholder(name) for name in names)
         return self._known[graph, site]
+
+
+def ops_of_rooms(root: fx.GraphModule) -> dict[fx.Graph, fx.Node]:
+    """The op of each room in a graph module."""
+    graphs = [module.graph for module in root.modules() if isinstance(module, fx.GraphModule)]
+    return {room.graph: node for graph in graphs for node in graph.nodes for room in rooms_of(node)}
 
 
 def module_of(graph: fx.Graph) -> fx.GraphModule:

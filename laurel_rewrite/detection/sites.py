@@ -23,7 +23,7 @@ from laurel_rewrite.errors import CaptureError, nearest
 from laurel_rewrite.graph.capture import Call, Capture, parameters_of
 from laurel_rewrite.graph.dataflow import Dataflow
 from laurel_rewrite.graph.from_fx import dataflow_from_fx
-from laurel_rewrite.graph.regions import flattened, nested
+from laurel_rewrite.graph.regions import flattened, nested, rooms_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -283,6 +283,12 @@ def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
                 with mode:
                     operands: Any = fx.node.map_arg([node.args, node.kwargs], _like)
                 with_shapes(inner, *operands)
+            for room in rooms_of(node):
+                with mode:
+                    outside: list[Any] = [_like(e.operand) if isinstance(e.operand, fx.Node) else e.operand for e in room.entries]
+                    operands = [value[0] if e.sliced else value for value, e in zip(outside, room.entries, strict=True)]
+                body: Any = room.graph.owning_module
+                with_shapes(body, operands, None)
     except Exception as error:
         raise CaptureError(f"The graph could not be run with the given inputs: {type(error).__name__}: {error}") from error
 

@@ -98,8 +98,7 @@ class _Reader:
                 self._leave_room(node)
             else:
                 self._add(node)
-                for results in self.exits.get(node.args[0], ()) if base_name(node) == "getitem" else ():  # type: ignore[arg-type]  # it has a node
-                    self.flow.join(self.computed[node], [i for i in results[int(str(node.args[1])) :][:1] if i is not None])
+                self._join_result(node)
         written = [base for base in self.version if base.op in ("placeholder", "get_attr")]
         self.flow.outputs.update(self._read(base) for base in written)  # the caller sees what its tensors hold then
         return self.flow, self.computed
@@ -107,20 +106,24 @@ class _Reader:
     def _enter(self, node: fx.Node) -> None:
         """A placeholder of a room."""
         entry: Entry[fx.Node] = node.meta[ENTRY]
-        known = self.entries[node] = replace(entry, operand=self._read(entry.operand) if entry.operand in self.current else None)  # type: ignore[arg-type,type-var]  # mypy takes an Entry[int] for one of nodes
+        known = self.entries[node] = entry.given(None if entry.operand not in self.current else self._read(entry.operand))
         shape, floating = shape_of(node)
-        index = enter(self.flow, known, node.name, node.meta[ROOM], shape, floating=floating)
-        self.computed[node] = self.current[node] = index
+        self.computed[node] = self.current[node] = enter(self.flow, known, node.name, node.meta[ROOM], shape, floating=floating)
         self.seen[node] = 0
 
     def _leave_room(self, node: fx.Node) -> None:
-        op, results, inputs = node.args
-        flat = results if isinstance(results, list | tuple) else [results]
-        given = [self._read(result) if isinstance(result, fx.Node) else None for result in flat]
-        leave(self.flow, [(self.entries[n], self.computed[n]) for n in inputs], given)  # type: ignore[union-attr,index,misc]  # its placeholders
-        self.flow.opened.add(self.computed[op])  # type: ignore[index]  # a node
-        exits = [given[place] if place is not None else None for place in node.meta[ROOM]]
-        self.exits.setdefault(op, []).append(exits)  # type: ignore[arg-type]  # a node
+        op: Any = node.args[0]
+        given = [self._read(result) if isinstance(result, fx.Node) else None for result in _listed(node.args[1])]
+        leave(self.flow, [(self.entries[inside], self.computed[inside]) for inside in _listed(node.args[2])], given)
+        self.flow.opened.add(self.computed[op])
+        self.exits.setdefault(op, []).append([given[place] for place in node.meta[ROOM]])
+
+    def _join_result(self, node: fx.Node) -> None:
+        """One of the results of control flow is what its rooms give."""
+        arguments: tuple[Any, ...] = (*node.args, None, None)
+        source, place = arguments[:2]
+        for results in self.exits.get(source, ()) if isinstance(source, fx.Node) and isinstance(place, int) else ():
+            self.flow.join(self.computed[node], [index for index in results[place : place + 1] if index is not None])
 
     def _target(self, node: fx.Node) -> tuple[str, bool]:
         """Base name of the node's op, and whether it mutates; asked once for each target of the graph."""
@@ -368,6 +371,10 @@ def _memory_of(node: fx.Node, modules: Callable[[str], torch.nn.Module]) -> fx.N
     operands = node.all_input_nodes
     name = base_name(node, modules) if operands else ""
     return operands[0] if operands and (name in VIEWS or name in MAYBE_OPERAND or mutates(node)) else None
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def _axes(node: fx.Node, op: str, operand: Value, result: Value) -> tuple[int | None, ...] | None:

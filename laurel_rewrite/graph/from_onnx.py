@@ -137,7 +137,7 @@ class _Reader(OnnxFlow):
         return known[value]
 
     def node(self, node: ir.Node) -> None:
-        operands = [value for value in node.inputs if value is not None] + list(_captured(node))
+        operands = [value for value in node.inputs if value is not None] + list(captured(node))
         if node.op_type in LIKE:
             operands = operands[:1]
         if node.op_type in QUANTISED_SUMS:
@@ -174,16 +174,16 @@ class _Reader(OnnxFlow):
 
     def _room(self, node: ir.Node, room: Room[ir.Graph, ir.Value]) -> None:
         outside, self.room = self.room, self._path(node, room.name)
-        entries = [replace(entry, operand=None if entry.operand is None else self.read(entry.operand)) for entry in room.entries]
+        entries = [entry.given(None if entry.operand is None else self.read(entry.operand)) for entry in room.entries]
         self.known.append({})
         inside = []
         for value, entry in zip(room.graph.inputs, entries, strict=True):
             name, shape = self.named(value.name or ""), sizes_of(value)
-            inside.append((entry, enter(self.flow, entry, name, self.room, shape, floating=_floating(value))))  # type: ignore[arg-type]  # replaced
+            inside.append((entry, enter(self.flow, entry, name, self.room, shape, floating=_floating(value))))
             self.put(value, inside[-1][1])
         self.body(room.graph)
         results = [self.read(value) for value in room.graph.outputs]
-        leave(self.flow, inside, results)  # type: ignore[arg-type]  # replaced
+        leave(self.flow, inside, results)
         self.known.pop()
         self.room = outside
         for output, place in zip(node.outputs, room.exits, strict=False):
@@ -285,7 +285,7 @@ class _Reader(OnnxFlow):
         return kind
 
 
-def _captured(node: ir.Node) -> Iterator[ir.Value]:
+def captured(node: ir.Node) -> Iterator[ir.Value]:
     """What the subgraphs of an If, Loop or Scan read from outside."""
     for graph in subgraphs(node):
         nodes = list(graph.all_nodes())

@@ -9,7 +9,6 @@ the condition of a loop, only the sums are listed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ class _Flat:
         for placeholder, entry in zip(_inputs(room.graph), room.entries, strict=True):
             made = inside[placeholder] = self._node(placeholder, inside, prefix, path)
             operand = known[entry.operand] if isinstance(entry.operand, fx.Node) else None
-            made.meta[ENTRY] = replace(entry, operand=operand if isinstance(operand, fx.Node) else None)
+            made.meta[ENTRY] = entry.given(operand if isinstance(operand, fx.Node) else None)
         results = self.copy(room.graph, dict(inside), prefix, path)
         end = self.graph.call_function(end_of_room, (op, results, [*inside.values()]))
         end.meta[ROOM] = room.exits

@@ -15,6 +15,7 @@ from laurel_rewrite.graph.dataflow import Dataflow, OpKind, Role, Shape
 
 Graph = TypeVar("Graph")
 Operand = TypeVar("Operand")
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Entry(Generic[Operand]):
     operand: Operand | None
     sliced: bool = False
     back: int | None = None
+
+    def given(self, operand: Other | None) -> Entry[Other]:
+        """The same in other words for the operand."""
+        return Entry(operand, self.sliced, self.back)
 
 
 @dataclass(frozen=True)

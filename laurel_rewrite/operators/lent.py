@@ -41,7 +41,7 @@ def tensors_of(connection: Connection) -> Iterator[tuple[str, Tensor]]:
 def draws(connection: Connection, shape: Sequence[int | str]) -> bool:
     """Whether a connection without history draws random numbers in training. Where control flow computes its gradients, it runs once more, and
     draws others."""
-    mode, seen, training = FakeTensorMode(allow_non_fake_inputs=True), _Draws(), connection.training
+    mode, seen, training = FakeTensorMode(allow_non_fake_inputs=True), _Draws(), connection.training  # type: ignore[no-untyped-call]  # torch's
     like = next((p for p in connection.parameters()), torch.empty(0))
     sizes = [size if isinstance(size, int) else 2 for size in shape]
     try:
