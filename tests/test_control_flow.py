@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,8 @@ from torch._higher_order_ops.map import map as mapped
 from torch._higher_order_ops.scan import scan
 from toys import D
 
-from laurel_rewrite import ConfigError, rewrite
+import laurel_rewrite
+from laurel_rewrite import ConfigError, RewriteError, detect, rewrite
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.testing import gradients_of, moved, near
 
@@ -192,3 +195,201 @@ def test_a_graph_is_exact_at_the_start_and_as_it_was(name):
     assert code == [module.code for module in given.modules() if isinstance(module, torch.fx.GraphModule)]
     with pytest.raises(ConfigError, match="rewritten already"):
         rewrite(graph, model.inputs, rank=4)
+
+
+@pytest.mark.parametrize("variant", ["rw", "lr", "rezero", "layerscale", "gated", "lr-normed", "delta", "fixup"])
+@pytest.mark.parametrize("name", ["cond", "scan"])
+def test_local_operators_train_there(name, variant):
+    """The connection itself, called by plain Python with parameters of its own, says what is right."""
+    options = {"rank": 4} if "lr" in variant else {}
+    torch.manual_seed(1)
+    model = MODELS[name]().double()
+    args = doubled(model.inputs)
+    graph = moved(rewrite(graph_of(model, args), args, variant=variant, **options))
+    for path, weights in graph.named_parameters():  # which fixup scales
+        if "laurel" not in path:
+            model.get_parameter(path).data.copy_(weights.detach())
+    own = {site: copy.deepcopy(module) for site, module in sites_of(graph).items()}
+
+    def at(name, x, f):
+        connection = own["first.laurel_0" if name == "first" else f"{BLOCK[MODEL]}.laurel_0"]
+        return connection(x, f, n=x) if connection.needs_input else connection(x, f)
+
+    MODEL = name
+    right, found = model.by_hand(at, *args), graph(*args)
+    near(found.detach(), right.detach(), 1e-10)
+    gradients_of(model, right)
+    gradients = gradients_of(graph, found)
+    for site, connection in own.items():
+        for key, parameter in connection.named_parameters():
+            if parameter.grad is not None:
+                near(gradients[f"{site}.{key}"], parameter.grad, 1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rewritten_graph_is_copied_exported_and_compiled(name):
+    _, graph, args = made(name)
+    right = graph(*args).detach()
+    twin = copy.deepcopy(graph)
+    assert list(twin.state_dict()) == list(graph.state_dict())
+    near(twin(*args).detach(), right, 1e-10)
+    with torch.no_grad():
+        for module in sites_of(twin).values():
+            for parameter in module.parameters():
+                parameter.add_(1.0)
+    assert (twin(*args) - right).abs().max() > 1e-3
+    near(graph(*args).detach(), right, 1e-10)
+    near(graph_of(graph, args)(*args).detach(), right, 1e-10)
+    torch._dynamo.reset()
+    near(torch.compile(graph, backend="eager", fullgraph=True)(*args).detach(), right, 1e-10)
+
+
+def test_it_trains():
+    _, graph, args = made("nested")
+    optimizer = torch.optim.AdamW(laurel_rewrite.param_groups(graph, lr=1e-2, weight_decay=0.1))
+    losses = []
+    for _ in range(10):
+        loss = graph(*args).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert len(laurel_rewrite.learned(graph)) == 2
+
+
+# Streams
+
+
+class Deep(Model):
+    """Two blocks behind a map, in one side of a condition."""
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.map(self.block(self.first(self.map(x)))), lambda x: self.map(x), (x,))
+
+
+@pytest.mark.parametrize("variant", ["pa", "hc", "attnres"])
+def test_a_stream_within_one_subgraph_has_a_history(variant):
+    model, (x,) = Deep().double(), doubled(Deep.inputs)
+    graph = moved(rewrite(graph_of(model, (x,)), (x,), variant=variant, **({"rank": 4} if variant == "pa" else {})))
+    first, second = (copy.deepcopy(module) for module in sites_of(graph).values())
+    for given in (x.abs(), -x.abs()):
+        found, right = graph(given), model.map(given)
+        if given.sum() > 0:
+            y, state = first.connect(right, model.first.branch(right), state=())
+            y, _ = second.connect(y, model.block.branch(y), state=state)
+            right = model.map(y)
+        near(found.detach(), right.detach(), 1e-10)
+        if given.sum() > 0:
+            gradients_of(model, right)
+            gradients = gradients_of(graph, found)
+            for connection, site in ((first, "cond.true.laurel_0"), (second, "cond.true.laurel_1")):
+                for key, parameter in connection.named_parameters():
+                    if parameter.grad is not None:
+                        near(gradients[f"{site}.{key}"], parameter.grad, 1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@STRICT
+def test_a_stream_that_crosses_a_border_is_refused_before_anything_changes(name, strict):
+    model = MODELS[name]()
+    graph = graph_of(model, model.inputs, strict)
+    before = list(graph.state_dict())
+    if name in ("scan", "mapped"):  # a map, or the slices of a state, begin another stream
+        rewrite(graph, model.inputs, variant="pa", rank=4, exclude="first.*")
+        return
+    with pytest.raises(ConfigError, match="across the border of a subgraph of control flow"):
+        rewrite(graph, model.inputs, variant="pa", rank=4)
+    rewrite(graph, model.inputs, variant="pa", rank=4, include="first.*")  # in one graph
+    assert list(graph.state_dict()) == before
+
+
+# What is refused, and what is none
+
+
+def test_random_draws_are_refused():
+    graph = graph_of(Cond(), Cond.inputs)
+    with pytest.raises(RewriteError, match="draws random numbers"):
+        rewrite(graph, Cond.inputs, variant="stochastic-depth")
+    rewrite(graph, Cond.inputs, variant="stochastic-depth", include="first.*")
+
+
+class Around(Model):
+    """A condition in a region, and a region in a condition."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = torch.cond(x.sum() > 0, lambda x: self.block(x), lambda x: self.map(x), (x,))
+        return x
+
+
+class Inside(Model):
+    def forward(self, x):
+        def quiet(x):
+            with torch.autocast("cpu", enabled=False):
+                return self.block(x)
+
+        return torch.cond(x.sum() > 0, quiet, lambda x: self.map(x), (x,))
+
+
+def test_regions_around_a_condition_and_inside():
+    x = torch.randn(3, D)
+    graph = moved(rewrite(graph_of(Around(), (x,)), (x,), rank=4))
+    (site,) = sites_of(graph)
+    found = graph(x.abs())
+    gradients = gradients_of(graph, found)
+    assert sum(site in name and value.abs().max() > 0 for name, value in gradients.items()) == 3
+    twin = copy.deepcopy(graph)
+    near(twin(x.abs()).detach(), found.detach(), 1e-6)
+    inside = graph_of(Inside(), (x,))
+    if any("autocast" in str(node.target) for module in inside.modules() if hasattr(module, "graph") for node in module.graph.nodes):
+        with pytest.raises(RewriteError, match="region"):
+            rewrite(inside, (x,), rank=4)
+
+
+def test_programs_have_the_sites_of_their_graphs():
+    program = torch.export.export(Cond(), Cond.inputs, strict=False)
+    assert [site.id for site in detect(program)] == [site.id for site in detect(program.module(check_guards=False))]
+    assert [site.id for site in detect(program)] == ["first.laurel_0", "cond.true.laurel_0", "cond.true.laurel_0@1"]
+    assert isinstance(rewrite(program, rank=4), torch.fx.GraphModule)
+
+
+class NoSites(Model):
+    """Sums of what comes from outside, of what an activation gives, and of slices of weights."""
+
+    def forward(self, x):
+        f = torch.relu(self.map(x))
+        y = torch.cond(x.sum() > 0, lambda x, f: x + f, lambda x, f: x + torch.tanh(x), (x, f))
+        return scan(lambda c, w: ((c * 0.5).tanh() + c, c + w), y, self.map.weight[:, None].expand(D, 3, D))[1]
+
+
+def test_sums_that_are_no_residual_connections_there_are_none():
+    x = torch.randn(3, D)
+    sites = detect(torch.export.export(NoSites(), (x,), strict=False))
+    assert not sites.sites
+    assert [rejected.reason for rejected in sites.rejected] == ["no common ancestor", "pointwise", "pointwise", "not data-dependent"]
+
+
+def test_a_subgraph_that_two_ops_run_is_left_alone():
+    graph = graph_of(Cond(), Cond.inputs)
+    (op,) = (node for node in graph.graph.nodes if "cond" in str(node.target))
+    with graph.graph.inserting_after(op):
+        graph.graph.node_copy(op)
+    graph.recompile()
+    assert [rejected.reason for rejected in detect(graph).rejected] == ["subgraph"] * 4
+
+
+def test_a_model_itself_is_rewritten_outside_of_control_flow_alone():
+    sites = detect(Cond(), Cond.inputs)
+    assert [site.id for site in sites] == ["first.laurel_0"]
+    assert {rejected.reason for rejected in sites.rejected} == {"subgraph"}
+
+
+def test_graphs_without_shapes():
+    graph = torch.export.export(Cond(), Cond.inputs, strict=False).module(check_guards=False)
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.clear()
+    with pytest.raises(laurel_rewrite.CaptureError, match="no shapes"):
+        detect(graph)
+    assert [site.dim for site in detect(graph, Cond.inputs)] == [D, D, D]
