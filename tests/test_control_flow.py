@@ -370,6 +370,20 @@ def test_sums_that_are_no_residual_connections_there_are_none():
     assert [rejected.reason for rejected in sites.rejected] == ["no common ancestor", "pointwise", "pointwise", "not data-dependent"]
 
 
+class Unlearnt(Model):
+    """The one's result is counted, the other's is not read."""
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, lambda x: self.block(x), lambda x: self.map(x), (x,))
+        return self.map(x) * y.argmax()
+
+
+def test_what_does_not_learn_is_no_site():
+    sites = detect(torch.export.export(Unlearnt(), Unlearnt.inputs, strict=False))
+    assert [(site.id, rejected.reason) for site in sites for rejected in sites.rejected] == []
+    assert [rejected.reason for rejected in sites.rejected] == ["no gradient"]
+
+
 def test_a_subgraph_that_two_ops_run_is_left_alone():
     graph = graph_of(Cond(), Cond.inputs)
     (op,) = (node for node in graph.graph.nodes if "cond" in str(node.target))

@@ -52,6 +52,20 @@ STREAM = f"""
         else_branch = no () => (float[N, {D}] e) {{ e = MatMul (x, w4) }}
     >
 """
+NESTED = f"""
+    true = Constant <value = bool {{1}}> () h = MatMul (x, w1)
+    y, all = Loop (turns, true, x) <
+        body = turn (int64 i, bool go, float[N, {D}] c) => (bool on, float[N, {D}] z, float[N, {D}] kept)
+        {{
+            on = Identity (go) two = Constant <value = int64 {{2}}> () odd = Mod (i, two) is = Cast <to = 9> (odd)
+            z = If (is) <
+                then_branch = yes () => (float[N, {D}] u) {{ {BLOCK.format(x="c", w="w2", z="u")} }},
+                else_branch = no () => (float[N, {D}] v) {{ q = Add (c, h) {BLOCK.format(x="q", w="w2", z="v")} }}
+            >
+            kept = MatMul (z, w3)
+        }}
+    >
+"""
 INPUTS = {"flag": "bool flag", "turns": "int64 turns", "more": f"float[T, N, {D}] more"}
 
 
@@ -96,6 +110,16 @@ def by_hand_loop(at, x, turns):
     return [x, np.stack(kept) if kept else np.zeros((0, *x.shape), np.float32)]
 
 
+def by_hand_nested(at, x, turns):
+    """Both sides of the condition run one block, the second behind what is computed outside of the loop."""
+    h, kept = x @ W["w1"], []
+    for turn in range(int(turns)):
+        x = x if turn % 2 else x + h
+        x = at("Loop.body.If.then_branch.laurel_0", x, relu(x @ W["w2"]))
+        kept.append(x @ W["w3"])
+    return [x, np.stack(kept) if kept else np.zeros((0, *x.shape), np.float32)]
+
+
 def by_hand_scan(at, x, more):
     kept = []
     for new in more:
@@ -107,6 +131,7 @@ def by_hand_scan(at, x, more):
 CASES = {
     "if": (IF, by_hand_if, [{"flag": np.array(True)}, {"flag": np.array(False)}]),
     "loop": (LOOP, by_hand_loop, [{"turns": np.array(turns)} for turns in (0, 1, 2, 6)]),
+    "nested": (NESTED, by_hand_nested, [{"turns": np.array(turns)} for turns in (1, 2, 5)]),
     "scan": (SCAN, by_hand_scan, [{"more": MORE}, {"more": MORE[:1]}, {"more": -MORE[:3]}]),
 }
 

@@ -158,7 +158,8 @@ class Dataflow:
     may be the deployed half of a trained model, whose results need not be those that it learned from. Where two graphs lie in it, those of a
     model's two modes, nothing leads from one to the other, and the second begins at `second`. `zeros` are the names of parameters that are 0
     everywhere and stand in several places: exporters share equal constants, as biases are at their start. Rooms lie in it beside the graph;
-    `borders` has for an input of one, and for a result of control flow, what it is on the other side, `opened` the ops that they belong to.
+    `borders` has for an input of one, and for a result of control flow, what it is on the other side, `opened` for the ops that they belong to
+    what they give.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -167,7 +168,7 @@ class Dataflow:
     second: int | None = None
     zeros: set[str] = field(default_factory=set)
     borders: dict[int, list[int]] = field(default_factory=dict)
-    opened: set[int] = field(default_factory=set)
+    opened: dict[int, list[int]] = field(default_factory=dict)
 
     def graph_of(self, index: int) -> list[Value]:
         """The values of the graph that one of them lies in."""
@@ -197,14 +198,19 @@ class Dataflow:
     @cached_property
     def live(self) -> frozenset[int]:
         """The values that an output depends on; what inputs and buffers hold at the end is an output too."""
-        return self._ancestors(self.outputs)
+        return self._ancestors(self._last)
 
     @cached_property
     def learning(self) -> frozenset[int]:
         """The live values that a gradient reaches from an output; all of them in a graph whose outputs have none at all."""
-        found = self._ancestors([i for i in self.outputs if self.values[i].floating], graded=True)
+        found = self._ancestors([i for i in self._last if self.values[i].floating], graded=True)
         graded = any(self.values[i].inputs and self.values[i].data and not self.values[i].kind.cut for i in found)
         return found if graded and not self.deployed else self.live
+
+    @property
+    def _last(self) -> list[int]:
+        """The outputs of the graph itself; what a room gives counts where its op does."""
+        return [index for index in self.outputs if not self.values[index].room]
 
     def _ancestors(self, indices: Iterable[int], *, graded: bool = False) -> frozenset[int]:
         """These values and what they are computed from; `graded`: by ways that gradients go back."""
@@ -212,7 +218,8 @@ class Dataflow:
         stack = list(found)
         while stack:
             value = self.values[stack.pop()]
-            for operand in () if graded and value.kind.cut else value.inputs:
+            inside = self.opened.get(value.index, ())
+            for operand in () if graded and value.kind.cut else (*value.inputs, *inside) if inside else value.inputs:
                 if operand not in found:
                     found.add(operand)
                     stack.append(operand)

@@ -114,8 +114,7 @@ class _Reader:
     def _leave_room(self, node: fx.Node) -> None:
         op: Any = node.args[0]
         given = [self._read(result) if isinstance(result, fx.Node) else None for result in _listed(node.args[1])]
-        leave(self.flow, [(self.entries[inside], self.computed[inside]) for inside in _listed(node.args[2])], given)
-        self.flow.opened.add(self.computed[op])
+        leave(self.flow, [self.computed[op]], [(self.entries[inside], self.computed[inside]) for inside in _listed(node.args[2])], given)
         self.exits.setdefault(op, []).append([given[place] for place in node.meta[ROOM]])
 
     def _join_result(self, node: fx.Node) -> None:

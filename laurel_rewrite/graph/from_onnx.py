@@ -95,9 +95,13 @@ def dataflow_from_onnx(graph: ir.Graph) -> OnnxFlow:
 class _Reader(OnnxFlow):
     def __init__(self) -> None:
         super().__init__()
-        self.room = ""  # path of the one that is read
-        self.known: list[dict[ir.Value, int]] = [{}]  # in the graph, and in each room of those that are read
+        self.paths = [""]  # of the graph, and of each room of those that are read
+        self.known: list[dict[ir.Value, int]] = [{}]  # what is computed or read there
         self.rooms: set[str] = set()
+
+    @property
+    def room(self) -> str:
+        return self.paths[-1]
 
     def body(self, graph: ir.Graph) -> None:
         for value in graph.initializers.values():
@@ -131,8 +135,8 @@ class _Reader(OnnxFlow):
                 self.source(value, data=True)
             else:
                 outside = self.read(value, level - 1)
-                name = f"{value.name} into {self.room}"
-                known[value] = enter(self.flow, Entry(outside), name, self.room, sizes_of(value), floating=_floating(value))
+                name, room = f"{value.name} into {self.paths[level]}", self.paths[level]
+                known[value] = enter(self.flow, Entry(outside), name, room, sizes_of(value), floating=_floating(value))
                 self.onnx.setdefault(known[value], value)
         return known[value]
 
@@ -173,9 +177,10 @@ class _Reader(OnnxFlow):
                     self._add(inner, self.named(name), inner.op_type, SUBGRAPH, [], inner.outputs[0])
 
     def _room(self, node: ir.Node, room: Room[ir.Graph, ir.Value]) -> None:
-        outside, self.room = self.room, self._path(node, room.name)
+        path = self._path(node, room.name)
         entries = [entry.given(None if entry.operand is None else self.read(entry.operand)) for entry in room.entries]
         self.known.append({})
+        self.paths.append(path)
         inside = []
         for value, entry in zip(room.graph.inputs, entries, strict=True):
             name, shape = self.named(value.name or ""), sizes_of(value)
@@ -183,21 +188,17 @@ class _Reader(OnnxFlow):
             self.put(value, inside[-1][1])
         self.body(room.graph)
         results = [self.read(value) for value in room.graph.outputs]
-        leave(self.flow, inside, results)
+        leave(self.flow, [self.known[-2][output] for output in node.outputs], inside, results)
         self.known.pop()
-        self.room = outside
+        self.paths.pop()
         for output, place in zip(node.outputs, room.exits, strict=False):
             self.flow.join(self.known[-1][output], [results[place]] if place is not None else [])
-        self.flow.opened.update(self.known[-1][output] for output in node.outputs)
 
     def _path(self, node: ir.Node, name: str) -> str:
         """Of a room: the node's name, and the subgraph's in it."""
         base = re.sub(r"\W+", "_", node.name or node.op_type).strip("_") or node.op_type
-        path = wanted = f"{self.room}.{base}.{name}".lstrip(".")
-        number = 1
-        while path in self.rooms:
-            number += 1
-            path = wanted.replace(f"{base}.{name}", f"{base}_{number}.{name}")
+        ways = (f"{self.room}.{base}{number}.{name}".lstrip(".") for number in ("", *(f"_{n}" for n in range(2, len(self.rooms) + 3))))
+        path = next(way for way in ways if way not in self.rooms)
         self.rooms.add(path)
         return path
 

@@ -69,10 +69,13 @@ def enter(flow: Dataflow, entry: Entry[int], name: str, room: str, shape: Shape 
     return made.index
 
 
-def leave(flow: Dataflow, entries: Iterable[tuple[Entry[int], int]], results: Iterable[int | None]) -> None:
-    """What a room gives is read outside, or in its next turn by the inputs (with their values) that are given it."""
+def leave(flow: Dataflow, ops: Iterable[int], entries: Iterable[tuple[Entry[int], int]], results: Iterable[int | None]) -> None:
+    """What a room gives is read outside, as what its op gives, or in its next turn by the inputs (with their values) that are given it."""
     given = list(results)
-    flow.outputs.update(index for index in given if index is not None)
+    known = [index for index in given if index is not None]
+    flow.outputs.update(known)
+    for op in ops:
+        flow.opened.setdefault(op, []).extend(known)
     for entry, inside in entries:
         back = given[entry.back] if entry.back is not None and entry.back < len(given) else None
         if back is not None:
