@@ -308,7 +308,7 @@ def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
 
     modules = sites_of(module)
     sites: list[OnnxSite] = []
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.domain != _MARKER:
             continue
         name = node.attributes["site"].as_string()
@@ -327,7 +327,7 @@ def _insert(model: ir.Model, module: nn.Module) -> dict[str, str]:
     for key in laurel_initializers(model, modules):
         del model.graph.initializers[key]
     InsertLaurelOnnx(sites, __version__)(model)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
             node.outputs[0].name = node.name  # the exporter calls what a marker gives "_symbolic"
     model.opset_imports.pop(_MARKER, None)

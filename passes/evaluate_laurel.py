@@ -66,7 +66,8 @@ class EvaluateLaurel(OnnxPass):
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
         changed, editor = [], Editor(graph)
         for node in _calls(graph):
-            call = Call.from_json(node.metadata_props[CALL])
+            call, place = Call.from_json(node.metadata_props[CALL]), node.graph
+            assert place is not None
             linear = len(node.outputs) == 1 and is_linear(graph.functions[node.op_identifier()], call.operand_count)
             form = linear_form(_connection(node, call), call) if linear else None
             if form is None:
@@ -80,15 +81,15 @@ class EvaluateLaurel(OnnxPass):
             if weights is not None and isinstance(form.alphas[0], float) and bears(weights, form.alphas[0]):
                 product = editor.constant(f"{operands[0].name}.scaled", scaled(weights, form.alphas[0]))
                 ir.convenience.replace_all_uses_with(node.outputs[0], product)
-                graph.graph.remove(node, safe=True)
+                place.remove(node, safe=True)
                 continue
             new = ir.Node(AFFINE_DOMAIN, AFFINE, operands, num_outputs=1, name=node.name)
             new.metadata_props.update({key: value for key, value in node.metadata_props.items() if key != CALL})
             before, after = node.outputs[0], new.outputs[0]
             after.name, after.type, after.shape = before.name, before.type, before.shape
-            graph.graph.insert_before(node, new)
+            place.insert_before(node, new)
             ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
-            graph.graph.remove(node, safe=True)
+            place.remove(node, safe=True)
             self.forms[new] = form
         used = {node.op_identifier() for node in _calls(graph)}
         for identifier in [key for key in graph.functions if key[0] == DOMAIN and key not in used]:
@@ -118,7 +119,7 @@ def is_linear(function: ir.Function, operands: int) -> bool:
 
 
 def _calls(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.domain == DOMAIN]
+    return [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
 
 
 def _connection(node: ir.Node, call: Call) -> Any:

@@ -51,14 +51,15 @@ class ExpandLaurel(OnnxPass):
                 output = writer.op("Identity", output)
                 output.name, output.type, output.shape = before.name, before.type, before.shape
             ir.convenience.replace_all_uses_with(before, output, replace_graph_outputs=True)
-            graph.graph.remove(node, safe=True)
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
             del self.forms[node]
             changed.append(str(node.name))
         return PassResult(graph, tuple(changed))
 
     def ensures(self, result: PassResult[ir.Model]) -> None:
         super().ensures(result)
-        if any(node.domain == AFFINE_DOMAIN for node in result.graph_module.graph):
+        if any(node.domain == AFFINE_DOMAIN for node in result.graph_module.graph.all_nodes()):
             raise ExportError("A LAuReL node was left behind by the lowering.")
 
 

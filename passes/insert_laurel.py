@@ -1,4 +1,8 @@
-"""z = x + f  ->  z = laurel(x, f): LAuReL modules as `call_module` nodes in any `fx.GraphModule`."""
+"""z = x + f  ->  z = laurel(x, f): LAuReL modules as `call_module` nodes in any `fx.GraphModule`.
+
+In the subgraphs of control flow:  cond(p, true, false, (x, ..))  ->  cond(p, true, false, (x, .., laurel.a, laurel.down.weight, ..)), for gradients
+go to operands alone, and z = lent((a, down.weight, ..), x, f) inside.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,11 @@ from laurel_rewrite.errors import RewriteError
 from laurel_rewrite.graph.from_fx import is_seen_elsewhere, mutates
 from laurel_rewrite.graph.regions import ORIGIN, flattened
 from laurel_rewrite.operators.connections import refuse_second_time
+from laurel_rewrite.operators.lent import Lent, draws
 from laurel_rewrite.operators.prepared import prepare
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.base import Pass, PassResult
+from laurel_rewrite.passes.lending import Called, Lending, module_of, ops_of_rooms
 
 if TYPE_CHECKING:
     from laurel_rewrite.plan import Plan
@@ -29,21 +35,24 @@ class InsertLaurel(Pass[fx.GraphModule]):
 
     The graph may come from `symbolic_trace`, from `ExportedProgram.module()`, from TorchDynamo or from anywhere; its nodes carry shapes. The plan
     names the sites that `laurel_rewrite.detect` finds in this same graph. The result is linted and recompiled, computes what it computed, and
-    trains. In a region of the graph (autocast, no_grad, a checkpoint), which is a graph module of its own, the call stands in that; a stream with
-    a history lies in one graph.
+    trains. In a region of the graph (autocast, no_grad, a checkpoint), which is a graph module of its own, the call stands in that; so it does in
+    the subgraphs of control flow (`cond`, `scan`, `while_loop`, `map`), whose ops get the parameters as further operands. A stream with a history
+    lies in one graph.
 
     Args:
         plan: what each site gets.
         connections: of each site, where they were made before, by its id; else they are made.
+        rooms: False leaves the subgraphs of control flow as they are.
 
     Raises:
         ConfigError: the plan names a site that the graph does not have, or the graph has LAuReL modules.
         RewriteError: a sum cannot be replaced.
     """
 
-    def __init__(self, plan: Plan, connections: Mapping[str, Connection] | None = None) -> None:
+    def __init__(self, plan: Plan, connections: Mapping[str, Connection] | None = None, *, rooms: bool = True) -> None:
         self.plan = plan
         self.connections = connections
+        self.rooms = rooms
         self._sites = Sites()
         self._nodes: dict[str, fx.Node] = {}
 
@@ -53,9 +62,9 @@ class InsertLaurel(Pass[fx.GraphModule]):
             raise RewriteError(
                 f"{type(graph).__name__} has another graph for each mode, of which this is one. Rewrite the model that it was made of"
             )
-        self._sites = sites_of_graph(graph)
+        self._sites = sites_of_graph(graph, rooms=self.rooms)
         self.plan.check(self._sites)
-        self._nodes = {node.name: node.meta.get(ORIGIN, node) for node in flattened(graph.graph).nodes}
+        self._nodes = {node.name: node.meta.get(ORIGIN, node) for node in flattened(graph.graph, rooms=self.rooms).nodes}
         rows = {row.id: row for row in self.plan.sites}
         graphs: dict[int, fx.Graph] = {}  # of streams with a history
         for site in self._sites:
@@ -70,12 +79,14 @@ class InsertLaurel(Pass[fx.GraphModule]):
                 raise RewriteError(
                     f"{site.id}: its sum, or what its branch reads, lies partly in a region of the graph (autocast, no_grad, a checkpoint)"
                 )
+            if self._sites.room(site):
+                _check_in_room(graph, home, row, self.plan.build(row, torch.empty(0)))
             if self.plan.has_history(row.stream) and graphs.setdefault(site.stream, home) is not home:
                 raise RewriteError(
                     f"{site.id}: {row.variant} reads the states of the connections before it, and its stream goes through regions of the graph (autocast, "
                     "no_grad, checkpoints). Leave the regions out, or use an operator without history"
                 )
-            _check_in_place(adds, site.id, _module_of(home).get_submodule)
+            _check_in_place(adds, site.id, module_of(home).get_submodule)
 
     def call(self, graph: fx.GraphModule) -> PassResult[fx.GraphModule]:
         like = next((p for p in graph.parameters() if p.is_floating_point()), None)
@@ -84,16 +95,12 @@ class InsertLaurel(Pass[fx.GraphModule]):
         made = self.connections or {row.id: self._built(row, like, graph.training) for row in rows.values()}
         for name in rows:
             graph.add_submodule(name, made[name])
-        touched = {graph.graph: graph}
+        lending = Lending(graph, made)
         for site in self._sites:
             if site.module not in rows:
                 continue
             row, connection = rows[site.module], made[site.module]
-            home = _module_of(nodes[self._sites.bindings[site.id].adds[0][0]].graph)
-            target = _target(graph, home, site.module)
-            if home is not graph:
-                touched[home.graph] = home
-                home.add_submodule(target, connection)
+            called = lending.called(nodes[self._sites.bindings[site.id].adds[0][0]].graph, site.module)
             state = states.get(site.stream)
             if connection.config.fed:
                 assert state is not None
@@ -102,16 +109,16 @@ class InsertLaurel(Pass[fx.GraphModule]):
             connection.sides = tuple(side for _, side, _ in binding.adds)
             connection.regrouped = not connection.additive and len(connection.sides) > 1
             read = nodes[self._sites.flow.values[self._sites.read_by(site)].name] if connection.needs_input else None
-            out, left = _replace(home, nodes, binding, target, state, read, history=history)
+            out, left = _replace(called, nodes, binding, state, read, history=history)
             nodes[binding.adds[-1][0]] = out  # which is read in its place from here on
             if connection.config.linked:
                 assert left is not None
-                nodes[row.behind], left = _at_end(home, nodes[row.behind], target, left)
+                nodes[row.behind], left = _at_end(called, nodes[row.behind], left)
             if left is not None:
                 states[site.stream] = left
         if self.connections is None:
             prepare(graph, self.plan.factors(self._sites))
-        for home in touched.values():
+        for home in lending.touched.values():
             home.graph.lint()
             home.recompile()
         return PassResult(graph, tuple(rows))
@@ -141,30 +148,36 @@ class InsertLaurel(Pass[fx.GraphModule]):
 
     def ensures(self, result: PassResult[fx.GraphModule]) -> None:
         graphs = [module.graph for module in result.graph_module.modules() if isinstance(module, fx.GraphModule)]
-        called = {id(_module_of(graph).get_submodule(str(n.target))) for graph in graphs for n in graph.nodes if n.op == "call_module"}
+        modules = [module_of(graph).get_submodule(str(n.target)) for graph in graphs for n in graph.nodes if n.op == "call_module"]
+        called = {id(module.connection if isinstance(module, Lent) else module) for module in modules}
         missing = [name for name in result.changed if id(result.graph_module.get_submodule(name)) not in called]
         if missing or any(not isinstance(result.graph_module.get_submodule(name), Connection) for name in result.changed):
             raise RewriteError(f"The graph does not call {missing or 'a LAuReL module'} after the insertion.")
 
 
-def _target(root: fx.GraphModule, home: fx.GraphModule, site: str) -> str:
-    """What a site's module is called in a graph: its path below the module whose code that is."""
-    path = next((name for name, module in root.named_modules() if module is home), "")
-    return site.removeprefix(f"{path}.") if path else site
-
-
-def _module_of(graph: fx.Graph) -> fx.GraphModule:
-    """The module whose code a graph is."""
-    module = graph.owning_module
-    assert isinstance(module, fx.GraphModule)
-    return module
+def _check_in_room(graph: fx.GraphModule, home: fx.Graph, row: PlanSite, connection: Connection) -> None:
+    """Raise RewriteError where a connection cannot stand in a subgraph of control flow."""
+    if home not in ops_of_rooms(graph):
+        raise RewriteError(
+            f"{row.id} ({row.where}): its sum lies in a region (autocast, no_grad, a checkpoint, a module of its own) of a subgraph of control flow, which "
+            "no parameters are handed to. Leave the site out with exclude"
+        )
+    if row.operator.start == "evaluation" or (not row.operator.uses_history and draws(connection, row.shape)):
+        raise RewriteError(
+            f"{row.id} ({row.where}): {row.variant} draws random numbers in training, and the gradients of control flow are those of another draw. Leave "
+            "the site out with exclude, or use another operator"
+        )
+    place: object = graph
+    for name in row.id.split("."):
+        place = getattr(place, name, None) if place is not None else None
+        if place is not None and not isinstance(place, nn.Module):
+            raise RewriteError(f"{row.id} ({row.where}): the graph has a {type(place).__name__} in its way, at {name!r}")
 
 
 def _replace(
-    module: fx.GraphModule,
+    called: Called,
     nodes: dict[str, fx.Node],
     binding: Binding,
-    target: str,
     state: fx.Node | None,
     read: fx.Node | None,
     *,
@@ -175,13 +188,13 @@ def _replace(
     adds = [(nodes[name], side) for name, side, _ in binding.adds]
     root, _ = adds[-1]
     operands: list[Any] = [adds[0][0].args[adds[0][1]], *(add.args[1 - side] for add, side in adds)]
-    graph = module.graph
-    seen = mutates(root) and is_seen_elsewhere(root, module.get_submodule)
+    graph = root.graph
+    seen = mutates(root) and is_seen_elsewhere(root, module_of(graph).get_submodule)
     with graph.inserting_before(root):
         if seen:  # the sum goes into the memory that the source added to, and what was there is read before that
             operands = [graph.call_method("clone", (operand,)) if operand is root.args[0] else operand for operand in operands]
         given: dict[str, Any] = {"state": () if state is None else state} if history else {}
-        call = graph.call_module(target, tuple(operands), given if read is None else {**given, "n": read})
+        call = called(graph, operands, given if read is None else {**given, "n": read})
         out, left = (graph.call_function(operator.getitem, (call, i)) for i in (0, 1)) if history else (call, None)
         made = graph.call_method("copy_", (root.args[0], out)) if seen else out
     for node in {out, made}:
@@ -203,13 +216,13 @@ def _copied(nodes: Sequence[fx.Node], made: dict[fx.Node, fx.Node]) -> dict[fx.N
     return made
 
 
-def _at_end(module: fx.GraphModule, end: fx.Node, target: str, state: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _at_end(called: Called, end: fx.Node, state: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Put what is read at the end of a link in the place of what the link gives; returns it, and the state behind it."""
-    if mutates(end) and is_seen_elsewhere(end, module.get_submodule):
-        raise RewriteError(f"{target}: {end.name} works in place behind it, and another tensor of the same memory is read")
+    if mutates(end) and is_seen_elsewhere(end, module_of(end.graph).get_submodule):
+        raise RewriteError(f"{called.target}: {end.name} works in place behind it, and another tensor of the same memory is read")
     graph = end.graph
     with graph.inserting_before(end.next):
-        call = graph.call_module(target, (end,), {"state": state})
+        call = called(graph, (end,), {"state": state})
         out, left = (graph.call_function(operator.getitem, (call, i)) for i in (0, 1))
     out.meta = {key: value for key, value in end.meta.items() if key in ("val", "tensor_meta", "nn_module_stack", "stack_trace")}
     end.replace_all_uses_with(out, delete_user_cb=lambda user: user is not call)

@@ -136,7 +136,7 @@ class InsertLaurelOnnx(OnnxPass):
             skip = site.skip if site.skip is None else replaced.get(site.skip, site.skip)
             states = [*site.states, *(_shaped(editor, site, skip, *value) for value in enumerate(left.get(site.before, [])))]
             for feed, value in zip(site.feeds, left.get(site.before, []), strict=False):
-                _feed(graph, feed, replaced.get(feed.start, feed.start), value)
+                _feed(feed, replaced.get(feed.start, feed.start), value)
             parameters = [_initializer(graph, initializers, f"{site.id}.{name}", site.parameters[name]) for name in step.parameters]
             given = [*([] if site.skip is None else [site.skip]), *site.branches, *states]
             given += [site.reads] if site.reads is not None and site.part != "branch" else []
@@ -186,7 +186,7 @@ class InsertLaurelOnnx(OnnxPass):
 
     def ensures(self, result: PassResult[ir.Model]) -> None:
         super().ensures(result)
-        present = [n.metadata_props.get(f"{METADATA}site") for n in result.graph_module.graph if n.domain == DOMAIN]
+        present = [n.metadata_props.get(f"{METADATA}site") for n in result.graph_module.graph.all_nodes() if n.domain == DOMAIN]
         if sorted(filter(None, present)) != sorted(result.changed):
             raise ExportError("The ONNX graph does not hold the LAuReL nodes that were inserted.")
 
@@ -213,16 +213,18 @@ class _Functions:
         return self.known[body]
 
 
-def _feed(model: ir.Model, feed: Feed, old: ir.Value, value: ir.Value) -> None:
+def _feed(feed: Feed, old: ir.Value, value: ir.Value) -> None:
     """Let one of q, k and v read a value, behind the branch's norm."""
     made = {old: value}
+    graph = feed.reader.graph
+    assert graph is not None
     for node in feed.norm:
         inputs = [made.get(operand, operand) if operand is not None else None for operand in node.inputs]
         copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs), version=node.version)
         for output, source in zip(copy.outputs, node.outputs, strict=True):
             output.type, output.shape = source.type, source.shape
             made[source] = output
-        model.graph.insert_before(feed.reader, copy)
+        graph.insert_before(feed.reader, copy)
     places = [place for place, operand in enumerate(feed.reader.inputs) if operand is not None and operand in (feed.read, old)]
     if not places:
         raise ExportError(f"{feed.reader.name} does not read {feed.read.name} in this graph")

@@ -144,7 +144,7 @@ def test_a_convolution_with_a_fused_sum():
 
 
 def test_subgraphs_read_what_they_capture():
-    """What an If computes from the stream is a branch; the sum inside it is left alone."""
+    """What an If computes from the stream is a branch; the sum inside it is one of its own."""
     inner = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["f"]), helper.make_node("Add", ["x", "f"], ["inside"])],
         "then", [], [helper.make_tensor_value_info("inside", TensorProto.FLOAT, (2, D))],
@@ -159,7 +159,7 @@ def test_subgraphs_read_what_they_capture():
         helper.make_node("Add", ["x", "f"], ["y"]),
     ]
     sites = detect(onnx_graph(nodes, {"x": (2, D)}, w=(D, D)))
-    assert [site.where for site in sites] == ["y"]
+    assert [site.where for site in sites] == ["inside in If.then_branch", "y"]
 
 
 def test_quantised_skips_are_transparent():

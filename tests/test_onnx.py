@@ -237,7 +237,7 @@ def test_a_sum_in_a_local_function():
     assert {function.domain for function in model.functions.values()} == {"laurel_rewrite"}
 
 
-def test_sums_in_subgraphs_are_listed_and_left_alone(tmp_path):
+def test_sums_in_subgraphs_are_sites(tmp_path):
     inner = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["f"]), helper.make_node("Add", ["x", "f"], ["inside"])],
         "then", [], [helper.make_tensor_value_info("inside", TensorProto.FLOAT, (2, D))],
@@ -253,7 +253,11 @@ def test_sums_in_subgraphs_are_listed_and_left_alone(tmp_path):
     ]
     given = onnx_graph(nodes, {"x": (2, D)}, w=(D, D))
     sites = detect(given)
-    assert [(r.reason, r.where) for r in sites.rejected] == [("subgraph", "inside in choice")]
+    assert [(site.id, site.where) for site in sites] == [
+        ("choice.then_branch.laurel_0", "inside in choice.then_branch"),
+        ("laurel_0", "y"),
+    ]
+    assert not sites.rejected
     path = write_onnx(rewrite_onnx(given, rank=4), tmp_path / "laurel.onnx")
     np.testing.assert_array_equal(run_onnx(path, {"x": X}, optimised=False)[0], 2 * X)  # the weights are zeros
 

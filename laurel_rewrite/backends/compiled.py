@@ -209,7 +209,7 @@ class _Inserting:
     def _served(self, graph: fx.GraphModule) -> fx.GraphModule:
         """A graph with the connections of its sites."""
         begun = self._begun(graph)
-        sites = sites_of_graph(graph)
+        sites = sites_of_graph(graph, rooms=False)
         self._check_known(sites)
         present = {site.module for site in sites}
         rows = [row for row in self.plan.sites if row.id in present]
@@ -263,7 +263,7 @@ class _Inserting:
         plan = replace(self.plan, sites=tuple(placed))
         connections: dict[str, Any] = {row.id: self.model.get_submodule(row.id) for row in rows}
         self._check_streams(plan, connections)
-        return InsertLaurel(plan, connections)(graph).graph_module
+        return InsertLaurel(plan, connections, rooms=False)(graph).graph_module
 
     def _check_streams(self, plan: Plan, connections: Mapping[str, Any]) -> None:
         """A stream with a history is whole, and each of its connections stands as it was made to."""

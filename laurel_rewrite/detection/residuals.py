@@ -43,7 +43,8 @@ REASONS = {
     "open sizes": "the operands' sizes could not be shown equal: fix the open sizes of the graph, or give inputs that it runs with",
     "subtraction": "x - f(x): listed, and left as it is; written as x + (-f(x)) it would be a residual connection",
     "gated": "the operands are weighted by tensors, as in a gate",
-    "subgraph": "it stands in the subgraph of an If, Loop or Scan, which is left alone",
+    "subgraph": "it stands in a subgraph that is left alone: control flow in a model's own code (the graph of its export is rewritten there, too), the "
+    "condition of a loop, a loop whose state changes its shape, a subgraph that several ops run, or an op that is no If, Loop, Scan, cond, while_loop or map",
     "existing LAuReL": "in, or with the result of, a LAuReL block that the model has already",
     "no gradient": "a residual connection where no gradient is recorded (torch.no_grad), or from which none reaches an output (detach, argmax), "
     "so that LAuReL there could not learn",

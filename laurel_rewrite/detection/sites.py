@@ -15,6 +15,7 @@ from torch import fx
 
 from laurel_rewrite.detection.anatomy import Spot, spots_of
 from laurel_rewrite.detection.residuals import REASONS, Refusal, find_residuals
+from laurel_rewrite.detection.rooms import Calls, crossings
 from laurel_rewrite.detection.site import Binding, Rejected, Site
 from laurel_rewrite.detection.streams import find_places
 from laurel_rewrite.detection.ways import between
@@ -22,7 +23,7 @@ from laurel_rewrite.errors import CaptureError, nearest
 from laurel_rewrite.graph.capture import Call, Capture, parameters_of
 from laurel_rewrite.graph.dataflow import Dataflow
 from laurel_rewrite.graph.from_fx import dataflow_from_fx
-from laurel_rewrite.graph.regions import flattened, nested
+from laurel_rewrite.graph.regions import flattened, nested, rooms_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,8 @@ class Sites:
         flow: the dataflow that was searched.
         calls: the recorded calls that its values refer to.
         notes: sentences for the user: where the modes differ, and what could not be seen.
+        crossings: streams that are one but for the border of a control-flow subgraph between them: the former's and the latter's, with the ids of
+            the sites there.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -52,6 +55,7 @@ class Sites:
     flow: Dataflow = field(default_factory=Dataflow, repr=False)
     calls: Sequence[Call] = field(default=(), repr=False)
     notes: tuple[str, ...] = ()
+    crossings: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -109,6 +113,10 @@ class Sites:
     def after(self, site: Site, steps: int = 1) -> Site | None:
         """The next connection of a site's stream; the one before it for -1 steps."""
         return next((other for other in self.sites if (other.stream, other.index) == (site.stream, site.index + steps)), None)
+
+    def room(self, site: Site) -> str:
+        """Path of the subgraph of control flow that a site lies in; "" in the graph itself."""
+        return self.flow.values[self.bindings[site.id].residual.output].room
 
     def where(self, index: int) -> str:
         """ "file:line" of a value, or its name in a graph without source lines."""
@@ -183,15 +191,16 @@ def sites_of_program(program: torch.export.ExportedProgram) -> Sites:
 @_uncollected()
 def sites_of_capture(captured: Capture) -> Sites:
     """The sites of a captured model, with source positions."""
-    graph = flattened(captured.graph)
+    graph = flattened(captured.graph, rooms=False)  # whose sums stand in functions that the model's code passes on
     flow, _ = dataflow_from_fx(graph, parameters=captured.parameters)
     return _sites(flow, captured.calls, graph)
 
 
 @_uncollected()
-def sites_of_graph(module: fx.GraphModule) -> Sites:
-    """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes, and the inputs of which TorchDynamo says so."""
-    graph = flattened(module.graph)
+def sites_of_graph(module: fx.GraphModule, *, rooms: bool = True) -> Sites:
+    """The sites of an `fx.GraphModule` whose nodes carry shapes; parameters are its `get_attr` nodes, and the inputs of which TorchDynamo says so.
+    Those in the subgraphs of control flow are left out where `rooms` is False."""
+    graph = flattened(module.graph, rooms=rooms)
     static = [node.name for node in graph.nodes if node.op == "placeholder" and _is_static(node)]
     flow, _ = dataflow_from_fx(graph, module.get_submodule, dict(zip(static, static, strict=True)))
     called = dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "call_module")
@@ -274,6 +283,12 @@ def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
                 with mode:
                     operands: Any = fx.node.map_arg([node.args, node.kwargs], _like)
                 with_shapes(inner, *operands)
+            for room in rooms_of(node):
+                with mode:
+                    outside: list[Any] = [_like(e.operand) if isinstance(e.operand, fx.Node) else e.operand for e in room.entries]
+                    operands = [value[0] if e.sliced else value for value, e in zip(outside, room.entries, strict=True)]
+                body: Any = room.graph.owning_module
+                with_shapes(body, operands, None)
     except Exception as error:
         raise CaptureError(f"The graph could not be run with the given inputs: {type(error).__name__}: {error}") from error
 
@@ -311,7 +326,7 @@ def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None)
         call, value = sites.call(index), values[index]
         if call is not None:
             return call.owner, call.owner_call, call.steps
-        return (value.owner, value.run, value.trace) if value.trace else None
+        return (value.owner, value.run, (value.trace, value.room) if value.room else value.trace) if value.trace else None
 
     lines = [line(residual.adds[0][0]) for residual in residuals]
     places = find_places(flow, residuals, [key and key[2] for key in lines])
@@ -324,6 +339,7 @@ def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None)
     ordinals: dict[tuple[str, int], dict[Any, int]] = defaultdict(dict)
     tied: dict[str, int] = defaultdict(int)
     added: dict[int, list[str]] = defaultdict(list)
+    shared = Calls(flow)
     for residual, place in zip(residuals, places, strict=True):
         adds = tuple((values[node].name, side, sites.call(node)) for node, side in residual.adds)
         inner = residual.adds[0][0]  # where the skip is added
@@ -339,6 +355,7 @@ def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None)
         path = f"{owner}.laurel_{ordinal}" if owner else f"laurel_{ordinal}"
         if turn is not None:
             path += f".{turn}"
+        path, turn, turns = shared.first(residual, place, (path, turn, turns))
         name = path if not tied[path] else f"{path}@{tied[path]}"
         tied[path] += 1
         sites.sites.append(Site(name, residual.kind, owner, where, shape, place.axis, place.dim, place.stream, place.index))
@@ -348,5 +365,8 @@ def _sites(flow: Dataflow, calls: Sequence[Call], graph: fx.Graph | None = None)
     holders = {stream: _holder([_stack(nodes[name]) for name in names]) if nodes else "" for stream, names in added.items()}
     for site in sites:
         sites.bindings[site.id] = replace(sites.bindings[site.id], holder=holders[site.stream])
+    sites.crossings = {
+        streams: (sites.sites[before].id, sites.sites[after].id) for streams, (before, after) in crossings(flow, residuals, places).items()
+    }
     sites.rejected = [Rejected(sites.where(r.output), sites.owner(r.output), r.reason, r.detail) for r in refusals]
     return sites

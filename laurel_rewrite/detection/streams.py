@@ -9,7 +9,7 @@ last axis is no change: Swin's blocks go from [B, H, W, D] to [B, H*W, D] and ba
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from laurel_rewrite.detection.residuals import Residual
@@ -43,7 +43,7 @@ def find_places(flow: Dataflow, residuals: list[Residual], sources: Sequence[Has
     lengths: list[int] = []
     last: dict[int, int] = {}
     for position, residual in enumerate(residuals):
-        before = _predecessor(flow, residual, by_output)
+        before, _ = stream_before(flow, residual.skip, by_output)
         # Two sites that follow the same one are a fork, and the second begins a stream of its own.
         if before is not None and last.get(streams[before]) == before:
             stream = streams[before]
@@ -86,27 +86,32 @@ def _together(streams: list[int], sources: list[tuple[Hashable | None, Shape]]) 
     return {stream: first(stream) for stream in group}
 
 
-def _predecessor(flow: Dataflow, residual: Residual, by_output: dict[int, int]) -> int | None:
-    index = residual.skip
-    while True:
+def stream_before(flow: Dataflow, index: int, by_output: Mapping[int, int]) -> tuple[int | None, int]:
+    """The connection whose output a value carries on, and where the way back to it ends; None where that is elsewhere.
+
+    Args:
+        flow: the dataflow.
+        index: the value, such as a skip.
+        by_output: connections by their outputs.
+    """
+    while index not in by_output:
         value = flow.values[index]
-        if index in by_output and index != residual.output:
-            return by_output[index]
         carried = [i for i in value.inputs if flow.values[i].data and flow.values[i].floating]
         if value.role is Role.TRANSPARENT:  # what is dequantised is no floating-point number
             carried = [i for i in value.inputs[:1] if flow.values[i].data]
         # A sum with one data operand adds a bias.
         carries = value.role in (Role.TRANSPARENT, Role.POINTWISE, Role.SUM) or value.kind.norm
-        if value.kind.cut:  # no state of a stream goes around a detach
-            return None
+        if value.kind.cut or index in flow.borders:  # no state of a stream goes around a detach, or out of a graph
+            return None, index
         if not carries or len(carried) != 1:
             decomposed = _through_norm(flow, value)
             if decomposed is None:
-                return None
+                return None, index
             carried = [decomposed]
         if flow.values[carried[0]].shape != value.shape and not _reshapes(value):
-            return None
+            return None, index
         index = carried[0]
+    return by_output[index], index
 
 
 def _reshapes(value: Value) -> bool:

@@ -64,7 +64,7 @@ class OpKind:
         norm: a normalisation; a stream passes through it.
         scaleless: a factor on its operand makes no difference, its epsilon aside; not where it divides by what it was trained on.
         gated: a sum whose operands are weighted by tensors (lerp, addcmul).
-        enclosed: a sum in the subgraph of a control-flow op, which is listed and left alone.
+        enclosed: a sum in a subgraph that is not read, which is listed and left alone.
         upsample: enlarges positions; marks a lateral sum.
         softmax: turns attention scores into weights; a sum that only this reads is a bias on scores.
         attends: is a whole attention, from queries, keys and values on.
@@ -122,6 +122,7 @@ class Value:
         existing: the op lies inside a LAuReL module that the model already had.
         recorded: the op runs where gradients are recorded, not under no_grad.
         weights: names of the parameters that it is, or that its op reads without operands, as a module does.
+        room: path of the subgraph of control flow that it lies in (`graph.rooms`); "" in the graph itself.
     """
 
     index: int
@@ -142,6 +143,7 @@ class Value:
     existing: bool = False
     recorded: bool = True
     weights: tuple[str, ...] = ()
+    room: str = ""
 
     @property
     def role(self) -> Role:
@@ -155,7 +157,9 @@ class Dataflow:
     `outputs` are the graph's results, and what its inputs and buffers hold at the end where they were written into. `deployed` is a graph that
     may be the deployed half of a trained model, whose results need not be those that it learned from. Where two graphs lie in it, those of a
     model's two modes, nothing leads from one to the other, and the second begins at `second`. `zeros` are the names of parameters that are 0
-    everywhere and stand in several places: exporters share equal constants, as biases are at their start.
+    everywhere and stand in several places: exporters share equal constants, as biases are at their start. Rooms lie in it beside the graph;
+    `borders` has for an input of one, and for a result of control flow, what it is on the other side, `opened` for the ops that they belong to
+    what they give.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -163,6 +167,8 @@ class Dataflow:
     deployed: bool = False
     second: int | None = None
     zeros: set[str] = field(default_factory=set)
+    borders: dict[int, list[int]] = field(default_factory=dict)
+    opened: dict[int, list[int]] = field(default_factory=dict)
 
     def graph_of(self, index: int) -> list[Value]:
         """The values of the graph that one of them lies in."""
@@ -176,6 +182,10 @@ class Dataflow:
         self.values.append(value)
         return value
 
+    def join(self, index: int, others: Iterable[int]) -> None:
+        """A value is these, on the other side of a room's border."""
+        self.borders.setdefault(index, []).extend(others)
+
     @cached_property
     def readers(self) -> list[list[int]]:
         """For each value, the values that read it, each once."""
@@ -188,14 +198,19 @@ class Dataflow:
     @cached_property
     def live(self) -> frozenset[int]:
         """The values that an output depends on; what inputs and buffers hold at the end is an output too."""
-        return self._ancestors(self.outputs)
+        return self._ancestors(self._last)
 
     @cached_property
     def learning(self) -> frozenset[int]:
         """The live values that a gradient reaches from an output; all of them in a graph whose outputs have none at all."""
-        found = self._ancestors([i for i in self.outputs if self.values[i].floating], graded=True)
+        found = self._ancestors([i for i in self._last if self.values[i].floating], graded=True)
         graded = any(self.values[i].inputs and self.values[i].data and not self.values[i].kind.cut for i in found)
         return found if graded and not self.deployed else self.live
+
+    @property
+    def _last(self) -> list[int]:
+        """The outputs of the graph itself; what a room gives counts where its op does."""
+        return [index for index in self.outputs if not self.values[index].room]
 
     def _ancestors(self, indices: Iterable[int], *, graded: bool = False) -> frozenset[int]:
         """These values and what they are computed from; `graded`: by ways that gradients go back."""
@@ -203,7 +218,8 @@ class Dataflow:
         stack = list(found)
         while stack:
             value = self.values[stack.pop()]
-            for operand in () if graded and value.kind.cut else value.inputs:
+            inside = self.opened.get(value.index, ())
+            for operand in () if graded and value.kind.cut else (*value.inputs, *inside) if inside else value.inputs:
                 if operand not in found:
                     found.add(operand)
                     stack.append(operand)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from laurel_rewrite.graph.dataflow import Dataflow, OpKind, Role, Value
+from laurel_rewrite.graph.fx_nodes import class_of, discrete, owner_of, shape_of
 from laurel_rewrite.graph.ops.rules import (
     DETACH,
     LINEAR,
@@ -25,7 +25,7 @@ from laurel_rewrite.graph.ops.rules import (
     STRUCTURE,
     TRANSPARENT,
     cut,
-    innermost_frame,
+    placed,
     reshaped_axes,
     scaled,
 )
@@ -44,6 +44,8 @@ from laurel_rewrite.graph.ops.torch import (
     SUMS,
     VIEWS,
 )
+from laurel_rewrite.graph.regions import ENTRY, ROOM, end_of_room
+from laurel_rewrite.graph.rooms import Entry, enter, leave
 
 
 def dataflow_from_fx(
@@ -82,17 +84,45 @@ class _Reader:
         self.known: dict[tuple[str, Any], tuple[str, bool]] = {}  # a target's base name, and whether it mutates
         self.views: dict[tuple[Any, ...], int] = {}  # op, operands and arguments of a view -> its value
         self.recording = True  # of gradients: False inside a no_grad region
+        self.entries: dict[fx.Node, Entry[int]] = {}  # of the placeholders of rooms
+        self.exits: dict[fx.Node, list[list[int | None]]] = {}  # control flow -> what each of its rooms gives for each of its results
         self.detached: dict[int, int] = {}  # what a no_grad region computed -> that as it is read outside
 
     def read(self) -> tuple[Dataflow, dict[fx.Node, int]]:
         for node in self.graph.nodes:
             if node.op == "output":
                 self.flow.outputs.update(self._read(operand) for operand in node.all_input_nodes)
+            elif ENTRY in node.meta:
+                self._enter(node)
+            elif node.target is end_of_room:
+                self._leave_room(node)
             else:
                 self._add(node)
+                self._join_result(node)
         written = [base for base in self.version if base.op in ("placeholder", "get_attr")]
         self.flow.outputs.update(self._read(base) for base in written)  # the caller sees what its tensors hold then
         return self.flow, self.computed
+
+    def _enter(self, node: fx.Node) -> None:
+        """A placeholder of a room."""
+        entry: Entry[fx.Node] = node.meta[ENTRY]
+        known = self.entries[node] = entry.given(None if entry.operand not in self.current else self._read(entry.operand))
+        shape, floating = shape_of(node)
+        self.computed[node] = self.current[node] = enter(self.flow, known, node.name, node.meta[ROOM], shape, floating=floating)
+        self.seen[node] = 0
+
+    def _leave_room(self, node: fx.Node) -> None:
+        op: Any = node.args[0]
+        given = [self._read(result) if isinstance(result, fx.Node) else None for result in _listed(node.args[1])]
+        leave(self.flow, [self.computed[op]], [(self.entries[inside], self.computed[inside]) for inside in _listed(node.args[2])], given)
+        self.exits.setdefault(op, []).append([given[place] for place in node.meta[ROOM]])
+
+    def _join_result(self, node: fx.Node) -> None:
+        """One of the results of control flow is what its rooms give."""
+        arguments: tuple[Any, ...] = (*node.args, None, None)
+        source, place = arguments[:2]
+        for results in self.exits.get(source, ()) if isinstance(source, fx.Node) and isinstance(place, int) else ():
+            self.flow.join(self.computed[node], [index for index in results[place : place + 1] if index is not None])
 
     def _target(self, node: fx.Node) -> tuple[str, bool]:
         """Base name of the node's op, and whether it mutates; asked once for each target of the graph."""
@@ -134,11 +164,13 @@ class _Reader:
             self._settle(node, op, self.views[view], operands)
             return
         owner, run, existing = owner_of(node)
+        room = node.meta.get(ROOM, "")
         owner_class = class_of(node)
+        where, trace = placed(node.meta.get("stack_trace") or getattr(node, "stack_trace", None) or "", inside=bool(room))
         marks = node.meta.get("custom") or {}
         value = self.flow.add(
-            node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner, owner_class=owner_class, existing=existing, where=where_of(node),
-            trace=node.meta.get("stack_trace") or "", run=run, weights=self._weights(node),
+            node.name, op, kind, inputs, shape=shape, floating=floating, data=data, owner=owner or room, owner_class=owner_class, existing=existing,
+            where=where, room=room, trace=trace, run=run, weights=self._weights(node),
             recorded=self.recording and "laurel_unrecorded" not in marks, call=marks.get("laurel_call") if op in SUMS else None,
         )  # fmt: skip
         if kind.role is Role.TRANSPARENT and inputs:
@@ -340,60 +372,8 @@ def _memory_of(node: fx.Node, modules: Callable[[str], torch.nn.Module]) -> fx.N
     return operands[0] if operands and (name in VIEWS or name in MAYBE_OPERAND or mutates(node)) else None
 
 
-def shape_of(node: fx.Node) -> tuple[tuple[int | str, ...] | None, bool]:
-    """Shape and whether floating-point, from the node's metadata; (None, False) where the result is no tensor."""
-    val = node.meta.get("val", node.meta.get("example_value"))
-    if isinstance(val, torch.Tensor):
-        shape = tuple(val.shape)
-        if any(type(size) is not int for size in shape):
-            shape = tuple(size if isinstance(size, int) else _size(size) for size in shape)
-        return shape, val.dtype.is_floating_point
-    meta: Any = node.meta.get("tensor_meta")
-    if hasattr(meta, "dtype") and hasattr(meta, "shape"):
-        return tuple(meta.shape), meta.dtype.is_floating_point
-    return None, False
-
-
-def _size(size: torch.SymInt) -> int | str:
-    """A symbolic size in words; one that depends on the values of tensors is unknown, one that was found out is a number."""
-    text = str(size)
-    return int(text) if text.isdigit() else f"?{text}" if free_unbacked_symbols(size) else text
-
-
-def discrete(node: fx.Node) -> bool:
-    """Whether the result holds indices, counts or truth values. Narrow integers stand for real numbers in quantised graphs."""
-    val: Any = node.meta.get("val", node.meta.get("example_value"))
-    if not isinstance(val, torch.Tensor):
-        val = node.meta.get("tensor_meta")
-    return getattr(val, "dtype", None) in (torch.int64, torch.int32, torch.bool)
-
-
-def _modules_around(node: fx.Node) -> list[tuple[Any, Any]]:
-    """The modules that ran the node, from the model inwards: a key of the call, and path and class."""
-    stack = node.meta.get("nn_module_stack")
-    return [(key, entry) for key, entry in stack.items() if node.op != "call_module" or str(key) != str(node.target)] if stack else []
-
-
-def class_of(node: fx.Node) -> str:
-    """Name of the class of the module that ran the node; "" where the graph does not say."""
-    entries = _modules_around(node)
-    return str(entries[-1][1][1]).rpartition(".")[2].removesuffix("'>") if entries else ""
-
-
-def owner_of(node: fx.Node) -> tuple[str, int, bool]:
-    """Path of the module that ran the node, in which of its calls, and whether one of the modules around is a LAuReL of the model's own."""
-    entries = _modules_around(node)
-    if not entries:
-        return "", 0, False
-    existing = any("laurel" in str(cls).rpartition(".")[2].lower() for _, (_, cls) in entries)
-    key, (path, _) = entries[-1]
-    run = str(key).rpartition("@")[2]
-    return str(path).removeprefix("L['self']").lstrip("."), int(run) if run.isdigit() else 0, existing
-
-
-def where_of(node: fx.Node) -> str:
-    """ "file:line" of the innermost frame in the node's stack trace."""
-    return innermost_frame(node.meta.get("stack_trace") or getattr(node, "stack_trace", None) or "")
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def _axes(node: fx.Node, op: str, operand: Value, result: Value) -> tuple[int | None, ...] | None:

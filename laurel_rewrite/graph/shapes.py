@@ -189,7 +189,15 @@ def _data_inputs(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _inner(model: ir.Model) -> Iterator[ir.Value]:
-    return (value for node in model.graph for value in node.outputs if value.name)
+    """What the graph and its subgraphs compute, and the inputs of these."""
+    for node in model.graph.all_nodes():
+        yield from (value for graph in subgraphs(node) for value in graph.inputs if value.name)
+        yield from (value for value in node.outputs if value.name)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The sides of an If, the body of a Loop or Scan."""
+    yield from (attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH)
 
 
 def _is_void(dim: int | ir.SymbolicDim) -> bool:

@@ -22,7 +22,6 @@ The command, the plan, the module, fx and ONNX back ends, lowering, saving, veri
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -215,7 +214,8 @@ class Connection(BetweenGraphs, SumInParts):
     @classmethod
     def defines(cls, name: str) -> bool:
         """Whether it has its own of what an operator may define."""
-        return inspect.getattr_static(cls, name) is not inspect.getattr_static(Connection, name)
+        own, general = (getattr(one, name) for one in (cls, Connection))
+        return getattr(own, "__func__", own) is not getattr(general, "__func__", general)  # which TorchDynamo reads in control flow, too
 
     @property
     def additive(self) -> bool:

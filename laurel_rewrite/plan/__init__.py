@@ -16,7 +16,7 @@ from laurel_rewrite.files.checked import checked, read_text, shown, toml_of
 from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.config import SiteConfig
-from laurel_rewrite.plan.fitting import check_stream, is_unfit, places_beside, selected
+from laurel_rewrite.plan.fitting import check_borders, check_stream, is_unfit, places_beside, selected
 from laurel_rewrite.plan.preparing import factors_of
 from laurel_rewrite.plan.rows import HEAD, VERSION, Settings, common, label_of, site_of
 from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanSite
@@ -161,6 +161,7 @@ class Plan:
             raise NoSiteError(sites.why_none())
         calls = Counter(site.module for site in sites)
         repeats = Counter((site.module, site.stream) for site in sites)
+        within = {site.module for site in sites if sites.room(site)}
         unique = [site for site in sites if site.id == site.module]
         operator = registry.operator(config.variant)
         chosen, left_out = [], []
@@ -185,7 +186,7 @@ class Plan:
                 if options[name] < config.options[name]
             ]
             found = {
-                "dim": site.dim or 0, "where": places[site.where], "calls": calls[site.module],
+                "dim": site.dim or 0, "where": places[site.where], "calls": calls[site.module] if site.module not in within else 0,
                 "turns": binding.turns if binding.turn is not None else 0, "holder": binding.holder, "side": binding.adds[0][1],
                 "repeats": repeats[site.module, site.stream], "variant": config.variant, "options": options,
                 **places_beside(sites, site, operator, calls[site.module]),
@@ -215,6 +216,7 @@ class Plan:
                 own = [row for row in rows if row.operator.connection is connection]
                 if why := connection.unfit([self.config(row) for row in own]):
                     raise ConfigError(f"{own[0].id} ({own[0].where}): {own[0].variant} cannot be in this stream: {why}")
+        check_borders({site.id: site for site in self.sites}, self.has_history, sites)
         self.factors(sites)
 
     def factors(self, sites: Sites) -> dict[str, dict[str, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -68,6 +68,33 @@ def check_stream(rows: Sequence[PlanSite], sites: Sites) -> None:
                 f"{row.id} ({row.where}): {row.variant} gives queries, keys and values inputs of their own, and this attention has no three "
                 "linear maps, each a module called once, of one value behind one norm. Leave the stream out with exclude."
             )
+
+
+def check_borders(planned: Mapping[str, PlanSite], has_history: Callable[[int], bool], sites: Sites) -> None:
+    """Raise ConfigError where a state would have to go into a subgraph of control flow, out of it or on to its next turn, or where two subgraphs
+    that run one connection bring it different states."""
+    rows = {site.id: planned[site.module] for site in sites if site.module in planned}
+    streams: dict[int, list[PlanSite]] = {}
+    for site in sites:
+        if site.id in rows:
+            streams.setdefault(site.stream, []).append(rows[site.id])
+    way_out = "Leave those sites out with exclude, or use an operator without history."
+    for (before, after), (first, second) in sites.crossings.items():
+        stateful = [row for stream in (before, after) for row in streams.get(stream, ()) if has_history(row.stream)]
+        if stateful and before in streams and after in streams:
+            raise ConfigError(
+                f"{stateful[0].id}: {stateful[0].variant} reads the states of the connections before it, and its stream goes "
+                f"{f'from {first} on to {second}' if before != after else f'on from {first} to the next turn'}, across the border of a subgraph of control flow, "
+                f"which no state crosses. {way_out}"
+            )
+    for site in sites:
+        if site.id in rows and site.id != site.module and has_history(rows[site.id].stream):
+            here, first_call = ([row.id for row in streams[stream]] for stream in (site.stream, rows[site.id].stream))
+            if here != first_call and (sites.room(site) or sites.room(sites[site.module])):
+                raise ConfigError(
+                    f"{site.module} ({site.where}): {rows[site.id].variant} reads the states of the connections before it, which are not those of the "
+                    f"other subgraph of control flow that runs it. {way_out}"
+                )
 
 
 def _is_read_behind(row: PlanSite, rows: Sequence[PlanSite]) -> bool:

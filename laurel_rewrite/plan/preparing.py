@@ -66,7 +66,7 @@ def _used_elsewhere(sites: Sites, row: PlanSite, linear: LinearMap, changed: Seq
         value = values[index]
         if not value.data:
             stack += readers[index]
-        elif index not in own and not _is_bias_of(sites, index, own):
+        elif index not in own and index not in sites.flow.opened and not _is_bias_of(sites, index, own):
             return value.name
     return ""
 

@@ -30,7 +30,7 @@ _ROW = {
     "stream": whole(),
     "index": whole(),
     "variant": text(),
-    "calls": optional(whole(1), 1),
+    "calls": optional(whole(0), 1),
     "turns": optional(whole(0, MOST_TURNS), 0),
     "holder": optional(text(), ""),
     "side": optional(whole(0, 1), 0),

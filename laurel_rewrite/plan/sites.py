@@ -108,7 +108,7 @@ class PlanSite(Site):
     Attributes:
         variant: name of the operator.
         options: of the operator, which are attributes, too.
-        calls: how often the model runs it in one forward pass; more than 1 where modules are shared.
+        calls: how often the model runs it in one forward pass; more than 1 where modules are shared, 0 where control flow says how often.
         dim: D; 0 where it is unknown, and the operator needs none.
         turns: how many turns its loop has, where the site is one turn of a loop; else 0.
         holder: path of the module whose call is one pass of the stream.

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from laurel_rewrite.detection.site import Site
 from laurel_rewrite.detection.sites import Sites, read_onnx_sites
-from laurel_rewrite.graph.from_onnx import OnnxFlow
+from laurel_rewrite.graph.from_onnx import OnnxFlow, captured
+from laurel_rewrite.graph.shapes import subgraphs
 
 
 def one_more_layer(model: ir.Model) -> tuple[ir.Model, list[str]] | None:
@@ -57,7 +58,7 @@ class _Block:
     Attributes:
         nodes: in order, with those that only prepare its weights.
         signature: ops that depend on the first state, by type.
-        whole: whether it is closed: the next state depends on this one through them.
+        whole: whether it is closed: the next state depends on this one through them, and none of them is control flow.
     """
 
     def __init__(self, model: ir.Model, fixed: set[ir.Node], entry: ir.Value, end: ir.Value, site: str) -> None:
@@ -65,7 +66,7 @@ class _Block:
         behind = _behind([end], lambda node: node is not entry.producer())
         dependent, inside = {entry}, set()
         for node in model.graph:
-            if node in behind and any(value in dependent for value in node.inputs):
+            if node in behind and any(value in dependent for value in (*node.inputs, *captured(node))):
                 dependent.update(node.outputs)
                 inside.add(node)
         self.signature = Counter(node.op_type for node in inside)
@@ -73,7 +74,7 @@ class _Block:
         operands = [value for node in inside for value in node.inputs if value is not None and value not in dependent]
         inside |= _behind(operands, fixed.__contains__)
         self.nodes = [node for node in model.graph if node in inside]
-        self.whole = end in dependent
+        self.whole = end in dependent and not any(subgraph for node in inside for subgraph in subgraphs(node))
 
 
 def _fixed(model: ir.Model) -> set[ir.Node]:

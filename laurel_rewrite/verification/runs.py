@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from laurel_rewrite.graph.capture import quiet, training, without_caches
 from laurel_rewrite.graph.snapshot import preserved
@@ -95,9 +95,18 @@ def run_once(
             held = {"output": output, "input": (given_args, given_kwargs)}
             named = {f"{kind} {n}": leaf for kind, tree in held.items() for n, leaf in enumerate(tensors_of(tree))}
             own = {id(buffer) for module in sites_of(model).values() for buffer in module.buffers()}
-            named |= {f"buffer {name}": buffer for name, buffer in model.named_buffers() if id(buffer) not in own} if train else {}
+            named |= {f"buffer {name}": buffer for name, buffer in _buffers(model) if id(buffer) not in own} if train else {}
             return Run({name: copied_tensor(tensor) for name, tensor in named.items()})
     return result
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of a model by name. The constants of a graph are attributes, and buffers of its copies."""
+    yield from model.named_buffers()
+    for path, module in model.named_modules():
+        for name, value in vars(module).items() if isinstance(module, fx.GraphModule) else ():
+            if isinstance(value, Tensor):
+                yield f"{path}.{name}".lstrip("."), value
 
 
 def seeded(seed: int) -> None:

@@ -119,9 +119,9 @@ class GraphRewrite(BackEnd):
 
     def __init__(self, model: ir.Model, feeds: Mapping[str, np.ndarray] | None = None, *, plain: bool = False) -> None:
         self.plain = plain
-        if any(node.domain == DOMAIN or f"{METADATA}site" in node.metadata_props for node in model.graph):
+        if any(node.domain == DOMAIN or f"{METADATA}site" in node.metadata_props for node in model.graph.all_nodes()):
             raise ConfigError("The graph was rewritten already: it has LAuReL nodes. Give the file that it was made from.")
-        if SPLIT_LAYOUT in {node.domain for node in model.graph}:
+        if SPLIT_LAYOUT in {node.domain for node in model.graph.all_nodes()}:
             raise CaptureError(
                 f"The graph was optimised by onnxruntime for one machine ({SPLIT_LAYOUT}, channels in blocks). Give the file before that."
             )
@@ -168,16 +168,17 @@ class GraphRewrite(BackEnd):
         if self.model.opset_imports.get("", 0) < MADE_IN or self.model.ir_version < IR_VERSION:
             self._raise_versions(self._opset(plan, connections))
         rewriter = SumRewriter(self._read.sums, split=split)
-        values = {index: value for value, index in self._read.index.items()}
-        by_id = {site.id: site for site in self.sites}
-        for row in plan.sites:
-            before = plan.before(row)
-            residual, connection = self.sites.bindings[row.id].residual, connections[row.id]
-            reads = values[self.sites.read_by(by_id[row.id])] if connection.needs_input else None
-            feeds = self._read_apart(by_id[row.id], values) if connection.config.fed else ()
+        values, rows = dict(self._read.onnx), {row.id: row for row in plan.sites}
+        for site in self.sites:  # several may be calls of one connection
+            if site.module not in rows:
+                continue
+            row, before = rows[site.module], plan.before(rows[site.module])
+            residual, connection = self.sites.bindings[site.id].residual, connections[row.id]
+            reads = values[self.sites.read_by(site)] if connection.needs_input else None
+            feeds = self._read_apart(site, values) if connection.config.fed else ()
             rewriter.site(row.id, residual, connection, before.id if before is not None else "", reads, feeds)
             if connection.config.linked:
-                end = self.sites.named(row.behind, by_id[row.id])
+                end = self.sites.named(row.behind, site)
                 values[end] = rewriter.at_end(row.id, connection, values[end])
         self.plan, self.exact, self.values = plan, rewriter.exact, rewriter.values
         InsertLaurelOnnx(rewriter.sites, __version__)(self.model)
@@ -204,7 +205,7 @@ class GraphRewrite(BackEnd):
 
     def _connection(self, plan: Plan, row: PlanSite) -> Connection:
         """The connection of a site, of the type of its stream; one that stands in for another start adds plainly."""
-        values = {index: value for value, index in self._read.index.items()}
+        values = self._read.onnx
         residual = self.sites.bindings[row.id].residual
         stream = values.get(residual.skip) or values[residual.branches[0]]  # one of them may lie inside a fused node
         dtype = tensor_adapters.to_torch_dtype(stream.dtype or ir.DataType.FLOAT)
@@ -293,11 +294,11 @@ class GraphRewrite(BackEnd):
 
 def inline_laurel(model: ir.Model) -> None:
     """Write LAuReL's functions out as ordinary nodes in place; their names begin with the name of the node they come from."""
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
             node.metadata_props[_NODE] = node.name or ""
     common.InlinePass()(model)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         call = node.metadata_props.pop(_NODE, None)
         if call is not None:
             node.name = f"{call}/{node.name}"
@@ -325,7 +326,7 @@ def away_from_start(path: Path, seed: int = 0, *, inline: bool = False) -> Itera
         if np.issubdtype(array.dtype, np.floating) and (not array.any() or (array.size > 1 and (array == 1).all())):
             noise = generator.standard_normal(array.shape) * (0.25 if array.ndim == 1 else 0.1)
             drawn[name] = ir.tensor((array + noise).astype(array.dtype), name=name)
-    inline = inline and any(node.domain == DOMAIN for node in model.graph)
+    inline = inline and any(node.domain == DOMAIN for node in model.graph.all_nodes())
     if not drawn and not inline:
         yield path
         return
@@ -348,7 +349,7 @@ def away_from_start(path: Path, seed: int = 0, *, inline: bool = False) -> Itera
 def _laurel_names(model: ir.Model) -> list[str]:
     """The initializers that are parameters of connections."""
     found: dict[str, None] = {}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         site = node.metadata_props.get(f"{METADATA}site")
         for value in node.inputs if site else ():
             if value is not None and value.is_initializer() and str(value.name).startswith(f"{site}."):

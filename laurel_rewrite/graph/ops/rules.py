@@ -38,6 +38,7 @@ CONV = OpKind(Role.MIXING, linear=True, axis=1, vote=2)
 BATCH_NORM = OpKind(Role.MIXING, linear=True, norm=True, axis=1, vote=3)
 CHANNEL_NORM = replace(BATCH_NORM, scaleless=True)
 LAYER_NORM = OpKind(Role.MIXING, linear=True, norm=True, scaleless=True, axis=-1, vote=4)
+_GENERATED = 'File "<eval_with_key>'
 _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
@@ -85,6 +86,17 @@ def reshaped_axes(before: Sequence[int | str], after: Sequence[int | str]) -> tu
             break
         axes[-i] = len(before) - i
     return tuple(axes)
+
+
+def placed(trace: str, *, inside: bool) -> tuple[str, str]:
+    """ "file:line" of the innermost frame of a stack trace, and what tells its line from others.
+
+    Args:
+        inside: the op is in a subgraph of control flow. Of code that PyTorch generated to trace that once more only the call of control flow has a
+            line that somebody wrote, and nothing tells its ops apart.
+    """
+    people, generated, _ = trace.partition(_GENERATED) if inside else (trace, "", "")
+    return innermost_frame(people), "" if generated else trace
 
 
 def innermost_frame(trace: str) -> str:

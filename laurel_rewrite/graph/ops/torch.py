@@ -64,7 +64,7 @@ _MIXING = """
     fft_ifftn fft_rfftn fft_irfftn stft istft roll flip gather index index_select take take_along_dim
     grid_sampler grid_sample affine_grid lstm gru rnn_tanh rnn_relu
     rnn lstm_cell gru_cell rnn_cell im2col col2im fold unfold pixel_shuffle pixel_unshuffle channel_shuffle cdist diff normalize
-    cosine_similarity embedding embedding_bag local_response_norm lp_pool2d glu associative_scan scan while_loop cond
+    cosine_similarity embedding embedding_bag local_response_norm lp_pool2d glu associative_scan scan while_loop cond map_impl
 """
 _ATTENTIONS = """
     scaled_dot_product_attention multi_head_attention_forward multihead_attention _native_multi_head_attention
