@@ -12,6 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from laurel_rewrite.app.command_line import WORDS
 from laurel_rewrite.app.config_file import RENAMED, as_toml, effective, plain, read_config
 
 CONFIG, PRINT_CONFIG = "--config", "--print-config"
@@ -144,6 +145,7 @@ class Verbs(click.Group):
     context_class = _Context
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
         begins = bool(args) or not ctx.resilient_parsing  # else the first word is being typed
         if begins and (not args or args[0] not in self.commands):
             args = ["", *args]

@@ -26,6 +26,7 @@ from laurel_rewrite.lowering import lower
 from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import profile
 from laurel_rewrite.report import HTML, JSON
+from laurel_rewrite.report.card import CARD
 from laurel_rewrite.report.words import count, numbered
 from laurel_rewrite.stages import Listener, silent
 from laurel_rewrite.verification.onnx_runs import IN_FLOAT32, write_in_float32
@@ -80,7 +81,7 @@ def run(
     if (out / NAME).exists() and (out / NAME).samefile(path):
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
     made_for = targets.target(target)
-    check_out(out, "rewrite", (NAME, PLAN, JSON, HTML), force=force)
+    check_out(out, "rewrite", (NAME, PLAN, JSON, HTML, CARD), force=force)
     wanted = job.read_plan(plan)
     if weights is not None:
         require_file(weights)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import targets
+from laurel_rewrite.app.command_line import command_line, without_folders
 from laurel_rewrite.app.measuring import Measuring
 from laurel_rewrite.app.wording import counts, verdict, verified_elsewhere
 from laurel_rewrite.backends import Skipped
 from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
 from laurel_rewrite.detection.detecting import detect
+from laurel_rewrite.detection.site import portable
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError, VerificationError
 from laurel_rewrite.files.checked import require_file
@@ -25,6 +27,7 @@ from laurel_rewrite.plan import LaurelConfig, Plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
+from laurel_rewrite.report.card import CARD, card
 from laurel_rewrite.report.words import count as number
 from laurel_rewrite.report.words import numbered
 from laurel_rewrite.sources import is_graph, is_onnx
@@ -44,7 +47,7 @@ USUAL = Measuring()
 PROBE = "probe.onnx"
 RANKS = (4, 8, 16, 32, 64)  # that a dry run compares
 _PROMPT, _PAST = 128, 512  # tokens that a decoder is measured at
-FILES = ("baseline.onnx", "laurel.onnx", MODELING, WEIGHTS, PLAN, CONFIG, JSON, HTML)
+FILES = ("baseline.onnx", "laurel.onnx", MODELING, WEIGHTS, PLAN, CONFIG, JSON, HTML, CARD)
 
 
 @dataclass
@@ -70,19 +73,29 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "title": self.model,
-            "model": self.model,
-            **self.sites.to_dict(),
-            "plan": {"seed": self.plan.seed, "sites": [site.to_dict() for site in self.plan.sites], "left_out": self.plan.left_out},
-            "skipped": [asdict(site) for site in self.skipped],
+            "title": without_folders(self.model),
+            "model": without_folders(self.model),
+            **{key: _anywhere(rows) for key, rows in self.sites.to_dict().items()},
+            "plan": {
+                "seed": self.plan.seed,
+                "sites": _anywhere([site.to_dict() for site in self.plan.sites]),
+                "left_out": self.plan.left_out,
+            },
+            "skipped": _anywhere([asdict(site) for site in self.skipped]),
             "parameters": self.parameters,
             "notes": [*self.sites.notes, *self.plan.narrowed, *self.notes],
             "verification": [check.to_dict() for check in self.checks],
             "profile": self.profile.to_dict() if self.profile is not None else None,
             "training": self.training.to_dict() if self.training is not None else None,
+            "command": command_line(),
             "out": self.out,
             "files": self.files,
         }
+
+
+def _anywhere(rows: list[Any]) -> list[Any]:
+    """Rows whose places say nothing of this machine's folders."""
+    return [{**row, "where": portable(row["where"])} if isinstance(row, dict) else row for row in rows]
 
 
 def find_sites(spec: str, settings: Mapping[str, Any], inputs: Path | None = None) -> Sites:
@@ -348,9 +361,10 @@ class _Exports:
 
 
 def add_report(report: Report, draft: Path) -> None:
-    """List the files of a draft folder, and add the report to them."""
-    report.files = sorted({*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML, MANIFEST})
-    write_report(report.to_dict(), draft)
+    """List the files of a draft folder, and add the report and its card to them."""
+    report.files = sorted({*(str(f.relative_to(draft)) for f in draft.rglob("*") if f.is_file()), JSON, HTML, CARD, MANIFEST})
+    written = write_report(report.to_dict(), draft)
+    (draft / CARD).write_text(card(written), encoding="utf-8")
 
 
 def stop_if_failed(report: Report) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
 from datetime import date
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,29 @@ from laurel_rewrite.report.words import breakable, count, figure, places, settin
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
+_MADE_WITH = ("torch", "onnx", "onnxruntime")
 _NOTHING: dict[str, Any] = {
     "title": "", "model": None, "sites": [], "rejected": [], "plan": None, "skipped": [], "parameters": None, "notes": [], "verification": [], "profile": None,
     "training": None, "comparison": None, "command": "", "out": "", "files": [],
 }  # fmt: skip
 
 
-def write_report(data: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.json` and `report.html` into a folder.
+def write_report(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write `report.json` and `report.html` into a folder; returns the content of the former.
 
     Args:
         data: as `schema.json` describes it; what is not given is empty.
         folder: which exists.
     """
-    text = json_of({"schema": SCHEMA_VERSION, "version": __version__, **_NOTHING, **data})
+    text = json_of({"schema": SCHEMA_VERSION, "version": __version__, "versions": _versions(), **_NOTHING, **data})
     (folder / JSON).write_text(text, encoding="utf-8")
-    (folder / HTML).write_text(page(json.loads(text)), encoding="utf-8")
+    report: dict[str, Any] = json.loads(text)
+    (folder / HTML).write_text(page(report), encoding="utf-8")
+    return report
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _MADE_WITH}}
 
 
 def page(report: Mapping[str, Any]) -> str:
