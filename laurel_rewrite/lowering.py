@@ -1,6 +1,6 @@
 """From LAuReL nodes to the ordinary ops that run fastest in onnxruntime, by the passes that a target names.
 
-    EvaluateLaurel -> RescaleStream -> FoldBranch -> ExpandLaurel
+    EvaluateLaurel -> RescaleStream -> FoldBranch -> ExpandLaurel -> TightenFunctions
 
 Each pass is a file in `passes/`, with its algebra, its conditions and its refusals. What comes out has no
 function but those of operators that are not linear: a graph to deploy. The model's `metadata_props` say what was done.
@@ -27,6 +27,7 @@ from laurel_rewrite.passes.evaluate_laurel import EvaluateLaurel, Forms
 from laurel_rewrite.passes.expand_laurel import ExpandLaurel
 from laurel_rewrite.passes.fold_branch import FoldBranch
 from laurel_rewrite.passes.rescale_stream import RescaleStream
+from laurel_rewrite.passes.tighten_functions import TightenFunctions
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.onnx import check_lowering
 
@@ -104,12 +105,17 @@ def _expand(work: _Work) -> None:
     ExpandLaurel(work.forms, pad=work.pad)(work.model)
 
 
+def _tighten(work: _Work) -> None:
+    TightenFunctions()(work.model)
+
+
 _PASSES: dict[str, Callable[[_Work], None]] = {
     "evaluate-laurel": _evaluate,
     "rescale-stream": _rescale,
     "fold-branch": _fold,
     "pad-rank": _pad,
     "expand-laurel": _expand,
+    "tighten-functions": _tighten,
 }
 """By the names that targets have for them."""
 

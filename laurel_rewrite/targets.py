@@ -70,10 +70,10 @@ _TARGETS = {
             DEFAULT,
             "lowered to the ops that run fastest in onnxruntime on a CPU",
             "lowered",
-            passes=("evaluate-laurel", "rescale-stream", "fold-branch", "pad-rank", "expand-laurel"),
-            skippable=("rescale-stream", "fold-branch", "pad-rank"),
+            passes=("evaluate-laurel", "rescale-stream", "fold-branch", "pad-rank", "expand-laurel", "tighten-functions"),
+            skippable=("rescale-stream", "fold-branch", "pad-rank", "tighten-functions"),
         ),
-        # CUDA has no layout in blocks of channels, so that zeros in a rank would be work for nothing. Its kernels for products round the
+        # CUDA has no layout in blocks of channels, so that zeros in a rank would be work for nothing, and a SkipLayerNormalization that is fast. Its kernels for products round the
         # operands of float32 to 10 bits (TF32) unless they are told not to.
         Target(
             "ort-cuda",

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from laurel_rewrite import rewrite_onnx, write_onnx
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.profiling.sessions import session_of, settings
 from laurel_rewrite.verification.onnx import run_onnx
 
 D = 6
@@ -98,3 +99,38 @@ def test_what_is_linear_only_as_far_as_it_was_tried_stays_a_function(tmp_path):
     done, _ = compared(model, 1000 * RNG.standard_normal(LAST).astype(np.float32), tmp_path)
     assert (done.sites, len(done.kept)) == (0, 1)
     assert onnx.load(tmp_path / "after.onnx").functions
+
+
+BLOCK = [
+    node("LayerNormalization", ["x{0}", "g", "b"], ["n{0}"], axis=-1), node("MatMul", ["n{0}", "w"], ["m{0}"]),
+    node("Tanh", ["m{0}"], ["f{0}"]), node("Add", ["x{0}", "f{0}"], ["x{1}"]),
+]  # fmt: skip
+
+
+def blocks(count: int) -> ir.Model:
+    """Pre-norm blocks, and a norm behind them."""
+    nodes = [
+        node(one.op_type, *([name.format(place, place + 1) for name in side] for side in (one.input, one.output)), **({"axis": -1} if len(one.input) > 2 else {}))
+        for place in range(count) for one in BLOCK
+    ]  # fmt: skip
+    nodes[0].input[0] = nodes[3].input[0] = "x"
+    return graph([*nodes, node("LayerNormalization", [f"x{count}", "g", "b"], ["y"], axis=-1)], weights(w=(D, D), g=(D,), b=(D,)), LAST)
+
+
+@pytest.mark.parametrize(("variant", "alone"), [("attnres", True), ("dca", True), ("hc", False)])
+def test_functions_make_few_passes_over_the_stream(variant, alone, tmp_path):
+    """No sum of theirs is fused with the norm behind it, for that kernel is slow; products with a vector are one op."""
+    model = trained(rewrite_onnx(blocks(3), variant=variant))
+    untouched = model.clone()
+    done, _ = compared(model, RNG.standard_normal(LAST).astype(np.float32), tmp_path)
+    assert done.kept
+    bodies = [[inner.op_type for inner in function] for function in model.functions.values()]
+    assert not any("Pow" in body or ("MatMul" not in body and variant == "attnres") for body in bodies)
+    fused = []
+    for one, skip in ((untouched, ["tighten-functions"]), (model, [])):
+        if skip:
+            lower(one, skip=skip)
+        session_of(write_onnx(one, tmp_path / "model.onnx"), settings(1), optimised=tmp_path / "optimised.onnx")
+        fused.append([inner.op_type for inner in onnx.load(tmp_path / "optimised.onnx").graph.node].count("SkipLayerNormalization"))
+    assert (fused[0] > 0) is alone  # where the norm alone reads what a function gives
+    assert fused[1] == 0

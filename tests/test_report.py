@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from toys import D
 
 from laurel_rewrite.report import page, schema
+from laurel_rewrite.report.answer import answer
 from laurel_rewrite.report.words import breakable, count, shortened, size
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -162,3 +163,60 @@ def test_training_steps(tmp_path, here, monkeypatch):
     plots = {"streams", "ratios", "runs", "ops", "memory", "modules", "sites", "training"}
     opens(tmp_path / "out" / "report.html", tmp_path, plots)
     assert here("graph.onnx", "--train").returncode == 2
+
+
+def measured(name, verdict="slower", low=1.02, high=1.06, memory=1.01):
+    time = {"median_ms": 10.0, "ratio": (low + high) / 2, "low": low, "high": high, "verdict": verdict}
+    return {"name": name, "latencies": [time], "figures": [{"key": "activation", "ratio": memory}]}
+
+
+def answered(**report) -> list[str]:
+    return answer({"comparison": None, "plan": None, "profile": None, "parameters": None, "skipped": [], "model": None, **report})
+
+
+def test_what_a_report_says_first():
+    """In sentences, which say no more than was measured."""
+    rows = [measured("baseline.onnx", "baseline"), measured("laurel.onnx"), measured("one more layer", "slower", 1.1, 1.2)]
+    said = answered(
+        model="/a/b/gpt.py", plan={"sites": [{"variant": "rw+lr"}] * 12}, parameters={"model": 1000, "added": 12}, skipped=[{}],
+        profile={"rows": rows, "shapes": [{"x": "float32[1]"}], "phases": [""]},
+    )  # fmt: skip
+    assert said == [
+        "12 residual connections are rw+lr now, with 1.20 % more parameters; 1 kept their plain sum.",
+        "laurel.onnx takes 1.04 times as long as the baseline (between 1.02 and 1.06), and 1.01 times the memory for activations.",
+        "One more layer, for comparison, would take 1.15 times as long as the baseline (between 1.10 and 1.20), and 1.01 times the memory for activations.",
+        "Whether it learns better was not measured: laurel-rewrite compare gpt.py --variant rw+lr --tokens 1M trains and judges it.",
+    ]
+    for verdict, words in (("unresolved", "cannot tell apart"), ("within noise", "as long as the baseline, within noise")):
+        (said,) = answered(profile={"rows": [rows[0], measured("a.onnx", verdict)], "shapes": [{}], "phases": [""]})
+        assert words in said
+    (said,) = answered(profile={"rows": rows[:1], "shapes": [{}], "phases": [""]})
+    assert said.startswith("baseline.onnx takes 10.00 ms a run")
+    assert answered(plan={"sites": [{"variant": "rw"}]}) == ["1 residual connection is rw now.", "Latency and memory were not measured."]
+
+
+def test_what_a_comparison_says_first():
+    def row(name, verdict, difference=0.0):
+        return {
+            "name": name,
+            "judgement": {"verdict": verdict, "difference": difference, "low": difference - 0.01, "high": difference + 0.01},
+        }
+
+    rows = [
+        row("unchanged", "baseline"),
+        row("rw", "not told apart"),
+        row("hc", "better", -0.05),
+        row("lr", "worse", 0.02),
+        row("pa", "failed"),
+    ]
+    assert answered(comparison={"rows": rows, "seeds": [0, 1, 2], "done": True}) == [
+        "hc is better than unchanged: its loss differs by -0.0500 [-0.0600, -0.0400].",
+        "lr is worse than unchanged: its loss differs by +0.0200 [+0.0100, +0.0300].",
+        "pa failed to train.",
+        "3 seeds cannot tell rw from unchanged.",
+    ]
+    rows = [row("unchanged", "baseline"), row("rw", "one seed: not judged")]
+    assert answered(comparison={"rows": rows, "seeds": [0], "done": False}) == [
+        "With one seed nothing is judged: rw may differ from unchanged.",
+        "Not all of the models are trained yet.",
+    ]

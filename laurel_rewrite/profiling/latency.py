@@ -105,6 +105,7 @@ def measure(
     *,
     seed: int,
     progress: Callable[[float], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Latency], list[float]]:
     """Latencies in the order of the files, and the milliseconds it takes to make a session, its optimisation included.
 
@@ -115,6 +116,7 @@ def measure(
         effort: how long to measure.
         seed: of order and bootstrap.
         progress: is called with the fraction done of what is measured in any case.
+        clock: what a run is measured by, see `interleaved`.
     """
     order = random.Random(seed)
     blocks: list[np.ndarray] = []
@@ -134,7 +136,7 @@ def measure(
         runs += [partial(sessions[n].run, None, feeds) for n in range(len(files))]
         before = len(blocks)
         step = None if progress is None else lambda done, before=before: progress(min(1.0, (before + done) / BLOCKS))
-        blocks.append(interleaved(runs, effort.seconds / BLOCKS, -(-effort.min_rounds // BLOCKS), order, step))
+        blocks.append(interleaved(runs, effort.seconds / BLOCKS, -(-effort.min_rounds // BLOCKS), order, step, clock))
         if len(blocks) < BLOCKS:
             continue
         found = summarised(blocks, seed)
@@ -151,7 +153,10 @@ def interleaved(
     progress: Callable[[float], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> np.ndarray:
-    """Milliseconds of each run, [candidates, rounds], after a warm-up of each; `clock` is what a run is measured by."""
+    """Milliseconds of each run, [candidates, rounds], after a warm-up of each.
+
+    `clock` is what a run is measured by: on a machine that others use, too, `time.thread_time` of one thread leaves their share out.
+    """
     for run in runs:
         for _ in range(_WARM_UP):
             run()

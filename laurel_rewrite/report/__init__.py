@@ -13,13 +13,14 @@ from typing import Any
 from laurel_rewrite import __version__
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.files.written import json_of
+from laurel_rewrite.report.answer import answer
 from laurel_rewrite.report.words import breakable, count, figure, places, settings, shortened, size, skipped_of
 
 JSON, HTML = "report.json", "report.html"
 SCHEMA_VERSION = 1
 _NOTHING: dict[str, Any] = {
     "title": "", "model": None, "sites": [], "rejected": [], "plan": None, "skipped": [], "parameters": None, "notes": [], "verification": [], "profile": None,
-    "training": None, "comparison": None, "out": "", "files": [],
+    "training": None, "comparison": None, "command": "", "out": "", "files": [],
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def page(report: Mapping[str, Any]) -> str:
     compared = comparison_figures(report["comparison"]) if report["comparison"] else {}
     drawn = {name: _for_script(drawing.to_json()) for name, drawing in {**figures(report), **compared}.items()}
     return template.render(
-        report=report, figures=drawn, plotly=get_plotlyjs(), style=_resource("page.css"), script=_resource("page.js"), today=date.today(),
+        report=report, sentences=answer(report), figures=drawn, plotly=get_plotlyjs(), style=_resource("page.css"), script=_resource("page.js"), today=date.today(),
         planned={site["id"]: site for site in report["plan"]["sites"]} if report["plan"] else {},
         times={site["site"]: site for row in rows[1:2] for site in row["time"]["sites"]},
         ops=sorted({op for row in rows for counts in (row["ops"]["before"], row["ops"]["after"]) for op in counts}),

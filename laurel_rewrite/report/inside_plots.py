@@ -18,6 +18,7 @@ _QUANTITIES: dict[str, tuple[Callable[[_Site], float | None], Callable[[_Site], 
     "branch, rms": (lambda site: site["branch"], lambda site: None),
     "cosine of branch and skip": (lambda site: site["branch_cosine"], lambda site: None),
 }
+_TICKS = 12
 _LEARNED = 8  # scalars and norms, of all that there are
 
 
@@ -53,7 +54,8 @@ def depth_profile(found: Sequence[Mapping[str, Any]]) -> go.Figure | None:
         for quantity in shown
     ]
     figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.2, "yanchor": "top"}], showlegend=True)
-    figure.update_xaxes(title="site, in the order of those that have most", dtick=-(-len(order) // 12))
+    ticks = range(0, len(order), -(-len(order) // _TICKS))
+    figure.update_xaxes(tickvals=list(ticks), ticktext=[label(order[place], 30) for place in ticks], tickangle=-40)
     return figure.update_yaxes(title=shown[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from laurel_rewrite.report.words import places, settings, shortened
 
 _SHOWN_OPS = 12
 _SHOWN_RUNS = 400
+_REACH = 4  # interquartile ranges that a plot of runs shows beyond the quartiles
 COLOURS = (
     "#4477aa",
     "#ee6677",
@@ -111,11 +113,16 @@ def around(figure: go.Figure, value: float, title: str, *, legend: bool) -> go.F
 
 def _runs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     figure = rows_of(len(rows), showlegend=False)
+    ends: list[float] = []
     for row in rows:
         runs = row["latencies"][0]["runs_ms"]
         step = -(-len(runs) // _SHOWN_RUNS)
         figure.add_box(x=runs[::step], name=label(row["name"]), boxpoints="outliers", orientation="h", hoverinfo="x")
-    figure.update_xaxes(title="milliseconds a run")
+        low, high = statistics.quantiles(runs, n=4)[::2] if len(runs) > 1 else (runs[0], runs[0])
+        reach = _REACH * (high - low)
+        ends += [max(min(runs), low - reach), min(max(runs), high + reach)]
+    margin = 0.03 * (max(ends) - min(ends)) or 0.03 * max(ends)  # a run that was interrupted would squeeze the others
+    figure.update_xaxes(title="milliseconds a run", range=[min(ends) - margin, max(ends) + margin])
     return figure
 
 
@@ -152,16 +159,17 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def _sites(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    figure = empty(320, barmode="group")
+    ids = list(dict.fromkeys(site["site"] for row in rows for site in row["time"]["sites"]))
+    figure = empty(110 + 22 * len(ids) * len(rows), barmode="group")
     for row in rows:
         sites = row["time"]["sites"]
         figure.add_bar(
-            x=list(range(len(sites))), y=[site["ms"] for site in sites], name=label(row["name"]),
+            y=[label(site["site"]) for site in sites], x=[site["ms"] for site in sites], name=label(row["name"]), orientation="h",
             customdata=[[label(site["site"], 80), site["nodes"], label(site["into"] or "nothing", 60)] for site in sites],
-            hovertemplate="%{customdata[0]}: %{y:.4f} ms<br>%{customdata[1]} ops of its own, sum absorbed into %{customdata[2]}<extra></extra>",
+            hovertemplate="%{customdata[0]}: %{x:.4f} ms<br>%{customdata[1]} ops of its own, sum absorbed into %{customdata[2]}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title="LAuReL site, in order of execution")
-    figure.update_yaxes(title="ms more than the baseline")
+    figure.update_yaxes(range=[len(ids) - 0.5, -0.5])
+    figure.update_xaxes(title="ms more than the baseline")
     return figure
 
 
