@@ -117,6 +117,12 @@ def test_the_page_of_examples_has_every_example():
         assert f"](../tools/examples/{path.name})" in page
 
 
+def test_the_page_on_passes_has_each_pass_of_the_lowering():
+    from laurel_rewrite import lowering
+
+    assert re.findall(r"^\| `([a-z]+-[a-z]+)` \|", (DOCS / "own-pass.md").read_text(), re.M) == [*lowering._PASSES]
+
+
 def test_the_citation_has_the_version():
     import laurel_rewrite
 
