@@ -29,7 +29,7 @@ def test_the_command_ends_with_the_section_and_the_exit_status_of_the_error(kind
     def fails(*_, **__):
         raise kind("It is so.")
 
-    monkeypatch.setattr(cli.rewrite, "main", fails)
+    monkeypatch.setattr(cli.rewrite, "callback", fails)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["model.py"])
     assert stopped.value.code == kind.exit_code
@@ -42,7 +42,7 @@ def test_an_error_from_elsewhere_has_the_section_of_its_base():
 
 
 def test_an_internal_error_has_a_section_too(monkeypatch, capsys):
-    monkeypatch.setattr(cli.rewrite, "main", lambda *_, **__: {}["nothing"])
+    monkeypatch.setattr(cli.rewrite, "callback", lambda *_, **__: {}["nothing"])
     with pytest.raises(SystemExit) as stopped:
         cli.main(["model.py"])
     assert stopped.value.code == 70
