@@ -358,4 +358,4 @@ def test_stages_are_shown_on_a_terminal(net):
     assert process.wait(60) == 0
     text = shown.decode()
     assert all(stage in text for stage in ("build", "detect", "rewrite, verify", "verify gradients", "export", "verify ONNX", "save"))
-    assert "1 sites" in text
+    assert "1 site (" in text

@@ -98,7 +98,7 @@ class Findings:
         }
 
 
-def examine(*, wait: float = 15.0, listener: Listener = silent) -> Findings:
+def examine(*, wait: float = 13.0, listener: Listener = silent) -> Findings:
     """Look at everything, and try what should work.
 
     Args:

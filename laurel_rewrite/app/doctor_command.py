@@ -12,7 +12,7 @@ from laurel_rewrite.app.running import console, print_json, start
 @click.command(cls=Command, short_help="say what is installed, what is missing, and what works here")
 @click.option(
     "--wait",
-    default=15.0,
+    default=13.0,
     show_default=True,
     callback=seconds_of,
     metavar="SECONDS",
