@@ -16,6 +16,7 @@ from conftest import EXAMPLES, run, slow
 from toys import D
 
 from laurel_rewrite.app import cli
+from laurel_rewrite.app.command_line import without_folders
 from laurel_rewrite.operators.families.laurel import Laurel
 
 NET = f"""
@@ -44,6 +45,7 @@ FILES = {
     "plan.toml",
     "report.json",
     "report.html",
+    "README.md",
 }
 MANIFEST = "laurel_manifest.json"
 TRACES = {"trace-baseline.json", "trace-laurel.json"}
@@ -63,6 +65,12 @@ def test_help_answers_without_heavy_imports(tmp_path):
     assert run(tmp_path).stdout.startswith("Usage: laurel-rewrite")
 
 
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
 def test_the_main_job(net):
     done = run(net, "net.py", "--rank", "4", "--profile-seconds", "0.1")
     assert done.returncode == 0, done.stderr
@@ -75,6 +83,11 @@ def test_the_main_job(net):
     assert report["parameters"]["added"] == 2 + 2 * 4 * D
     assert report["profile"]["rows"][0]["latencies"][0]["verdict"] == "baseline"
     assert set(report["files"]) == FILES | TRACES | {"net.py", MANIFEST}
+    card = (net / "laurel_out" / "README.md").read_text()
+    assert "    laurel-rewrite net.py --rank 4 --profile-seconds 0.1\n" in card
+    assert report["command"] in card
+    assert all(str(net).encode() not in path.read_bytes() for path in (net / "laurel_out").iterdir())
+    assert {path.stat().st_mode & 0o777 for path in (net / "laurel_out").iterdir()} == {0o666 & ~umask()}
     code = "import laurel_rewrite, torch; print(type(laurel_rewrite.load('laurel_out').laurel_0).__name__)"
     assert subprocess.run([sys.executable, "-c", code], cwd=net, capture_output=True, text=True, check=True).stdout == "Laurel\n"
 
@@ -359,3 +372,14 @@ def test_stages_are_shown_on_a_terminal(net):
     text = shown.decode()
     assert all(stage in text for stage in ("build", "detect", "rewrite, verify", "verify gradients", "export", "verify ONNX", "save"))
     assert "1 site (" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/a/b/gpt.py", "gpt.py"), ("hf:/data/model", "hf:model"), ("hf:gpt2", "hf:gpt2"), ("--plan=/x/y.toml", "--plan=y.toml"), ("../net.py", "net.py"),
+        ("model.py:factory", "model.py:factory"), ("/a/b.py:factory", "b.py:factory"), ("datasets:org/name", "datasets:org/name"), ("batch=1,8", "batch=1,8"),
+    ],
+)  # fmt: skip
+def test_words_of_the_command_line_without_folders(word, shown):
+    assert without_folders(word) == shown

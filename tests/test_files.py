@@ -316,7 +316,7 @@ def test_force_and_another_kind_of_model_in_the_same_folder(tmp_path, here):
     assert here(*words, "--force").returncode == 0
     shutil.copy(tmp_path / "laurel_out" / "baseline.onnx", tmp_path / "model.onnx")
     assert here("model.onnx", "--rank", "4", "--profile-seconds", "0").returncode == 0
-    assert set(os.listdir(tmp_path / "laurel_out")) == {"laurel.onnx", "plan.toml", "report.html", "report.json", MANIFEST}
+    assert set(os.listdir(tmp_path / "laurel_out")) == {"laurel.onnx", "plan.toml", "report.html", "report.json", "README.md", MANIFEST}
     assert here(*words).returncode == 0
     again = here("laurel_out/baseline.onnx", "--rank", "4", "--profile-seconds", "0")  # reads what it would remove
     assert again.returncode == 0
@@ -334,7 +334,12 @@ def test_the_same_run_gives_the_same_bytes_in_another_folder_and_with_another_ha
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     one, two = (folder / "laurel_out" for folder in folders.values())
-    for name in set(os.listdir(one)) - {"report.html", "report.json", MANIFEST}:  # which hold differences of rounding between kernels
+    for name in set(os.listdir(one)) - {
+        "report.html",
+        "report.json",
+        "README.md",
+        MANIFEST,
+    }:  # which hold differences of rounding between kernels
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
         assert str(tmp_path).encode() not in (one / name).read_bytes()
 

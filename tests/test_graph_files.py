@@ -137,7 +137,16 @@ def test_weights_are_copied_into_another_folder(tmp_path, here):
     result = here("model/model.onnx", "--rank", "16", "--profile-seconds", "0.1")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "laurel_out"
-    results = {"laurel.onnx", "laurel.onnx.data", "weights.bin", "plan.toml", "report.html", "report.json", "laurel_manifest.json"}
+    results = {
+        "laurel.onnx",
+        "laurel.onnx.data",
+        "weights.bin",
+        "plan.toml",
+        "report.html",
+        "report.json",
+        "README.md",
+        "laurel_manifest.json",
+    }
     assert {p.name for p in out.iterdir()} == results | {"trace-laurel.json", "trace-model.json"}
     assert locations(out / "laurel.onnx") == {"laurel.onnx.data", "weights.bin"}
     assert {p.name for p in path.parent.iterdir()} == {"model.onnx", "weights.bin"}
@@ -159,6 +168,7 @@ def test_weights_beside_the_result_are_referred_to(tmp_path, here):
         "plan.toml",
         "report.html",
         "report.json",
+        "README.md",
         "laurel_manifest.json",
     }
     assert locations(tmp_path / "laurel.onnx") == {"laurel.onnx.data", "weights.bin"}

@@ -146,6 +146,7 @@ def test_onnx_graphs_by_the_command(exported, tmp_path, here):
         "laurel.onnx",
         "plan.toml",
         "report.html",
+        "README.md",
         "report.json",
         "trace-gpt2.json",
         "trace-laurel.json",

@@ -355,6 +355,7 @@ def test_the_job(exported, tmp_path, here):
         "plan.toml",
         "report.html",
         "report.json",
+        "README.md",
         "laurel_manifest.json",
     }
     report = json.loads((tmp_path / "laurel_out" / "report.json").read_text())

@@ -123,11 +123,11 @@ def measured(what: str, base: Base, models: dict[str, nn.Module], seconds: float
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     if what == "onnxruntime":
         if not cached.exists():
-            export_onnx(base.model.eval(), base.args, base.kwargs, cached)
+            export_onnx(base.model.eval(), base.args, base.kwargs, cached, verify=False)
         with tempfile.TemporaryDirectory() as folder:
             paths = [cached, *(Path(folder) / f"{place}.onnx" for place in range(len(models)))]
             for model, path in zip(models.values(), paths[1:], strict=True):
-                export_onnx(model.eval(), base.args, base.kwargs, path)
+                export_onnx(model.eval(), base.args, base.kwargs, path, verify=False)
             setting = settings(torch.get_num_threads())
             names = [one.name for one in session_of(cached, setting).get_inputs()]
             feeds = {name: value.numpy() for name, value in zip(names, (*base.args, *base.kwargs.values()), strict=True)}
