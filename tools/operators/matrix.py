@@ -4,7 +4,7 @@ Each architecture is built small, from its configuration, and each operator put 
 works where the rewritten model passes its verification, runs in training mode at another batch size than it was captured with, and gives a
 finite gradient to every parameter that the operator brought, with these off their start; and where its ONNX export, in onnxruntime, computes
 what it does at two other sizes of all that is dynamic in it (`laurel_rewrite.export_onnx`, within 1e-4). Else it quotes why the operator is refused. Writes
-`tools/results/operators.md` and `.json`; with names, tries these operators alone and writes nothing.
+`tools/results/operators.md` and `.json`, an architecture at a time; with names of operators, or `--architecture`, these cells alone are tried anew.
 
 Exit status: 1 where a cell neither works nor is refused.
 """
@@ -16,9 +16,10 @@ import json
 import os
 import platform
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing import get_context
@@ -26,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
 import onnx
 import torch
 from torch.utils import _pytree as pytree
@@ -180,13 +182,35 @@ def _shape(cell: Cell) -> str:
     return text.replace(cell.operator, "the operator", 1) if text.startswith(cell.operator) else text
 
 
-def main(names: list[str]) -> int:
-    chosen = [registry.canonical(name) for name in names] or [*registry.operators()]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        found = [cell for part in pool.map(cells, ARCHITECTURES, [chosen] * len(ARCHITECTURES)) for cell in part]
-    if not names:
+def read() -> dict[tuple[str, str], Cell]:
+    """What was tried before."""
+    file = RESULTS / "operators.json"
+    cells = [Cell(**one) for one in json.loads(file.read_text())] if file.exists() else []
+    return {(cell.operator, cell.architecture): cell for cell in cells}
+
+
+def write(known: dict[tuple[str, str], Cell]) -> None:
+    """Both results, of the operators and architectures that there are, in their order."""
+    places = [(name, architecture) for architecture in ARCHITECTURES for name in registry.operators()]
+    found = [known[place] for place in places if place in known]
+    (RESULTS / "operators.json").write_text(json.dumps([asdict(cell) for cell in found], indent=1) + "\n")
+    if len(found) == len(places):
         (RESULTS / "operators.md").write_text(table(found))
-        (RESULTS / "operators.json").write_text(json.dumps([asdict(cell) for cell in found], indent=1) + "\n")
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("names", nargs=-1)
+@click.option(
+    "--architecture", "architectures", multiple=True, type=click.Choice([*ARCHITECTURES]), default=[*ARCHITECTURES], show_default=True
+)
+def main(names: tuple[str, ...], architectures: tuple[str, ...]) -> None:
+    chosen = [registry.canonical(name) for name in names] or [*registry.operators()]
+    known, found = read(), []
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        for part in as_completed([pool.submit(cells, architecture, chosen) for architecture in architectures]):
+            found += part.result()
+            known |= {(cell.operator, cell.architecture): cell for cell in found}
+            write(known)
     failed = [cell for cell in found if cell.outcome == "failed"]
     print(f"{sum(cell.outcome == 'works' for cell in found)} of {len(found)} work, {len(failed)} failed")
-    return 1 if failed else 0
+    sys.exit(1 if failed else 0)
