@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
+
+from laurel_rewrite.private import SET_GRAD, HigherOrderOperator, rename
 
 _REGIONS = frozenset(
     "wrap_with_autocast wrap_with_set_grad_enabled tag_activation_checkpoint wrap_activation_checkpoint invoke_subgraph wrap".split()
@@ -29,7 +30,7 @@ def flattened(graph: fx.Graph) -> fx.Graph:
     """The graph with its regions in place of their calls, or the graph itself where it has none.
 
     Nodes outside of regions keep their names; those inside are named by their region too. Whether gradients are on is said by
-    `torch._C._set_grad_enabled` nodes, as in a graph traced without regions.
+    `_set_grad_enabled` nodes, as in a graph traced without regions.
     """
     if not any(_subgraphs(node) or nested(node) is not None for node in graph.nodes):
         return graph
@@ -90,7 +91,7 @@ class _Flat:
 
     def _record(self, on: bool) -> None:
         if on is not self.recording:
-            self.graph.call_function(torch._C._set_grad_enabled, (on,))
+            self.graph.call_function(SET_GRAD, (on,))
         self.recording = on
 
     def _node(self, node: fx.Node, known: dict[fx.Node, Any], prefix: str, path: str) -> fx.Node:
@@ -107,13 +108,13 @@ class _Flat:
             while name in self.taken:
                 name += "_"
             self.taken.add(name)
-            made._rename(name)
+            rename(made, name)
         return made
 
     def _listed(self, node: fx.Node, add: fx.Node) -> None:
         made = self.graph.call_function(sum_in_subgraph)
         made.meta = dict(add.meta)
-        made._rename(f"{add.name}_in_{node.name}")
+        rename(made, f"{add.name}_in_{node.name}")
 
 
 def _name(node: fx.Node) -> str:
@@ -122,7 +123,7 @@ def _name(node: fx.Node) -> str:
 
 def _subgraphs(node: fx.Node) -> list[fx.Graph]:
     """The graphs that a higher-order op is called with."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return []
     found = []
     for operand in node.all_input_nodes:
