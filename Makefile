@@ -1,9 +1,9 @@
-# make demo, test, test-engines, test-all, test-torchtitan, lint, docs, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
+# make demo, test, test-engines, test-all, test-torchtitan, lint, docs, matrix, zoo, fuzz and engines each work on their own on a fresh machine with Python 3.11.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-all test-torchtitan lint docs zoo fuzz engines clean
+.PHONY: demo test test-engines test-all test-torchtitan lint docs matrix zoo fuzz engines clean
 
 # torch comes first, alone and pinned: a range could be met by a build with several GB of CUDA packages.
 $(VENV)/base: pyproject.toml constraints.txt
@@ -49,6 +49,17 @@ lint: $(VENV)/dev
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build
 
+# The quick tests on the lowest and on the newest versions, one environment after another, each about 6 GB and deleted behind it; ten minutes of tests
+# each. Writes a dated table under tools/results/. MATRIX="-n 0" is for one process.
+MATRIX ?= -n auto
+matrix: $(VENV)/nox/bin/nox
+	$(VENV)/nox/bin/nox -- $(MATRIX)
+
+$(VENV)/nox/bin/nox: constraints.txt
+	$(PYTHON) -m venv $(VENV)/nox
+	$(VENV)/nox/bin/python -m pip install --quiet --constraint constraints.txt nox
+	touch $@
+
 # About ten minutes; writes a dated table under tools/results/.
 zoo: $(VENV)/dev
 	$(BIN)/python tools/zoo.py
@@ -63,4 +74,4 @@ engines: $(VENV)/dev
 	$(BIN)/python -m tools.engines
 
 clean:
-	rm -rf $(VENV) laurel_out .fuzz.json docs/_build docs/operators
+	rm -rf $(VENV) .nox laurel_out .fuzz.json docs/_build docs/operators

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite import __version__, targets
 from laurel_rewrite.backends.onnx.surgery import check_form, inline_laurel
@@ -36,6 +35,7 @@ from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.reads import parted
+from laurel_rewrite.private import pytree
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.sources.past import Past
 from laurel_rewrite.verification.checks import require

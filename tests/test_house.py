@@ -10,7 +10,7 @@ import networkx as nx
 
 REPOSITORY = Path(__file__).parent.parent
 ORDER = (
-    "errors", "stages", "graph", "files", "text", "sources", "detection", "operators", "plan", "verification", "passes", "targets", "lowering", "backends",
+    "errors", "stages", "private", "graph", "files", "text", "sources", "detection", "operators", "plan", "verification", "passes", "targets", "lowering", "backends",
     "exporting", "training", "testing", "profiling", "report", "lab", "app", "integrations", "__main__",
 )  # fmt: skip
 """From the ground up. What is only imported for annotations counts for circles alone."""
@@ -72,3 +72,51 @@ def test_no_function_is_longer_than_a_screen_and_no_file_than_a_room():
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 80:
                 long.append(f"{path.name}: {node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines")
     assert not long
+
+
+FOREIGN = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "onnx2torch", "transformers", "timm", "accelerate", "lightning", "torchtitan", "peft")  # fmt: skip
+EVERYWHERE = {"_modules", "_parameters", "_buffers", "_apply"}
+"""Of nn.Module, whose meaning `tests/test_private.py` holds."""
+PYTHONS = {"_fields", "_getframe", "_lru_cache_wrapper"}
+"""Documented, or as old as what they belong to."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """Names that a module gives to something: functions, classes, variables, attributes, operands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own = isinstance(node, ast.Name) or (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "made", "new"))
+            if own:
+                yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def private_of_others(tree: ast.AST, ours: set[str]) -> Iterator[str]:
+    """Names that others keep to themselves: imported, reached by a dot, or asked for by their text."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or ""
+            for full in (f"{module}.{alias.name}".lstrip(".") for alias in node.names):
+                if full.partition(".")[0] in FOREIGN and any(map(is_private, full.split("."))):
+                    yield full
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            whole = ast.unparse(node)
+            if node.attr not in ours | EVERYWHERE | PYTHONS or whole.startswith("torch."):
+                yield whole
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+            asked = node.args[1]
+            if isinstance(asked, ast.Constant) and is_private(str(asked.value)) and asked.value not in ours | EVERYWHERE:
+                yield str(asked.value)
+
+
+def test_what_others_keep_to_themselves_is_used_in_one_module():
+    trees = {name: ast.parse(path.read_text()) for name, path in modules().items()}
+    ours = {name for tree in trees.values() for name in defined(tree) if is_private(name)}
+    assert len(set(private_of_others(trees["private"], ours))) > 20
+    found = {f"{name}: {use}" for name, tree in trees.items() if name != "private" for use in private_of_others(tree, ours)}
+    assert not found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import D, Net, X, found, kinds, reasons
 
-from laurel_rewrite import detect
+from laurel_rewrite import RewriteError, detect, rewrite
+from laurel_rewrite.graph.recording import _has_own_backward
 
 # Results that nobody reads
 
@@ -373,3 +376,73 @@ def test_two_dropouts_of_one_value_differ():
     sites = found(body)
     assert kinds(sites) == {"identity": 1}
     assert sites.flow.values[sites.bindings["laurel_0"].residual.source].op == "linear"
+
+
+# Functions with a backward of their own
+
+
+class Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, f):
+        return x + f
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient
+
+
+class SumsWithoutContext(torch.autograd.Function):
+    @staticmethod
+    def forward(x, f):
+        return x + f
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient
+
+
+class SumsDecorated(Sums):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x, *values):
+        return x + values[0]
+
+
+class Applies(Net):
+    def forward(self, x):
+        return self.body.apply(x, self.a(x))
+
+
+@pytest.mark.parametrize("function", [Sums, SumsWithoutContext, SumsDecorated])
+def test_a_sum_with_a_backward_of_its_own_is_not_rewritten(function):
+    with pytest.raises(RewriteError, match="with its own backward"):
+        rewrite(Applies(function), (X,))
+
+
+def test_a_decorator_of_such_a_forward_is_no_forward():
+    """One that says not what it wraps: its code is that of all that it decorates."""
+
+    def passing(function):
+        return lambda *args: function(*args)
+
+    @passing
+    def own_backward(*_):
+        return _has_own_backward(sys._getframe())
+
+    class Doubles(Sums):
+        seen = None
+
+        @staticmethod
+        @passing
+        def forward(ctx, x):
+            Doubles.seen = own_backward()
+            return x * 2
+
+    assert not own_backward(X)
+    Doubles.apply(X)
+    assert Doubles.seen
+    assert not own_backward(X)

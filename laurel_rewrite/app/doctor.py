@@ -204,11 +204,11 @@ def _onnxruntime() -> str:
 
 
 def _compiler() -> str:
-    from torch._inductor import config
+    from laurel_rewrite.private import compilers
 
-    names = config.cpp.cxx if isinstance(config.cpp.cxx, tuple | list) else [config.cpp.cxx]
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    return found or f"none ({', '.join(filter(None, names))}): torch.compile on the CPU needs one, such as g++"
+    names = compilers()
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    return found or f"none ({', '.join(names)}): torch.compile on the CPU needs one, such as g++"
 
 
 def _cache() -> str:

@@ -377,7 +377,8 @@ def stop_if_failed(report: Report) -> None:
 def _feeds(path: Path, built: Built) -> dict[str, Any]:
     """The model's own example inputs, for the profile."""
     import torch
-    from torch.utils import _pytree as pytree
+
+    from laurel_rewrite.private import pytree
 
     leaves = [leaf for leaf in pytree.tree_leaves((built.args, built.kwargs)) if isinstance(leaf, torch.Tensor)]
     inputs = session_of(path).get_inputs()

@@ -33,6 +33,7 @@ from laurel_rewrite.operators.unserved import OP, marked
 from laurel_rewrite.passes.insert_laurel import InsertLaurel
 from laurel_rewrite.plan import Plan
 from laurel_rewrite.plan.fitting import places_beside
+from laurel_rewrite.private import compiled_call
 
 _FRAME = 'File "'  # of a stack trace
 
@@ -149,12 +150,10 @@ def prepare(
 @contextlib.contextmanager
 def _compiling(model: nn.Module, backend: Any) -> Iterator[None]:
     """A model that is compiled when it is called, for a while."""
-    before = model._compiled_call_impl
-    model.compile(backend=backend)
     try:
-        yield
+        with compiled_call(model, backend):
+            yield
     finally:
-        model._compiled_call_impl = before
         torch.compiler.reset()  # of one code TorchDynamo keeps eight graphs, and no more
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from laurel_rewrite.backends import BackEnd
 from laurel_rewrite.detection.sites import Sites
@@ -26,6 +24,7 @@ from laurel_rewrite.graph.snapshot import fits_twice, state_bytes
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.prepared import plain_start
 from laurel_rewrite.plan import Plan
+from laurel_rewrite.private import TorchDispatchMode, memory_id, pytree
 from laurel_rewrite.verification.checks import Check
 from laurel_rewrite.verification.runs import REGROUPED, SCALE_FREE, Allowed, Run, Watch, allowed, compare_runs, declared, run_once
 
@@ -282,13 +281,13 @@ class _StaleReads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
     def stale(self, tensor: Tensor, site: str) -> None:
         storage = _storage(tensor)
         if storage is not None:
-            self._storages[storage._cdata] = storage, site
+            self._storages[memory_id(storage)] = storage, site
 
     def look(self, tree: Any) -> None:
         for leaf in pytree.tree_leaves(tree):
             storage = _storage(leaf) if isinstance(leaf, Tensor) else None
-            if storage is not None and storage._cdata in self._storages:
-                self.found.add(self._storages[storage._cdata][1])
+            if storage is not None and memory_id(storage) in self._storages:
+                self.found.add(self._storages[memory_id(storage)][1])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._storages and not self.inside:

@@ -24,6 +24,7 @@ from laurel_rewrite.graph.capture import Call, Capture, parameters_of
 from laurel_rewrite.graph.dataflow import Dataflow
 from laurel_rewrite.graph.from_fx import dataflow_from_fx
 from laurel_rewrite.graph.regions import flattened, nested, rooms_of
+from laurel_rewrite.private import STATIC_INPUT, FakeTensorMode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -257,12 +258,11 @@ def _has_unknown_sizes(flow: Dataflow) -> bool:
 
 def _is_static(node: fx.Node) -> bool:
     """Whether TorchDynamo made an input of a parameter or buffer."""
-    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    return STATIC_INPUT in (node.meta.get("tensor_dict") or {})
 
 
 def with_shapes(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
     """Give the nodes of a graph their shapes, where they have none."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.shape_prop import ShapeProp
 
     if any(n.meta.keys() & {"val", "example_value", "tensor_meta"} for n in module.graph.nodes if n.op.startswith("call")):

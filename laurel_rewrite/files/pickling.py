@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from laurel_rewrite.private import enumeration_member, is_enumeration, parametrise_again, state_without_old_hooks
 
 
 class Pickler(pickle.Pickler):
@@ -18,9 +17,8 @@ class Pickler(pickle.Pickler):
 
     def reducer_override(self, thing: Any) -> Any:
         if isinstance(thing, nn.Module) and parametrize.is_parametrized(thing):
-            state = {**thing.__dict__, "_load_state_dict_pre_hooks": OrderedDict()}  # for checkpoints of older ways to parametrise
-            return _parametrised, (parametrize.type_before_parametrizations(thing), state)
-        if getattr(torch._C, type(thing).__qualname__, None) is type(thing) and hasattr(type(thing), "__members__"):  # of pybind11
+            return _parametrised, (parametrize.type_before_parametrizations(thing), state_without_old_hooks(thing))
+        if is_enumeration(thing):  # of pybind11
             return _member, (type(thing).__qualname__, thing.name)
         return NotImplemented
 
@@ -38,15 +36,12 @@ MODULE = SimpleNamespace(
 
 
 def _member(enumeration: str, name: str) -> Any:
-    return getattr(getattr(torch._C, enumeration), name)
+    return enumeration_member(enumeration, name)
 
 
 def _parametrised(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     """A module whose tensors are computed from others: the parametrisation is registered anew on the bare module."""
     module = base.__new__(base)
     module.__dict__.update(state)
-    inject: Callable[..., None] = parametrize._inject_new_class
-    inject(module)
-    for name in module.parametrizations:  # type: ignore[union-attr]  # a ModuleDict
-        parametrize._inject_property(module, name)
+    parametrise_again(module)
     return module

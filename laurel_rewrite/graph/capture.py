@@ -20,14 +20,12 @@ import torch
 import torch.fx.traceback
 import torch.utils.checkpoint
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import CaptureError
 from laurel_rewrite.graph import concrete
 from laurel_rewrite.graph.recording import Call, Recorder, Span
 from laurel_rewrite.graph.snapshot import fits_twice, preserved
+from laurel_rewrite.private import FakeTensorMode, forget_compiled_scripts, pytree, reparametrized
 
 __all__ = ["Call", "Capture", "Span", "capture", "describe", "parameters_of", "quiet", "training", "without_caches"]
 
@@ -183,7 +181,7 @@ class _Captor:
                 fake.from_tensor,
                 (self.args, self.kwargs, dict((*self.model.named_parameters(), *self.model.named_buffers()))),
             )
-            with _reparametrize_module(self.model, state, tie_weights=True):
+            with reparametrized(self.model, state, tie_weights=True):
                 yield _Captor(self.model, args, kwargs, None)
 
     @contextlib.contextmanager
@@ -294,12 +292,7 @@ def training(model: nn.Module, mode: bool) -> Iterator[None]:
 def _unoptimised_scripts(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Scripted functions and modules op by op. What has run before, TorchScript differentiates by itself, behind a detach that no code of the
     model's has; what it compiled is forgotten, and compiled again when it runs next."""
-    unit: Any = torch.jit._state._python_cu  # of all that was scripted in this process; torch's stub has no results
-    scripts = [*unit.get_functions()]
-    for module in (m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)):
-        scripts += [module._c._get_method(name) for name in module._c._method_names()]
-    for script in scripts:
-        script._debug_flush_compilation_cache()
+    forget_compiled_scripts(model)
     off: contextlib.AbstractContextManager[None] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]  # public, not in __all__
     return off
 

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from laurel_rewrite.graph.recording import Recorder
 from laurel_rewrite.graph.snapshot import tensors_in
+from laurel_rewrite.private import ALLOWS_VALUES, rename
 
 
 def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], recorder: Recorder) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -40,13 +41,13 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], reco
 
     with recorder, torch.fx.traceback.preserve_node_meta(), _module_stacks(recorder):
         graph = make_fx(
-            run, tracing_mode="real", pre_dispatch=True, record_stack_traces=True, _error_on_data_dependent_ops=False
+            run, tracing_mode="real", pre_dispatch=True, record_stack_traces=True, **ALLOWS_VALUES
         )(*state, *inputs)  # fmt: skip
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node, tensor in zip(placeholders, state, strict=False):
         kind = "p_" if isinstance(tensor, nn.Parameter) else "b_"
-        node._rename(f"{kind}{names[id(tensor)]}".replace(".", "_") if id(tensor) in names else "c_tensor")
+        rename(node, f"{kind}{names[id(tensor)]}".replace(".", "_") if id(tensor) in names else "c_tensor")
     own = {id(parameter): name for name, parameter in model.named_parameters()}
     return graph, {node.name: own.get(id(tensor), "") for node, tensor in zip(placeholders, state, strict=False)}
 

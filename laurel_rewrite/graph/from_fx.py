@@ -46,6 +46,7 @@ from laurel_rewrite.graph.ops.torch import (
 )
 from laurel_rewrite.graph.regions import ENTRY, ROOM, end_of_room
 from laurel_rewrite.graph.rooms import Entry, enter, leave
+from laurel_rewrite.private import SET_GRAD, OpOverload, schema_of
 
 
 def dataflow_from_fx(
@@ -133,7 +134,7 @@ class _Reader:
 
     def _add(self, node: fx.Node) -> None:
         op, writes = self._target(node)
-        if op == "_set_grad_enabled":
+        if op == SET_GRAD.__name__:
             self.recording = bool(node.args[0])
         if op in IGNORED:
             return
@@ -322,7 +323,7 @@ def base_name(node: fx.Node, modules: Callable[[str], torch.nn.Module] | None = 
         return LEAF_MODULES.get(name, "relu" if name in POINTWISE_MODULES else "unknown_module")
     if node.op == "call_method":
         name = str(target)
-    elif isinstance(target, torch._ops.OpOverload):
+    elif isinstance(target, OpOverload):
         name = target.overloadpacket.__name__
     else:
         name = getattr(target, "__name__", str(target)).removeprefix("aten.").split(".")[0]
@@ -335,8 +336,8 @@ def base_name(node: fx.Node, modules: Callable[[str], torch.nn.Module] | None = 
 def mutates(node: fx.Node) -> bool:
     """Whether the node writes into its first operand."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable and not target.overloadpacket.__name__.startswith("_assert")
+    if isinstance(target, OpOverload):
+        return schema_of(target).is_mutable and not target.overloadpacket.__name__.startswith("_assert")
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
     if node.op == "call_method":
         return bool(name.endswith("_")) and not name.endswith("__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 import torch.fx.traceback
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 _TORCH = torch.__path__[0]
 _MACHINERY = tuple(f"{_TORCH}/{part}" for part in ("_", "fx/", "overrides", "utils/", "export/", "functional", "autograd/", "compiler/"))
 _CALL = f"{_TORCH}/nn/modules/module.py"
 _ADDS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__", "iadd"})
-_APPLY = torch.autograd.Function.apply.__code__
+_FORWARDS: weakref.WeakKeyDictionary[type, tuple[frozenset[CodeType], bool]] = weakref.WeakKeyDictionary()
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]  # a property of C
 
 
@@ -168,11 +170,37 @@ def _outside_machinery(frame: FrameType | None) -> FrameType | None:
 
 def _has_own_backward(frame: FrameType | None) -> bool:
     """Whether a frame runs in the forward of a `torch.autograd.Function`: its backward is written for the sums that stand there."""
+    forwards = [_forward(cls) for cls in _below(torch.autograd.Function)]
+    by_context = frozenset().union(*(codes for codes, context in forwards if context))
+    by_code = frozenset().union(*(codes for codes, context in forwards if not context))
     while frame is not None:
-        if frame.f_code is _APPLY:
+        if frame.f_code in by_code or (frame.f_code in by_context and isinstance(_first(frame), FunctionCtx)):
             return True
         frame = frame.f_back
     return False
+
+
+def _below(cls: Any) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _below(child)
+
+
+def _forward(cls: Any) -> tuple[frozenset[CodeType], bool]:
+    """Code of the forward of an autograd function, and whether it takes the context, by which a plain call of the same code is told apart."""
+    if cls not in _FORWARDS:
+        context = cls.setup_context is torch.autograd.Function.setup_context
+        codes = _codes(inspect.getattr_static(cls, "forward"))
+        plain = getattr(inspect.unwrap(cls.forward), "__code__", None)
+        _FORWARDS[cls] = frozenset(codes) if context else frozenset([plain] if plain else []), context
+    return _FORWARDS[cls]
+
+
+def _first(frame: FrameType) -> Any:
+    """The first operand of the call that a frame runs."""
+    code = frame.f_code
+    value = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+    return value[0] if not code.co_argcount and isinstance(value, tuple) and value else value
 
 
 def _can_be_residual(args: Any) -> bool:

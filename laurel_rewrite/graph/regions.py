@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
 from laurel_rewrite.graph.rooms import Entry, Room
+from laurel_rewrite.private import SET_GRAD, HigherOrderOperator, rename
 
 _REGIONS = frozenset(
     "wrap_with_autocast wrap_with_set_grad_enabled tag_activation_checkpoint wrap_activation_checkpoint invoke_subgraph wrap".split()
@@ -48,7 +48,7 @@ def flattened(graph: fx.Graph, *, rooms: bool = True) -> fx.Graph:
     """The graph with its regions in place of their calls and rooms behind their ops, or the graph itself where it has none.
 
     Nodes outside of regions keep their names; those inside are named by their region too. Whether gradients are on is said by
-    `torch._C._set_grad_enabled` nodes, as in a graph traced without regions.
+    `_set_grad_enabled` nodes, as in a graph traced without regions.
 
     Args:
         graph: stays as it is.
@@ -134,7 +134,7 @@ class _Flat:
 
     def _record(self, on: bool) -> None:
         if on is not self.recording:
-            self.graph.call_function(torch._C._set_grad_enabled, (on,))
+            self.graph.call_function(SET_GRAD, (on,))
         self.recording = on
 
     def _node(self, node: fx.Node, known: dict[fx.Node, Any], prefix: str, path: str) -> fx.Node:
@@ -153,13 +153,13 @@ class _Flat:
             while name in self.taken:
                 name += "_"
             self.taken.add(name)
-            made._rename(name)
+            rename(made, name)
         return made
 
     def _listed(self, node: fx.Node, add: fx.Node) -> None:
         made = self.graph.call_function(sum_in_subgraph)
         made.meta = dict(add.meta)
-        made._rename(f"{add.name}_in_{node.name}")
+        rename(made, f"{add.name}_in_{node.name}")
 
 
 def rooms_of(node: fx.Node) -> list[Room[fx.Graph, Any]]:
@@ -212,7 +212,7 @@ def _name(node: fx.Node) -> str:
 
 def subgraphs_of(node: fx.Node) -> list[fx.Graph]:
     """The graphs that a higher-order op is called with."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return []
     held = [_attribute(operand) for operand in node.all_input_nodes if operand.op == "get_attr"]
     return [module.graph for module in held if isinstance(module, fx.GraphModule)]

@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Undo = Callable[[], None]
+from laurel_rewrite.private import memory_id, sparse_parts
+
+Undo = Callable[[], object]
 
 _FIXED = (NoneType, bool, int, float, complex, str, bytes, torch.dtype, torch.device, ModuleType, BuiltinFunctionType)
 _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, bytearray)
@@ -345,8 +347,7 @@ def _restore_tensor(tensor: Tensor, data: Tensor | None, leaf: bool, requires_gr
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    memory = tensor.untyped_storage()._cdata
-    return memory, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    return memory_id(tensor.untyped_storage()), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _restore_grad(tensor: Tensor, grad: Tensor | None) -> None:
@@ -362,12 +363,12 @@ def _memories(reached: Sequence[Any], *, registered: bool = True) -> Iterator[Te
     seen: set[int] = set()
     for module in reached if not registered else ():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if isinstance(module, nn.Module) else ():
-            seen.update(part.untyped_storage()._cdata for part in _plain_tensors(tensor))
+            seen.update(memory_id(part.untyped_storage()) for part in _plain_tensors(tensor))
     for thing in reached:
         for tensor in _plain_tensors(thing) if isinstance(thing, Tensor) else ():
             storage = tensor.untyped_storage()
-            if storage._cdata not in seen and storage.device.type != "meta" and storage.nbytes():
-                seen.add(storage._cdata)
+            if memory_id(storage) not in seen and storage.device.type != "meta" and storage.nbytes():
+                seen.add(memory_id(storage))
                 yield torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -379,7 +380,7 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     elif tensor.layout == torch.strided:
         yield tensor
     elif tensor.layout == torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
+        yield from sparse_parts(tensor)
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -404,7 +405,7 @@ def _process_state() -> Iterator[Undo]:
     yield functools.partial(random.setstate, random.getstate())
     yield functools.partial(np.random.set_state, np.random.get_state())
     yield functools.partial(torch.set_default_dtype, torch.get_default_dtype())
-    yield functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled())
+    yield functools.partial(torch.set_grad_enabled, torch.is_grad_enabled())
     device = torch.accelerator.current_accelerator()
     module: Any = torch.get_device_module(device) if device is not None else None
     if module is not None and getattr(module, "is_initialized", lambda: True)():

@@ -25,6 +25,7 @@ from laurel_rewrite.integrations import log_names, required
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.annealing import advance_annealing
 from laurel_rewrite.operators.connections import check_optimizer, learned, param_groups, sites_of
+from laurel_rewrite.private import forget_training_spec, known_model_converters
 
 NAME = "laurel"
 """Of the converter, in `--model.converters`."""
@@ -135,7 +136,7 @@ def register(*models: str, scalar_lr: float = 1.0) -> None:
     converters = required(_CONVERTERS, "torchtitan")
     specs = required("torchtitan.protocols.train_spec", "torchtitan")
     metrics = required("torchtitan.components.metrics", "torchtitan")
-    if NAME not in converters._registry_model_converter_cls:
+    if NAME not in known_model_converters(converters):
         converters.register_model_converter(LaurelConverter, NAME)
     for model in models:
         spec = specs.get_train_spec(model)
@@ -146,7 +147,7 @@ def register(*models: str, scalar_lr: float = 1.0) -> None:
                 build_optimizers_fn=functools.partial(build_optimizers, spec.build_optimizers_fn, scalar_lr),
                 build_metrics_processor_fn=functools.partial(build_metrics_processor, processors),
             )
-            specs._extra_train_specs.pop(model, None)  # where the user registered one
+            forget_training_spec(specs, model)  # where the user registered one
             specs.register_train_spec(model, ours)
 
 

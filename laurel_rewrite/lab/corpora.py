@@ -76,7 +76,8 @@ def own(dataset: Callable[[str], Any], label: str) -> Corpus:
     import hashlib
 
     import torch
-    from torch.utils import _pytree as pytree
+
+    from laurel_rewrite.private import pytree
 
     found, known = hashlib.sha256(), {}
     for name in SPLITS:

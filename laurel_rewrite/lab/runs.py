@@ -29,6 +29,7 @@ from laurel_rewrite.lab.splits import Corpus
 from laurel_rewrite.lab.tasks import MASKED, TOKENS, Task
 from laurel_rewrite.operators.annealing import advance_annealing
 from laurel_rewrite.operators.connections import learned, param_groups, unwrapped
+from laurel_rewrite.private import own_accelerator_state
 
 PRECISIONS = ("no", "bf16", "fp16")
 _RUN = "run.json"
@@ -381,14 +382,11 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
     """
     try:
         import accelerate
-        from accelerate.state import AcceleratorState
         from accelerate.utils import DataLoaderConfiguration, TorchDynamoPlugin
     except ModuleNotFoundError as error:
         raise missing("accelerate", "train") from error
     options: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor")} if recipe.compile else {}
-    before = dict(AcceleratorState._shared_state)  # of a trainer in this process, say
-    AcceleratorState._reset_state()
-    try:
+    with own_accelerator_state():  # a trainer in this process may have one
         try:
             accelerator = accelerate.Accelerator(
                 cpu=not torch.accelerator.is_available(),  # else it would not see the processes of a machine without one
@@ -401,9 +399,6 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
             raise ConfigError(f"Accelerate cannot train so: {' '.join(str(error).split())[:300]}") from error
         check_processes(recipe, accelerator)
         yield accelerator
-    finally:
-        AcceleratorState._reset_state()
-        AcceleratorState._shared_state.update(before)
 
 
 def check_processes(recipe: Recipe, accelerator: Any) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from laurel_rewrite.errors import FOREIGN, CaptureError, ConfigError
 from laurel_rewrite.graph.capture import quiet, without_caches
+from laurel_rewrite.private import pytree
 from laurel_rewrite.sources.built import Built
 
 TOKENS, IMAGES = "tokens", "images"

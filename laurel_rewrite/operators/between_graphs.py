@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laurel_rewrite.operators.state import Link
+from laurel_rewrite.private import graphs_see_hooks
 
 
 class BetweenGraphs(nn.Module):
@@ -34,7 +35,7 @@ class BetweenGraphs(nn.Module):
             setattr(cls, name, torch.compiler.disable(getattr(BetweenGraphs, name)))  # type: ignore[no-untyped-call]
         if cls.separate or cls.defines("read"):  # hooks on other modules bring its values to where they are read
             # The compiler takes the graph of a block without hooks for one with them, unless it is told to look.
-            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            graphs_see_hooks()
 
     def splits_graphs(self) -> bool:
         """Whether it is such a block's graph that is being compiled."""

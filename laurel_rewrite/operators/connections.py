@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.private import OPTIMIZED, WRAPPERS, flattened_by_fsdp, fsdp_ran
 
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
-"""Names that wrappers give what they wrap."""
 MIXING = "mixing"
 """What the name of a group of mixing weights begins with."""
 _ADVICE = "build it from laurel_rewrite.param_groups(model, lr=..., weight_decay=...)"
@@ -68,9 +67,7 @@ def asked(model: nn.Module, question: Callable[[Connection], Mapping[str, Tensor
     values: dict[tuple[str, str], Tensor] = {}
     units = _units(model)
     for unit in units.values():
-        if (
-            unit._is_root is None
-        ):  # no forward ran yet; outer units come first, and the one that is asked first would take itself for the root
+        if not fsdp_ran(unit):  # no forward ran yet; outer units come first, and the one that is asked first would take itself for the root
             with unit.summon_full_params(unit, recurse=False, writeback=False):
                 pass
     for path, module in by_path(model).items():
@@ -92,13 +89,13 @@ def by_path(model: nn.Module) -> dict[str, Connection]:
 
 def unwrapped(path: str) -> str:
     """A path, of a module or a parameter, as it was before engines wrapped modules."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def bare(model: nn.Module) -> nn.Module:
     """What is inside wrappers that change nothing of a call of one process: replicas, and a compilation around these."""
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or "_orig_mod" in model._modules:
-        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or OPTIMIZED in model._modules:
+        model = model.get_submodule(OPTIMIZED if OPTIMIZED in model._modules else "module")
     return model
 
 
@@ -188,14 +185,12 @@ def _shapes(model: nn.Module) -> dict[int, torch.Size]:
     """Shapes of parameters that FSDP1 flattened, by id."""
     shapes: dict[int, torch.Size] = {}
     for unit in dict.fromkeys(_units(model).values()):
-        flat = unit._flat_param
-        if flat is None:
-            continue
-        if flat._params is None:
+        flattened = flattened_by_fsdp(unit)
+        if flattened is None:
             raise ConfigError(
                 "FSDP1 made one flat parameter of many, which cannot get learning rates and decay of their own. Wrap with use_orig_params=True."
             )
-        shapes |= {id(parameter): shape for parameter, shape in zip(flat._params, flat._shapes, strict=True)}
+        shapes |= {id(parameter): shape for parameter, shape in flattened}
     return shapes
 
 

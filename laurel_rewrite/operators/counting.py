@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.state import FED
+from laurel_rewrite.private import TorchDispatchMode, memory_id, pytree
 
 _MOVES = frozenset(
     "aten::" + name for name in "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias".split()
@@ -44,15 +43,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name in _MOVES:
+        if func.name().partition(".")[0] in _MOVES:
             return out
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         if packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
         elif isinstance(out, torch.Tensor):
             self.flops += out.numel()
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-        self.moved += sum(tensor.numel() for tensor in tensors if tensor.untyped_storage()._cdata not in self.parameters)
+        self.moved += sum(tensor.numel() for tensor in tensors if memory_id(tensor.untyped_storage()) not in self.parameters)
         return out
 
 
@@ -88,7 +87,7 @@ def counted_stream(connections: Iterable[Connection]) -> list[Counts]:
 def _counted(connection: Connection, state: tuple[torch.Tensor, ...]) -> tuple[Counts, tuple[torch.Tensor, ...]]:
     x = _position(connection)
     f = torch.empty_like(x)
-    own = {value.untyped_storage()._cdata for value in connection.state_dict(keep_vars=True).values()}
+    own = {memory_id(value.untyped_storage()) for value in connection.state_dict(keep_vars=True).values()}
     with torch.no_grad(), _Counter(own) as counter:  # what it runs on is there already, and costs nothing
         left = _left(connection, x, f, state)
     declared = connection.flops(connection.config)

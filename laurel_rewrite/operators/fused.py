@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laurel_rewrite.private import has_hooks
+
 _MAPS: dict[type[nn.Module], Any] = {
     nn.Linear: nn.functional.linear,
     nn.Conv1d: nn.functional.conv1d,
@@ -55,9 +57,7 @@ def _regular(value: Tensor) -> bool:
 
 def _bare(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a call of a layer is the product with its weight and nothing else."""
-    if type(layer) not in _MAPS or "forward" in layer.__dict__:
-        return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if type(layer) not in _MAPS or "forward" in layer.__dict__ or has_hooks(layer):
         return False
     weight: Any = layer.weight
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype == dtype and layer.bias is None

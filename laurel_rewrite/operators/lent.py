@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from laurel_rewrite.operators.protocol import Connection
+from laurel_rewrite.private import FakeTensorMode, TorchDispatchMode
 
 
 class Lent(nn.Module):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laurel_rewrite.private import HF_INITIALIZED
+
 
 @contextlib.contextmanager
 def own_draws(site: str, seed: int) -> Iterator[None]:
@@ -53,13 +55,13 @@ def put_start(connection: Any, names: Collection[str] | None = None) -> None:
 def mark_started(connection: nn.Module) -> None:
     """transformers' `init_weights` walks over modules and parameters, and would undo the start."""
     for started in (*connection.modules(), *connection.parameters()):
-        setattr(started, "_is_hf_initialized", True)  # noqa: B010  # no module or tensor
+        setattr(started, HF_INITIALIZED, True)
 
 
 def not_started(connection: nn.Module) -> set[str]:
     """Names of the parameters that were made anew since the connection got its start, and were not read from a checkpoint: those without
     the mark of transformers, which makes and reads them."""
-    return {name for name, parameter in connection.named_parameters() if not getattr(parameter, "_is_hf_initialized", False)}
+    return {name for name, parameter in connection.named_parameters() if not getattr(parameter, HF_INITIALIZED, False)}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from laurel_rewrite.errors import LaurelError
 from laurel_rewrite.operators.sums import state_like
+from laurel_rewrite.private import at_end_of_backward, backward_keeps_graph, backward_number, saved_tensors_hooks, without_modes
 
 OUTSIDE = -1  # torch's number of the running backward pass, where none runs
 States = tuple[Tensor, ...]
@@ -160,7 +160,7 @@ class Stream:
         if torch.compiler.is_compiling():
             self.begin()
         elif running_backward() != OUTSIDE:
-            _at_end_of_backward(self.end)
+            at_end_of_backward(self.end)
         else:
             if torch.is_grad_enabled() and any(slot.again for slot in self.slots):
                 kept = _Kept(self)
@@ -226,8 +226,8 @@ class _Kept:
             slot.value, slot.graded, slot.skip, slot.fresh = value, graded, skip, value is not None and not self.stream.shared
             slot.at_end, slot.taken = at_end, 0
         local.backward, local.thread = running_backward(), self.thread
-        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        _at_end_of_backward(lambda: self._finish(keeps_graph))
+        keeps_graph = backward_keeps_graph()
+        at_end_of_backward(lambda: self._finish(keeps_graph))
 
     def _finish(self, keeps_graph: bool) -> None:
         self.stream.end()
@@ -387,7 +387,7 @@ class Link:
         own = None if self.slot is None else self.slot.skip
         found = _probe(x)
         # Another pass has other values altogether; the bounds only let through what kernels that are not deterministic change.
-        with _disable_current_modes(), torch.no_grad():
+        with without_modes(), torch.no_grad():
             return own is not None and own.shape == found.shape and torch.allclose(own, found, rtol=1e-2, atol=1e-3, equal_nan=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
@@ -405,12 +405,12 @@ class Link:
 
 def _records_again() -> bool:
     """Whether what runs here may be run again by activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return saved_tensors_hooks(False) is not None
 
 
 def _probe(x: Tensor) -> Tensor:
     """Some elements of a tensor, outside of the modes that record or replay what a checkpoint computes."""
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         if x.is_nested:
             return x.values()[:_PROBES].clone()
         x = x.to_local() if hasattr(x, "to_local") else x  # of a DTensor, this device's part
@@ -420,11 +420,7 @@ def _probe(x: Tensor) -> Tensor:
 def running_backward() -> int:
     """The number of the backward pass that this runs in, as the second run of a checkpointed block does; `OUTSIDE` elsewhere, and where
     it is compiled."""
-    return OUTSIDE if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
-def _at_end_of_backward(call: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(call)
+    return OUTSIDE if torch.compiler.is_compiling() else backward_number()
 
 
 def _tensors(output: Any, depth: int = 4) -> Iterator[Tensor]:

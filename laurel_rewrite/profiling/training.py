@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.graph.capture import quiet, without_caches
 from laurel_rewrite.operators.connections import param_groups
+from laurel_rewrite.private import pytree
 from laurel_rewrite.profiling.latency import Latency, interleaved, summarised
 from laurel_rewrite.sources.inputs import copied_inputs
 

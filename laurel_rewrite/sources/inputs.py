@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.private import pytree
 
 
 def call_inputs(args: Any = (), kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:

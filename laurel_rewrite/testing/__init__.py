@@ -253,11 +253,11 @@ class _Trial:
             graphs.append(graph)
             return graph.forward
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         fast: Any = torch.compile(self.wide, backend=backend, fullgraph=True)
         near(fast(self.other), by_hand(self.wide, self.other), _EXACT)
         near(fast(self.other), by_hand(self.wide, self.other), _EXACT)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         assert len(graphs) == 1, f"{len(graphs)} graphs"
         return "one graph"
 
@@ -271,11 +271,11 @@ class _Trial:
             graphs.append(graph)
             return graph.forward
 
-        torch._dynamo.reset()
+        torch.compiler.reset()
         fast: list[Any] = [torch.compile(block, backend=backend) for block in model.blocks]
         model.call = lambda block, x: fast[[*model.blocks].index(block)](x)
         near(model(self.other.clone().requires_grad_()), right, _EXACT)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         allowed = _GRAPHS * (2 if self.operator.connection.grows else 1)  # what grows stays between graphs
         assert len(graphs) <= allowed, (
             f"12 equal blocks became {len(graphs)} graphs; let step read config.first and config.last, not positions"

@@ -22,6 +22,7 @@ from laurel_rewrite.operators.counting import state_behind
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.state import AtEnd, Slot, Stream
 from laurel_rewrite.plan import Plan, PlanSite
+from laurel_rewrite.private import forget_hooks, hooks_of_calls
 
 
 def connect_stage(module: nn.Module, plan: Plan | None = None, *, inputs: int = 1) -> nn.Module:
@@ -122,10 +123,7 @@ class _Exit:
 def _take_over(module: nn.Module, stream: Stream, entered: list[_Entry], left: list[_Exit]) -> None:
     """Make the call of the stage the pass of a stream."""
     for inner in module.modules():
-        for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is stream]:
-                del hooks[key]
-                inner._forward_hooks_always_called.pop(key, None)
+        forget_hooks(inner, lambda hook: getattr(hook, "__self__", None) is stream)
     stream.module = weakref.ref(module)
     module.register_forward_pre_hook(stream.before)
     for entry in entered:
@@ -145,7 +143,7 @@ def _check_cut(module: nn.Module, mine: list[Connection], rows: list[PlanSite], 
         raise ConfigError(f"{site}: {gap} lies between the connections of this stage and is not in it. A stage is a run of blocks.")
     if any(connection.link is None for connection in mine):
         raise ConfigError(f"{site}: the states of a graph are its edges. Split it with torch.distributed.pipelining.pipeline.")
-    owners = [getattr(hook, "__self__", None) for inner in module.modules() for hook in inner._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for inner in module.modules() for hook in hooks_of_calls(inner)]
     ends = [owner.connection for owner in owners if isinstance(owner, AtEnd)]
     foreign = [
         connection.site for connection in ends if all(connection is not other for other in mine) and connection.site in {r.id for r in rows}

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ParallelStyle
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.turns import Turns
+from laurel_rewrite.private import pytree
 
 
 class ConnectionParallel(ParallelStyle):

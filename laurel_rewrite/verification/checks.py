@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import VerificationError
 from laurel_rewrite.graph.capture import without_caches
 from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.private import pytree
 from laurel_rewrite.sources.inputs import copied_inputs
 
 _log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.graph.capture import quiet, training, without_caches
 from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.private import pytree
 from laurel_rewrite.sources.inputs import copied_inputs
 from laurel_rewrite.sources.past import Past
 from laurel_rewrite.verification.checks import Check, tensors_of

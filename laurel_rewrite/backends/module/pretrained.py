@@ -36,6 +36,7 @@ from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import MIXING, param_groups, sites_of
 from laurel_rewrite.operators.starting import not_started, put_start
 from laurel_rewrite.plan import Plan
+from laurel_rewrite.private import attention_of, models_of_configurations, name_or_path
 from laurel_rewrite.sources.built import require
 
 require("transformers")
@@ -155,14 +156,14 @@ def config_class(base: type) -> Any:
         _configs[base] = cls
         for auto, models in _models_of(base):
             made = tuple(model_class(model) for model in models)
-            auto._model_mapping.register(cls, made if len(made) > 1 else made[0], exist_ok=True)
+            models_of_configurations(auto).register(cls, made if len(made) > 1 else made[0], exist_ok=True)
     return _configs[base]
 
 
 def _models_of(config: type) -> Iterator[tuple[Any, tuple[type, ...]]]:
     """The Auto classes that have a model for a configuration, and which."""
     for auto in vars(modeling_auto).values():
-        known = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        known = models_of_configurations(auto) if isinstance(auto, type) else None
         found = known[config] if known is not None and config in known else None
         models = tuple(model for model in (found if isinstance(found, tuple | list) else (found,)) if isinstance(model, type))
         if models:
@@ -261,7 +262,7 @@ class _Made:
 
 def _put_in(model: Any, config: Any, code: str) -> None:
     """Install what a configuration says in a model that was just made from it."""
-    label = f"{config._name_or_path or 'the configuration'}, {TYPE!r}"
+    label = f"{name_or_path(config) or 'the configuration'}, {TYPE!r}"
     data = _checked(config.laurel, label)
     _check_operators(config, data, label, trusted=bool(code))
     record = _seen_from(model, Rewriting(Plan.from_data(data["plan"], label), {}, data["edits"], names=data["classes"]))
@@ -284,7 +285,7 @@ def _check_operators(config: Any, data: Mapping[str, Any], label: str, *, truste
     for name, inner in data["operators"].items():
         if name in registry.operators():
             continue
-        file = Path(config._name_or_path, inner)
+        file = Path(name_or_path(config), inner)
         if not trusted or not file.is_file():
             raise ConfigError(
                 f"{label}: the operator {name!r} is not known here. Import what registers it, or laurel_rewrite.load_operators(file), before "
@@ -294,7 +295,7 @@ def _check_operators(config: Any, data: Mapping[str, Any], label: str, *, truste
 
 
 def _check_unedited(config: Any, data: Mapping[str, Any], label: str) -> None:
-    file = Path(config._name_or_path, MODELING) if config._name_or_path else None
+    file = Path(name_or_path(config), MODELING) if name_or_path(config) else None
     edited = file is not None and file.is_file() and data["source"] and _digest(read_text(file, "The source")) != data["source"]
     if data["edits"] is None or edited:
         what = f"{file} was edited" if edited else f"{label}: its classes were edited, or their edits cannot be told"
@@ -369,7 +370,7 @@ def recipe_of(model: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
         object.__setattr__(config, "__class__", _base_of(type(config)))
         vars(config).pop(TYPE)
     recipe = {"kind": "transformers", "class": name_of(original_class(model)), "config": name_of(type(config))}
-    attention = config._attn_implementation  # which the configuration's own text leaves out
+    attention = attention_of(config)  # which the configuration's own text leaves out
     if isinstance(attention, str) and attention.isidentifier():  # a kernel from elsewhere is for the user to ask for
         recipe["attention"] = attention
     files = {BASE_CONFIG: config.to_json_string(use_diff=False)}

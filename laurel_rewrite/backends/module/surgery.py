@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.backends.module import replay
 from laurel_rewrite.backends.module.functions import BASE, Rewritten
@@ -30,6 +29,7 @@ from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.operators.state import AtEnd, Fed, Link, Slot, Stream, Tap
 from laurel_rewrite.operators.turns import Turns
 from laurel_rewrite.plan import Plan
+from laurel_rewrite.private import FSDP_WRAPPED, OPTIMIZED, forget_hooks, pytree
 
 RECORD = "_laurel_rewriting"
 """Attribute of a rewritten model, and of what holds all of its sites inside it: its `Rewriting`."""
@@ -171,7 +171,7 @@ def _of_parts(model: nn.Module) -> Rewriting:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers of PyTorch: for data-parallel training, sharding or compilation."""
     while type(model).__module__.partition(".")[0] == "torch":
-        inner = next((model._modules[name] for name in ("module", "_fsdp_wrapped_module", "_orig_mod") if name in model._modules), None)
+        inner = next((model._modules[name] for name in ("module", FSDP_WRAPPED, OPTIMIZED) if name in model._modules), None)
         if inner is None or RECORD in vars(model):
             break
         model = inner
@@ -345,8 +345,4 @@ def _connect(model: nn.Module, plan: Plan) -> None:
 
 def _disconnect(module: nn.Module) -> None:
     """Take the hooks of `_connect` off a module."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Stream | Tap | AtEnd | Fed)]:
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    forget_hooks(module, lambda hook: isinstance(getattr(hook, "__self__", None), Stream | Tap | AtEnd | Fed))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from laurel_rewrite.backends.module.surgery import unwrapped
 from laurel_rewrite.errors import ConfigError, LaurelError, nearest
 from laurel_rewrite.operators.connections import sites_of
+from laurel_rewrite.private import saved_buffers
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +71,7 @@ def _check_names(model: nn.Module, given: Mapping[str, Tensor]) -> None:
     own = dict(model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        kept = (name for name in module._buffers if name not in module._non_persistent_buffers_set)
-        own |= {f"{prefix}{name}": buffer for name in kept if (buffer := module._buffers[name]) is not None}
+        own |= {f"{prefix}{name}": buffer for name in saved_buffers(module) if (buffer := module._buffers[name]) is not None}
     there = {id(own[name]) for name in given if name in own}
     missing = [name for name, tensor in own.items() if id(tensor) not in there]
     unknown = [name for name in given if name not in own]

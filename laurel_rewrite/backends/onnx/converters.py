@@ -25,6 +25,7 @@ from laurel_rewrite.backends.onnx.torch_operators import OPERATORS
 from laurel_rewrite.errors import MissingPackageError
 from laurel_rewrite.graph.capture import quiet
 from laurel_rewrite.operators.onnx_function import DOMAIN
+from laurel_rewrite.private import known_converters
 
 TAKEN = {name: operator.sizes for name, operator in OPERATORS.items()}
 """Positions of the operands that an operator takes as sizes."""
@@ -134,7 +135,7 @@ class Registry:
     def __init__(self) -> None:
         self._convert = onnx2torch().convert
         module = importlib.import_module("onnx2torch.node_converters.registry")
-        self._converters: dict[Any, Any] = module._CONVERTER_REGISTRY
+        self._converters = known_converters(module)
         self._key, self._add = module.OperationDescription, module.add_converter
 
     def convert(self, proto: onnx.ModelProto) -> fx.GraphModule:

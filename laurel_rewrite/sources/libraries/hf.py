@@ -11,6 +11,7 @@ import torch
 
 from laurel_rewrite.errors import CaptureError, ConfigError, LaurelError, nearest
 from laurel_rewrite.files.checked import read_json
+from laurel_rewrite.private import built_from, models_of_configurations
 from laurel_rewrite.sources.built import Built, made_on
 
 PACKAGE = "transformers"
@@ -51,16 +52,15 @@ def _class_for(config: Any, name: str) -> Any:
     if own is not None and own.config_class is type(config):
         return own
     for auto in (getattr(transformers, n) for n in _AUTOS):
-        if type(config) in auto._model_mapping:
+        if type(config) in models_of_configurations(auto):
             return auto
     raise ConfigError(f"hf:{name}: transformers has no model class for this configuration.")
 
 
 def _from_config(config: Any, name: str, device: str) -> Any:
     maker = _class_for(config, name)
-    build = maker.from_config if hasattr(maker, "from_config") else maker._from_config
     try:
-        return made_on(device, lambda: build(config))
+        return made_on(device, lambda: built_from(maker, config))
     except Exception as error:  # a library of models may raise anything
         raise CaptureError(f"hf:{name} could not be built from its configuration: {type(error).__name__}: {error}") from error
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
+
+from laurel_rewrite.private import OpOverload, schema_of
 
 
 def constructor(kind: str, module: Any) -> str:
@@ -22,9 +23,9 @@ def constructor(kind: str, module: Any) -> str:
         return ""
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     ops = [node for node in module.graph.nodes if node.op == "call_function" and not _counts(node)]
-    if len(inputs) != 1 or len(ops) != 1 or not isinstance(ops[0].target, torch._ops.OpOverload):
+    if len(inputs) != 1 or len(ops) != 1 or not isinstance(ops[0].target, OpOverload):
         return ""
-    op = ops[0].target._schema.name.partition("::")[2]
+    op = ops[0].target.overloadpacket.__name__
     if op not in make[0] or (module.graph.output_node().args[0] is not ops[0] and module.graph.output_node().args[0] != (ops[0],)):
         return ""
     return make[1](name, _Operands(ops[0], module))
@@ -39,10 +40,11 @@ class _Operands:
     """The operands of an op by their names in its schema."""
 
     def __init__(self, node: fx.Node, module: Any) -> None:
-        schema: Any = node.target
-        self.op = str(schema._schema.name)
-        self.given: dict[str, Any] = {argument.name: argument.default_value for argument in schema._schema.arguments}
-        self.given |= dict(zip((argument.name for argument in schema._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        target: Any = node.target
+        arguments = schema_of(target).arguments
+        self.op = str(target.name()).partition(".")[0]
+        self.given: dict[str, Any] = {argument.name: argument.default_value for argument in arguments}
+        self.given |= dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
         self.module = module
 
     def __getitem__(self, name: str) -> Any:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import CaptureError
 from laurel_rewrite.files.checked import require_file, shown
 from laurel_rewrite.files.pt2 import read_program
 from laurel_rewrite.graph.capture import quiet
+from laurel_rewrite.private import OpOverload, pytree
 from laurel_rewrite.sources.built import Built
 from laurel_rewrite.sources.code import from_code
 from laurel_rewrite.sources.inputs import copied_inputs
@@ -111,7 +111,7 @@ def _refuse_foreign(program: torch.export.ExportedProgram, path: Path) -> None:
         )
     for node in _nodes(program):
         target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload) and target.namespace in _FOREIGN:
+        if isinstance(target, OpOverload) and target.namespace in _FOREIGN:
             raise CaptureError(f"{path} is {_FOREIGN[target.namespace]}: it calls {target}. Give the program from before that.")
 
 
@@ -123,7 +123,7 @@ def _nodes(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
 
 def _op(node: fx.Node) -> str:
     """Name of an op of PyTorch."""
-    return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+    return node.target.overloadpacket.__name__ if isinstance(node.target, OpOverload) else ""
 
 
 def _mode(program: torch.export.ExportedProgram) -> bool | None:

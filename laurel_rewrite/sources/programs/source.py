@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from laurel_rewrite.errors import CaptureError
 from laurel_rewrite.files.checked import shown
 from laurel_rewrite.graph.capture import quiet
+from laurel_rewrite.private import PYTREE_IMPORT, class_written, pytree
 from laurel_rewrite.sources.programs.leaves import constructor
 from laurel_rewrite.sources.programs.statements import Lines, reads_statistics
 
@@ -27,7 +27,7 @@ Written from an exported program: one class for each distinct module, and the na
 '''
 _IMPORTS = {
     "math.": "import math", "operator.": "import operator", "torch.": "import torch", "F.": "import torch.nn.functional as F", "nn.": "from torch import nn",
-    "pytree.": "from torch.utils import _pytree as pytree",
+    "pytree.": PYTREE_IMPORT,
 }  # fmt: skip
 _CALL = re.compile(r"@\d+$")
 
@@ -74,7 +74,7 @@ class _Writer:
         return self.calls[id(module)]
 
     def _call(self, path: str, module: Any) -> str:
-        kind = getattr(module, "_ty", None) or ""
+        kind = class_written(module)
         if getattr(module, "graph", None) is not None and len(module.graph.nodes) and (call := constructor(kind, module)):
             return call
         if not _is_container(module):
@@ -89,7 +89,7 @@ class _Writer:
 
     def _sequential(self, path: str, module: Any) -> str:
         """The call that makes a Sequential, where the module is one that calls its children one after another; else ""."""
-        if not str(getattr(module, "_ty", "")).endswith("container.Sequential"):
+        if not class_written(module).endswith("container.Sequential"):
             return ""
         before, *nodes, output = module.graph.nodes
         for node in nodes:
@@ -136,7 +136,7 @@ class _Writer:
         if graph is not None and len(graph.nodes):
             body += "\n" + self._forward(path, module)
         if body not in self.classes:
-            self.classes[body] = self._class_name((getattr(module, "_ty", None) or path or "Model").rpartition(".")[2])
+            self.classes[body] = self._class_name((class_written(module) or path or "Model").rpartition(".")[2])
         return f"{self.classes[body]}()"
 
     def _class_name(self, wanted: str) -> str:

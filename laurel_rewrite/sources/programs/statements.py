@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from laurel_rewrite.errors import CaptureError
+from laurel_rewrite.private import HigherOrderOperator, OpOverload, schema_of
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "pow": "**", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
@@ -131,7 +132,7 @@ class Lines:
         target = node.target
         if target is operator.getitem:
             return f"{self.value(node.args[0])}[{self.value(node.args[1])}]"
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, OpOverload):
             name = getattr(target, "__name__", str(target))
             if name in _INFIX and len(node.args) == 2:  # of sizes
                 return f"{self.value(node.args[0])} {_INFIX[name]} {self.value(node.args[1])}"
@@ -139,14 +140,15 @@ class Lines:
                 home = {"math": "math", "_operator": "operator", "torch": "torch"}[target.__module__]
                 return self.call(f"{home}.{name}", node.args, node.kwargs)
             raise CaptureError(f"the graph calls {target}, which is not written as source")
-        name = target._schema.name.partition("::")[2]
+        name = target.overloadpacket.__name__
+        overload = target.name().partition(".")[2] or "default"  # type: ignore[no-untyped-call]  # torch's
         if target.namespace != "aten":
-            return self.call(f"torch.ops.{target.namespace}.{name}.{target._overloadname}", node.args, node.kwargs)
+            return self.call(f"torch.ops.{target.namespace}.{name}.{overload}", node.args, node.kwargs)
         if name in _IGNORED:
             return None
         if name in _OWN:
             return _OWN[name](self, node)
-        return self._usual(node, name, target._overloadname)
+        return self._usual(node, name, overload)
 
     def _usual(self, node: fx.Node, name: str, overload: str) -> str:
         args, kwargs = node.args, {key: value for key, value in node.kwargs.items() if key not in _UNSAID}
@@ -156,7 +158,7 @@ class Lines:
             return self.call(f"torch.{name}", args, kwargs)[:-1] + (f", device={self.device})" if self.device else ")")
         if name in _FUNCTIONAL:
             return self.call(f"F.{name}", args, kwargs)
-        first = node.target._schema.arguments[:1]  # type: ignore[union-attr]  # an op
+        first = schema_of(node.target).arguments[:1]  # type: ignore[arg-type]  # an op
         if args and first and first[0].name == "self" and hasattr(torch.Tensor, name) and not name.startswith("_"):
             return self.call(f"{self.value(args[0])}.{name}", args[1:], kwargs)
         if hasattr(torch, name) and not name.startswith("_"):
@@ -182,7 +184,7 @@ def _region(node: fx.Node) -> fx.GraphModule | None:
     Raises:
         CaptureError: it is the branch or body of control flow.
     """
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return None
     name = str(node.target)
     graph = next(
@@ -247,7 +249,7 @@ def _batch_norm(lines: Lines, node: fx.Node) -> str:
     momentum, eps = (rest[1], rest[2]) if len(rest) > 2 else rest
     found = f"{lines.value(mean)}, {lines.value(variance)}, {lines.value(weight)}, {lines.value(bias)}"
     text = f"F.batch_norm({lines.value(x)}, {found}, self.training, {lines.value(momentum)}, {lines.value(eps)})"
-    return f"({text},)" if node.target._schema.name != "aten::batch_norm" else text  # type: ignore[union-attr]  # an op
+    return f"({text},)" if node.target.overloadpacket.__name__ != "batch_norm" else text  # type: ignore[union-attr]  # an op
 
 
 def _first_of(function: str, count: int) -> Writer:
@@ -279,6 +281,6 @@ def reads_statistics(graph: fx.Graph) -> Iterator[fx.Node]:
     for node in graph.nodes:
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[1] != 0:
             source = node.args[0].target
-            name = source._schema.name.partition("::")[2] if isinstance(source, torch._ops.OpOverload) else ""
+            name = source.overloadpacket.__name__ if isinstance(source, OpOverload) else ""
             if name in ("native_layer_norm", "native_dropout", "_native_batch_norm_legit_no_training"):
                 yield node
