@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich import box
@@ -44,7 +44,7 @@ class Stages:
             console=self.console, transient=True,
             disable=not self.shown,
         )  # fmt: skip
-        with bar:
+        with bar if self.shown else nullcontext():  # rich 14.0 ends a line for one that is disabled, too
             stage = _Shown(bar)
             yield stage
         if self.shown:
