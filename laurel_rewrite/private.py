@@ -293,9 +293,9 @@ def models_of_configurations(auto: Any) -> Any:
     return getattr(auto, "_model_mapping", None)
 
 
-def built_from(maker: Any, config: Any) -> Any:
+def built_from(maker: Any, config: Any, **options: Any) -> Any:
     """A model with random weights, from an Auto class or, where its configuration names one, from the class of a model."""
-    return (maker.from_config if hasattr(maker, "from_config") else maker._from_config)(config)
+    return (maker.from_config if hasattr(maker, "from_config") else maker._from_config)(config, **options)
 
 
 # Engines

@@ -86,14 +86,14 @@ def is_private(name: str) -> bool:
 
 
 def defined(tree: ast.AST) -> Iterator[str]:
-    """Names that a module gives to something: functions, classes, variables, attributes, operands."""
+    """Names that a module gives to something: functions, classes, variables, attributes of its own."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
-        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-            own = isinstance(node, ast.Name) or (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "made", "new"))
-            if own:
-                yield node.id if isinstance(node, ast.Name) else node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
 
 
 def private_of_others(tree: ast.AST, ours: set[str]) -> Iterator[str]:
@@ -114,9 +114,15 @@ def private_of_others(tree: ast.AST, ours: set[str]) -> Iterator[str]:
                 yield str(asked.value)
 
 
+def strings(tree: ast.AST) -> set[str]:
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
 def test_what_others_keep_to_themselves_is_used_in_one_module():
     trees = {name: ast.parse(path.read_text()) for name, path in modules().items()}
-    ours = {name for tree in trees.values() for name in defined(tree) if is_private(name)}
-    assert len(set(private_of_others(trees["private"], ours))) > 20
-    found = {f"{name}: {use}" for name, tree in trees.items() if name != "private" for use in private_of_others(tree, ours)}
-    assert not found
+    found = {name: [*private_of_others(tree, {*filter(is_private, defined(tree))})] for name, tree in trees.items()}
+    assert len(set(found.pop("private"))) > 20
+    names = {text for text in strings(trees.pop("private")) if is_private(text) and text.isidentifier()}
+    for name, tree in trees.items():
+        found[name] += names.intersection(strings(tree))
+    assert not {name: uses for name, uses in found.items() if uses}

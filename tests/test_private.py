@@ -247,7 +247,6 @@ def test_a_block_that_a_checkpoint_runs_has_hooks_for_saved_tensors():
 # Compilers
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_script_forgets_how_it_was_differentiated():
     @torch.jit.script
     def twice(x):

@@ -20,7 +20,7 @@ def test_transformers(tmp_path):
     assert hasattr(private.models_of_configurations(transformers.AutoModelForCausalLM), "register")
     assert private.models_of_configurations(transformers.GPT2Config) is None
     assert private.attention_of(model.config) == "sdpa"
-    assert private.attention_of(transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager").config) == "eager"
+    assert private.attention_of(private.built_from(transformers.GPT2LMHeadModel, config, attn_implementation="eager").config) == "eager"
     assert private.name_or_path(config) == ""
     model.save_pretrained(tmp_path)
     assert private.name_or_path(transformers.AutoConfig.from_pretrained(tmp_path)) == str(tmp_path)

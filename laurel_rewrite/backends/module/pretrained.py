@@ -36,7 +36,7 @@ from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import MIXING, param_groups, sites_of
 from laurel_rewrite.operators.starting import not_started, put_start
 from laurel_rewrite.plan import Plan
-from laurel_rewrite.private import attention_of, models_of_configurations, name_or_path
+from laurel_rewrite.private import attention_of, built_from, models_of_configurations, name_or_path
 from laurel_rewrite.sources.built import require
 
 require("transformers")
@@ -390,7 +390,7 @@ def from_recipe(folder: Path, cls: Any, config_class: Any, attention: str, files
         config = config_class.from_dict(data)
         options = {"attn_implementation": attention} if attention else {}
         with torch.device("meta") if meta else nullcontext():
-            model: nn.Module = cls._from_config(config, **options)
+            model: nn.Module = built_from(cls, config, **options)
         if GENERATION in files:
             generation = read_json(folder / GENERATION, "The configuration of generate()")
             setattr(model, "generation_config", transformers.GenerationConfig.from_dict(generation))  # noqa: B010  # no module or tensor
