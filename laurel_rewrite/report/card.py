@@ -46,7 +46,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _made(report: Mapping[str, Any]) -> str:
-    passed = sum(check["passed"] for check in report["verification"])
+    passed = sum(check["outcome"] == "passed" for check in report["verification"])
     lines = [f"    {report['command']}\n"] if report["command"] else []
     lines.append(f"laurel-rewrite {report['version']}" + "".join(f", {name} {one}" for name, one in report["versions"].items()) + ".")
     lines.append(f"{passed} of {len(report['verification'])} checks passed." if report["verification"] else "Nothing was verified.")
