@@ -55,7 +55,7 @@ def test_the_table_says_what_failed_and_what_did_not_run(rows, monkeypatch):
     assert "| passed | 1 | did not run |" in text
     assert "| failed | 2 | did not run |" in text
     assert "* lowest, Python 3.11: `test_fx::test_two`" in text
-    assert "* Python 3.13: no python3.13 runs on this machine." in text
+    assert "* Python 3.13: no `python3.13` that starts on this machine." in text
     assert "newest on Python 3.11: its tests did not run" in text
     assert "lowest on Python 3.12: its tests did not run" in text
     assert "lowest on Python 3.11: its tests" not in text

@@ -168,7 +168,7 @@ def text(rows: list[Row], absent: list[str], machine: str) -> str:
     lines += ["", "## Failed", ""]
     lines += [f"* {row.kind}, Python {row.python}: `{name}`" for row in rows for name in row.failures] or ["None."]
     lines += ["", "## Not run", ""]
-    lines += [f"* Python {version}: no python{version} runs on this machine." for version in absent]
+    lines += [f"* Python {version}: no `python{version}` that starts on this machine." for version in absent]
     done = {(row.kind, row.python) for row in rows if row.tests}
     lines += [
         f"* {kind} on Python {version}: its tests did not run; see the output of the session."
