@@ -16,7 +16,7 @@ from conftest import EXAMPLES, run, slow
 from toys import D
 
 from laurel_rewrite.app import cli
-from laurel_rewrite.app.command_line import without_folders
+from laurel_rewrite.command_line import without_folders
 from laurel_rewrite.operators.families.laurel import Laurel
 
 NET = f"""

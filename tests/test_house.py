@@ -10,7 +10,7 @@ import networkx as nx
 
 REPOSITORY = Path(__file__).parent.parent
 ORDER = (
-    "errors", "stages", "private", "graph", "files", "text", "sources", "detection", "operators", "plan", "verification", "passes", "targets", "lowering", "backends",
+    "errors", "stages", "command_line", "private", "graph", "files", "text", "sources", "detection", "operators", "plan", "verification", "passes", "targets", "lowering", "backends",
     "exporting", "training", "testing", "profiling", "report", "lab", "app", "integrations", "__main__",
 )  # fmt: skip
 """From the ground up. What is only imported for annotations counts for circles alone."""

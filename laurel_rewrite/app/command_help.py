@@ -12,8 +12,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from laurel_rewrite.app.command_line import WORDS
 from laurel_rewrite.app.config_file import RENAMED, as_toml, effective, plain, read_config
+from laurel_rewrite.command_line import WORDS
 
 CONFIG, PRINT_CONFIG = "--config", "--print-config"
 _ANSWERS = frozenset(("-h", "--help", "--version"))

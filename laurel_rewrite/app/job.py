@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laurel_rewrite import targets
-from laurel_rewrite.app.command_line import command_line, without_folders
 from laurel_rewrite.app.measuring import Measuring
 from laurel_rewrite.app.wording import counts, verdict, verified_elsewhere
 from laurel_rewrite.backends import Skipped
 from laurel_rewrite.backends.module.saved_folder import CONFIG, MODELING, PLAN, WEIGHTS
+from laurel_rewrite.command_line import without_folders
 from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.site import portable
 from laurel_rewrite.detection.sites import Sites
@@ -87,7 +87,6 @@ class Report:
             "verification": [check.to_dict() for check in self.checks],
             "profile": self.profile.to_dict() if self.profile is not None else None,
             "training": self.training.to_dict() if self.training is not None else None,
-            "command": command_line(),
             "out": self.out,
             "files": self.files,
         }

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laurel_rewrite.app.command_line import command_line
 from laurel_rewrite.app.job import renamed
 from laurel_rewrite.app.trained import as_graphs
 from laurel_rewrite.files.drafts import check_out, replacing
@@ -60,6 +59,6 @@ def run(
             if len(graphs) > 1
             else result.rows[0].name
         )
-        data = {"title": title, "profile": result.to_dict(), "command": command_line(), "out": str(out), "files": files}
+        data = {"title": title, "profile": result.to_dict(), "out": str(out), "files": files}
         write_report(data, draft)
     return data, result

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from laurel_rewrite import __version__
+from laurel_rewrite.command_line import command_line
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.files.written import json_of
 from laurel_rewrite.report.answer import answer
@@ -23,7 +24,7 @@ SCHEMA_VERSION = 1
 _MADE_WITH = ("torch", "onnx", "onnxruntime")
 _NOTHING: dict[str, Any] = {
     "title": "", "model": None, "sites": [], "rejected": [], "plan": None, "skipped": [], "parameters": None, "notes": [], "verification": [], "profile": None,
-    "training": None, "comparison": None, "command": "", "out": "", "files": [],
+    "training": None, "comparison": None, "out": "", "files": [],
 }  # fmt: skip
 
 
@@ -34,7 +35,9 @@ def write_report(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         data: as `schema.json` describes it; what is not given is empty.
         folder: which exists.
     """
-    text = json_of({"schema": SCHEMA_VERSION, "version": __version__, "versions": _versions(), **_NOTHING, **data})
+    text = json_of(
+        {"schema": SCHEMA_VERSION, "version": __version__, "versions": _versions(), "command": command_line(), **_NOTHING, **data}
+    )
     (folder / JSON).write_text(text, encoding="utf-8")
     report: dict[str, Any] = json.loads(text)
     (folder / HTML).write_text(page(report), encoding="utf-8")
