@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import click
 
 WORDS = "laurel_rewrite.words"
 """In the metadata of click's context: what was typed behind `laurel-rewrite`."""
-_KINDS = ("hf", "timm", "torchvision", "datasets")
+_PATH = re.compile(r"(^|[=:,])((?:~|\.{0,2})/[^=:,]*)")
+"""One that says where it begins, in a word: behind `hf:`, `--plan=`, `data=`."""
 
 
 def command_line() -> str:
@@ -22,8 +24,6 @@ def command_line() -> str:
 
 def without_folders(word: str) -> str:
     """A word of the command line with a path in it shortened to its last name: `hf:/data/model` is `hf:model`."""
-    kind, colon, rest = word.rpartition(":") if word.partition(":")[0] in _KINDS else ("", "", word)
-    option, equals, value = rest.partition("=") if rest.startswith("--") else ("", "", rest)
-    path = Path(value)
-    local = value and (path.is_absolute() or (os.sep in value and path.exists()) or value.startswith(("./", "../")))
-    return f"{kind}{colon}{option}{equals}{path.name if local else value}"
+    if os.sep in word and Path(word).exists():
+        return Path(word).name
+    return _PATH.sub(lambda found: found[1] + Path(found[2]).name, word)

@@ -30,7 +30,7 @@ class TightenFunctions(OnnxPass):
     """Rewrite the bodies of a model's functions, in place; `changed` are their names."""
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
-        calls = {node.op_identifier(): node for node in graph.graph if node.domain == DOMAIN}
+        calls = {node.op_identifier(): node for node in graph.graph.all_nodes() if node.domain == DOMAIN}
         changed = [function.name for key, function in graph.functions.items() if key in calls and _tightened(function, calls[key])]
         return PassResult(graph, tuple(changed))
 
@@ -79,7 +79,12 @@ def _as_product(function: ir.Function, node: ir.Node, vectors: set[ir.Value]) ->
     if not _is(_second(node), -1) or not keeps or product is None:
         return False
     sides = [value in vectors for value in product.inputs]
-    if product.op_type != "Mul" or sorted(sides) != [False, True] or len(product.outputs[0].uses()) > 1:
+    if (
+        product.op_type != "Mul"
+        or sorted(sides) != [False, True]
+        or len(product.outputs[0].uses()) > 1
+        or product.outputs[0] in function.outputs
+    ):
         return False
     vector, value = product.inputs[sides.index(True)], product.inputs[sides.index(False)]
     column = _inserted(function, node, "Reshape", vector, _inserted(function, node, "Constant", value=np.array([-1, 1])))

@@ -379,6 +379,7 @@ def test_stages_are_shown_on_a_terminal(net):
     [
         ("/a/b/gpt.py", "gpt.py"), ("hf:/data/model", "hf:model"), ("hf:gpt2", "hf:gpt2"), ("--plan=/x/y.toml", "--plan=y.toml"), ("../net.py", "net.py"),
         ("model.py:factory", "model.py:factory"), ("/a/b.py:factory", "b.py:factory"), ("datasets:org/name", "datasets:org/name"), ("batch=1,8", "batch=1,8"),
+        ("data=/a/b.bin,/c/d", "data=b.bin,d"), ("~/net.py", "net.py"), ("transformer.h.*/x", "transformer.h.*/x"),
     ],
 )  # fmt: skip
 def test_words_of_the_command_line_without_folders(word, shown):

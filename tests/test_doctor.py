@@ -93,3 +93,9 @@ def test_the_compiled_model_computes_the_same(monkeypatch):
     with pytest.raises(AssertionError) as caught:
         trials.compiled()
     assert reason(caught.value).startswith("AssertionError: Tensor-likes are not close")
+
+
+def test_what_only_developers_need_is_not_missed():
+    (_, packages, _), extras = doctor._packages(), set(metadata.metadata("laurel-rewrite").get_all("Provides-Extra"))
+    assert {"dev", "test", "docs"} <= extras
+    assert {package.extra for package in packages} == {"", *extras} - {"dev", "test", "docs"}

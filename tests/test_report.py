@@ -17,6 +17,7 @@ from toys import D
 
 from laurel_rewrite.report import page, schema
 from laurel_rewrite.report.answer import answer
+from laurel_rewrite.report.card import card
 from laurel_rewrite.report.words import breakable, count, shortened, size
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -220,3 +221,18 @@ def test_what_a_comparison_says_first():
         "With one seed nothing is judged: rw may differ from unchanged.",
         "Not all of the models are trained yet.",
     ]
+
+
+@pytest.mark.parametrize("loadable", [True, False])
+def test_a_card_says_of_a_graph_what_is_so(loadable):
+    """A graph that was rewritten may have been given trained connections; one that a model was exported to has them at their start."""
+    files = ["laurel.onnx", *(["laurel_config.json", "baseline.onnx"] if loadable else [])]
+    report = {
+        "title": "gpt.onnx", "plan": {"sites": [{"variant": "rw"}]}, "comparison": None, "profile": None, "parameters": None, "skipped": [], "model": "gpt.onnx",
+        "files": files, "verification": [{"outcome": "passed"}, {"outcome": "not run"}], "command": "laurel-rewrite gpt.onnx", "version": "1", "versions": {},
+    }  # fmt: skip
+    text = card(report)
+    assert ("connections at their start." in text) is loadable
+    assert ("laurel_rewrite.load" in text) is loadable
+    assert "1 of 2 checks passed." in text
+    assert "    laurel-rewrite gpt.onnx\n" in text

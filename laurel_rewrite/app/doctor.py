@@ -24,8 +24,8 @@ from laurel_rewrite.errors import reason
 from laurel_rewrite.stages import Listener, silent
 
 NAME = "laurel-rewrite"
-_OTHERS = "dev"
-"""The extra of those who change this package; what it brings is no affair of those who use it."""
+_OTHERS = frozenset({"dev", "test", "docs"})
+"""The extras of those who change this package; what they bring is no affair of those who use it."""
 CORE = ("capture, rewrite, verify", "export, run in onnxruntime")
 COMPILE = "torch.compile"
 
@@ -137,7 +137,7 @@ def _packages() -> tuple[Package, tuple[Package, ...], tuple[str, ...]]:
         note = f"{NAME} is not installed (it runs from a folder), so that nothing says which versions it wants."
         return Package("python", "", platform.python_version()), (), (note,)
     python = Package("python", _bounds(SpecifierSet(own.metadata["Requires-Python"] or "")), platform.python_version())
-    extras = ["", *(extra for extra in own.metadata.get_all("Provides-Extra") or () if extra != _OTHERS)]
+    extras = ["", *(extra for extra in own.metadata.get_all("Provides-Extra") or () if extra not in _OTHERS)]
     wanted = [Requirement(line) for line in own.requires or ()]
     found: dict[tuple[str, str], Package] = {}
     for extra in extras:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import laurel_rewrite
 from laurel_rewrite.errors import reason
+from laurel_rewrite.testing import moved
 
 _RTOL, _ATOL = 1e-4, 1e-5
 
@@ -31,11 +32,7 @@ def small(*, verify: bool = False) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = Small(), torch.randn(2, 4, 16)
     better = laurel_rewrite.rewrite(model, (x,), variant="rw+lr", rank=2, verify=verify)
-    with torch.no_grad():
-        for parameter in laurel_rewrite.param_groups(better, lr=1.0, weight_decay=0.0):
-            for one in parameter["params"]:
-                one.add_(torch.randn_like(one) * 0.1)
-    return better.eval(), x
+    return moved(better, 0.1).eval(), x
 
 
 def rewritten() -> str:

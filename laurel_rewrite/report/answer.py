@@ -1,4 +1,4 @@
-"""What a report says, in sentences: what stands first on its page, and last in the terminal."""
+"""What a report says, in sentences: what stands first on its page, and on the card of a result's folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from laurel_rewrite.profiling import ONE_MORE
 from laurel_rewrite.report.words import places, shortened
 
 _NAMES = 60  # characters of a model's name
@@ -64,12 +65,12 @@ def _costs(report: Mapping[str, Any]) -> Iterator[str]:
             where = f" ({measured[number]})" if len(measured) > 1 else ""
             memory = next((one["ratio"] for one in row["figures"] if one["key"] == "activation"), None) if not number else None
             also = f", and {memory:.2f} times the memory for activations" if memory is not None else ""
-            verb = "would take" if row["name"] == "one more layer" else "takes"
+            verb = "would take" if row["name"] == ONE_MORE else "takes"
             yield f"{_named(row['name'])} {verb} {_latency(time)}{where}{also}."
 
 
 def _named(name: str) -> str:
-    return "One more layer, for comparison," if name == "one more layer" else shortened(name, _NAMES)
+    return "One more layer, for comparison," if name == ONE_MORE else shortened(name, _NAMES)
 
 
 def _latency(time: Mapping[str, Any]) -> str:

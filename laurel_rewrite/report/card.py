@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from laurel_rewrite.backends.module.saved_folder import CONFIG
 from laurel_rewrite.report.answer import answer
 
 CARD = "README.md"
@@ -36,11 +37,12 @@ def _sections(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"# {report['title']} with {', '.join(variants)}"
     yield " ".join(answer(report))
     yield "`report.html` has all figures; `plan.toml` says what each residual connection got."
-    loadable, files = "laurel_config.json" in report["files"], set(report["files"])
+    loadable, files = CONFIG in report["files"], set(report["files"])
     if loadable:
         yield _LOAD
     if graphs := [name for name in ("baseline.onnx", "laurel.onnx") if name in files]:
-        words = {"baseline.onnx": "the model without them", "laurel.onnx": "the model with the new connections at their start"}
+        start = " at their start" if loadable else ""  # a graph may have been given trained ones
+        words = {"baseline.onnx": "the model without them", "laurel.onnx": f"the model with the new connections{start}"}
         yield "## Deploy it\n\n" + ", ".join(f"`{name}` is {words[name]}" for name in graphs) + "." + (f" {_EXPORT}" if loadable else "")
     yield "## How it was made\n\n" + _made(report)
 

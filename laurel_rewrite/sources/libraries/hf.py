@@ -80,16 +80,22 @@ def _from_folder(folder: Path, name: str, settings: dict[str, Any], device: str,
         if device == "meta":
             model = _from_config(config, name, device)
             return Built(model.train(), (), example_inputs(model, batch, device), f"hf:{name}", folder=folder)
-        with without_bar():
-            model, report = _class_for(config, name).from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model = with_weights(_class_for(config, name), folder, f"hf:{name}")
     except LaurelError:
         raise
     except Exception as error:  # a library of models may raise anything
         raise ConfigError(f"hf:{name} could not be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    return Built(model.train(), (), example_inputs(model, batch, device), f"hf:{name}", folder=folder)
+
+
+def with_weights(cls: Any, folder: Path, called: str, **given: Any) -> Any:
+    """A model of a class with the weights of a folder; ConfigError where those are not all of its own, and nothing else's."""
+    with without_bar():
+        model, report = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **given)
     wrong = [f"{what.replace('_', ' ')}: {sorted(report[what])[0]}" for what in ("missing_keys", "unexpected_keys") if report[what]]
     if wrong:
-        raise ConfigError(f"hf:{name}: its weights are not those of {type(model).__name__} ({'; '.join(wrong)}).")
-    return Built(model.train(), (), example_inputs(model, batch, device), f"hf:{name}", folder=folder)
+        raise ConfigError(f"{called}: its weights are not those of {type(model).__name__} ({'; '.join(wrong)}).")
+    return model
 
 
 @contextlib.contextmanager
