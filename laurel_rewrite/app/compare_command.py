@@ -51,9 +51,7 @@ def _rates(context: click.Context, parameter: click.Parameter, value: tuple[list
     "--operator-file", "operator_files", multiple=True, type=click.Path(path_type=Path), help="Python file that registers operators."
 )
 @operator_options(several=True)
-@click.option(
-    "--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A model of an edited plan, too; its name is the file's."
-)
+@click.option("--plan", "plans", multiple=True, type=click.Path(path_type=Path), help="A model of this plan, too; its name is the file's.")
 @click.option("--tokens", type=_Count(), required=True, metavar="COUNT", help="To train each model on, 200k or 20M; of images, how many.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings of each model. With one, nothing is judged.")
 @click.option(
@@ -122,7 +120,6 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     from laurel_rewrite.lab.candidates import Candidate
     from laurel_rewrite.lab.comparing import compare as train
     from laurel_rewrite.lab.folder import PLAN
-    from laurel_rewrite.plan import Plan
     from laurel_rewrite.sources import is_graph
     from laurel_rewrite.sources.models import parse_settings
 
@@ -135,7 +132,7 @@ def compare(context: click.Context, /, model: str, *, as_json: bool, quiet: bool
     variants = given["variants"] or tuple(usual)
     options = given_options(context, given, variants)
     found = train(
-        model, variants=variants, candidates=[Candidate(path.stem, plan=Plan.read(path)) for path in given["plans"]],
+        model, variants=variants, candidates=[Candidate.of_plan(path) for path in given["plans"]],
         settings=parse_settings(given["settings"]), search=given["trials"] if given["search"] else None, budget=given["budgets"],
         listener=Stages(console(stderr=True), quiet=quiet or not first_process()), **{name: given[name] for name in (*_RECIPE, *_PASSED)}, **options,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.onnx import external, place_onnx, read_onnx, weight_count
 from laurel_rewrite.graph.feeds import check_feeds, read_feeds
 from laurel_rewrite.lowering import lower
-from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.plan import LaurelConfig, Plan, read_plan
 from laurel_rewrite.profiling import profile
 from laurel_rewrite.report import HTML, JSON
 from laurel_rewrite.report.card import CARD
@@ -82,7 +82,7 @@ def run(
         raise ConfigError(f"The result would replace {path} itself. Choose another folder with --out.")
     made_for = targets.target(target)
     check_out(out, "rewrite", (NAME, PLAN, JSON, HTML, CARD), force=force)
-    wanted = job.read_plan(plan)
+    asked = config if plan is None else read_plan(plan)
     if weights is not None:
         require_file(weights)
     with listener("read") as stage:
@@ -92,7 +92,7 @@ def run(
         rewrite = GraphRewrite(model, given)
         stage.done(counts(rewrite.sites))
     with listener("rewrite") as stage:
-        chosen = job.make_plan(rewrite.sites, config, wanted, str(path))
+        chosen = job.make_plan(rewrite.sites, asked, str(path))
         rewrite.apply(chosen)
         if made_for.writes_nodes or (made_for.keeps_functions and functions == "inline"):
             inline_laurel(rewrite.model)

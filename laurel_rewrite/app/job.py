@@ -23,7 +23,7 @@ from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.graph.feeds import read_feeds
 from laurel_rewrite.operators import registry
-from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.plan import LaurelConfig, Plan, planned, read_plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
 from laurel_rewrite.report import HTML, JSON, write_report
@@ -132,17 +132,13 @@ def _build(spec: str, settings: Mapping[str, Any] | None, *, device: str = "cpu"
     return built
 
 
-def read_plan(plan: Path | None) -> Plan | None:
-    """The plan in a file, read before the work of a capture is done."""
-    return Plan.read(plan) if plan is not None else None
-
-
-def make_plan(sites: Sites, config: LaurelConfig, given: Plan | None, model: str) -> Plan:
+def make_plan(sites: Sites, asked: Plan | LaurelConfig, model: str) -> Plan:
     """The plan of a configuration, or a given one, checked against the model."""
-    if given is None:
-        return Plan.from_sites(sites, config).with_model(model)
-    given.check(sites)
-    return given
+    plan = planned(sites, asked)
+    if asked is plan:
+        plan.check(sites)
+        return plan
+    return plan.with_model(model)
 
 
 def plan_only(
@@ -155,7 +151,7 @@ def plan_only(
     listener: Listener = silent,
 ) -> Report:
     """Detection and plan, nothing more; `inputs` of an ONNX file are an .npz file."""
-    given = read_plan(plan)
+    asked = config if plan is None else read_plan(plan)
     with listener("detect") as stage:
         if is_onnx(spec):
             from laurel_rewrite.files.onnx import read_onnx, weight_count
@@ -166,7 +162,7 @@ def plan_only(
             built, sites = _build_and_detect(spec, settings or {})
             count = built.parameters
         stage.done(counts(sites))
-    chosen = make_plan(sites, config, given, spec)
+    chosen = make_plan(sites, asked, spec)
     return Report(spec, chosen, sites, parameters(count, chosen))
 
 
@@ -221,7 +217,7 @@ def run(
 
     made_for = targets.target(target)
     check_out(out, "rewrite", FILES, force=force)
-    given = read_plan(plan)
+    asked = config if plan is None else read_plan(plan)
     with listener("build") as stage:
         built = _built(spec, settings, config.seed, inference=allow_inference_graph)
         model, args, kwargs = built.model, built.args, built.kwargs
@@ -231,7 +227,7 @@ def run(
         sites = detect(model, args, kwargs)
         stage.done(counts(sites))
     with listener("rewrite, verify") as stage:
-        chosen = make_plan(sites, config, given, spec)
+        chosen = make_plan(sites, asked, spec)
         report = Report(spec, chosen, sites, parameters(built.parameters, chosen), out=str(out), notes=[*built.notes])
         rewritten = _rewritten(report, built, unsupported)
         stage.done(f"{insertion(report)}, {verdict(report.checks)}" + (f", {len(report.skipped)} skipped" if report.skipped else ""))

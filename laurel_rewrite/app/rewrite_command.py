@@ -58,7 +58,7 @@ _GRAPH_OPTIONS = ("weights", "inputs", "external_data", "verify", "emit_torch")
 @operator_options()
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only sites whose id, owner, its class, kind, block or role matches.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No sites whose id, owner, kind, block or role matches.")
-@click.option("--plan", type=click.Path(path_type=Path), help="Carry out an edited plan.")
+@click.option("--plan", type=click.Path(path_type=Path), help="What each site gets, or rules for that: see --plan-out.")
 @click.option("--plan-out", type=click.Path(path_type=Path), help="Write the plan to this file, and stop.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, and what other variants and ranks would add, and stop.")
 @click.option(

@@ -84,6 +84,7 @@ def prepare(
     extra_turns: str = "refuse",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    rules: Sequence[Mapping[str, Any]] = (),
     plan: Plan | str | None = None,
     inplace: bool = False,
     seed: int = 0,
@@ -108,9 +109,16 @@ def prepare(
         VerificationError: the graphs that TorchDynamo makes of it have not all connections, or do not compute at the start what the model does. The
             model is as it was.
     """
-    args, kwargs, sites, chosen = found_and_planned(
-        model, args, kwargs, plan=plan, variant=variant, extra_turns=extra_turns, include=include, exclude=exclude, seed=seed, **options
-    )
+    config = {
+        "variant": variant,
+        "extra_turns": extra_turns,
+        "include": include,
+        "exclude": exclude,
+        "rules": rules,
+        "seed": seed,
+        **options,
+    }
+    args, kwargs, sites, chosen = found_and_planned(model, args, kwargs, plan=plan, **config)
     chosen.check(sites)
     factors = chosen.factors(sites)
     original, proof = model, None

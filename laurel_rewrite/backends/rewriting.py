@@ -17,7 +17,7 @@ from laurel_rewrite.detection.detecting import detect
 from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators.connections import refuse_second_time
-from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.plan import Plan, asked_for, planned
 from laurel_rewrite.sources.inputs import call_inputs
 from laurel_rewrite.verification.checks import Check
 
@@ -35,6 +35,7 @@ def rewrite(
     extra_turns: str = "refuse",
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
+    rules: Sequence[Mapping[str, Any]] = (),
     plan: Plan | str | None = None,
     inplace: bool = False,
     seed: int = 0,
@@ -53,9 +54,9 @@ def rewrite(
         model: a module on any device (meta included) whose classes have their source at hand, or an `fx.GraphModule`; an exported program
             becomes one.
         args, kwargs: inputs of its forward, for the capture and the verification; a batch of 2 or more. An exported program has its own.
-        variant, extra_turns, include, exclude, seed: see `LaurelConfig`.
+        variant, extra_turns, include, exclude, rules, seed: see `LaurelConfig`.
         options: of the operator: rank, history, normalize, ...; see there, too.
-        plan: an edited plan, or the path of one, instead of the above.
+        plan: instead of the above, a plan, or the path of one (see `read_plan`).
         inplace: change `model` itself; else a copy. Where the verification fails, the change is undone.
         unsupported: "refuse" the whole rewrite where a site cannot be rewritten, or "skip" such sites, which then keep their plain sum
             (with a warning for each; where an operator reads the history of its stream, the whole stream keeps its sums).
@@ -85,9 +86,16 @@ def rewrite(
         if not args and not kwargs:
             args, kwargs = model.example_inputs or ((), {})
         model = model.module(check_guards=False)  # of the shapes that it was exported with
-    args, kwargs, sites, chosen = found_and_planned(
-        model, args, kwargs, plan=plan, variant=variant, extra_turns=extra_turns, include=include, exclude=exclude, seed=seed, **options
-    )
+    config = {
+        "variant": variant,
+        "extra_turns": extra_turns,
+        "include": include,
+        "exclude": exclude,
+        "rules": rules,
+        "seed": seed,
+        **options,
+    }
+    args, kwargs, sites, chosen = found_and_planned(model, args, kwargs, plan=plan, **config)
     applied = apply_plan(model, sites, chosen, args, kwargs, inplace=inplace, unsupported=unsupported, verify=verify)
     warn(sites, applied.checks)
     for site in applied.skipped:
@@ -100,7 +108,7 @@ def found_and_planned(
     model: Any, args: Any, kwargs: Mapping[str, Any] | None, *, plan: Plan | str | None, **config: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Sites, Plan]:
     """The inputs of a model as arguments of a call, its sites, and the plan that is asked for, given or of a configuration."""
-    asked = LaurelConfig(**config) if plan is None else plan if isinstance(plan, Plan) else Plan.read(plan)
+    asked = asked_for(plan, **config)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"rewrite takes a torch.nn.Module, not {type(model).__name__}; rewrite_onnx takes ONNX files, and the command model files."
@@ -109,7 +117,7 @@ def found_and_planned(
     _refuse_distributed(model)
     args, kwargs = call_inputs(args, kwargs)
     sites = detect(model, args, kwargs)
-    return args, kwargs, sites, Plan.from_sites(sites, asked) if isinstance(asked, LaurelConfig) else asked
+    return args, kwargs, sites, planned(sites, asked)
 
 
 def warn(sites: Sites, checks: Iterable[Check]) -> None:

@@ -18,7 +18,7 @@ from laurel_rewrite.detection.sites import Sites
 from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.connections import refuse_second_time
-from laurel_rewrite.plan import LaurelConfig, Plan
+from laurel_rewrite.plan import LaurelConfig, Plan, read_plan
 from laurel_rewrite.profiling import ONE_MORE
 from laurel_rewrite.profiling.training import one_more_block
 from laurel_rewrite.sources.built import Built
@@ -55,6 +55,12 @@ class Candidate:
     start: int = 0
     rate: float = 1.0
 
+    @staticmethod
+    def of_plan(path: Path) -> Candidate:
+        """What a plan file asks for, by the file's name."""
+        asked = read_plan(path)
+        return Candidate(path.stem, config=asked) if isinstance(asked, LaurelConfig) else Candidate(path.stem, plan=asked)
+
     @property
     def rewritten(self) -> bool:
         """Whether it has an operator."""
@@ -63,6 +69,8 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """As results hold it: what makes it another model, and not its name."""
         config = None if self.config is None else {name: value for name, value in asdict(self.config).items() if name != "seed"}
+        if config is not None and not config["rules"]:
+            del config["rules"]
         plan = None if self.plan is None else replace(self.plan, seed=0).to_toml()
         return {"config": config, "plan": plan, "more": self.more, "start": self.start, "rate": self.rate}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +17,10 @@ from laurel_rewrite.files.checked import checked, read_text, shown, toml_of
 from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.operators import registry
 from laurel_rewrite.operators.config import SiteConfig
-from laurel_rewrite.plan.fitting import check_borders, check_stream, is_unfit, places_beside, selected
+from laurel_rewrite.plan.choosing import configured, selected, within_features
+from laurel_rewrite.plan.fitting import check_borders, check_stream, is_unfit, places_beside
 from laurel_rewrite.plan.preparing import factors_of
-from laurel_rewrite.plan.rows import HEAD, VERSION, Settings, common, label_of, site_of
+from laurel_rewrite.plan.rows import HEAD, VERSION, Settings, common, config_of, label_of, row_of, site_of
 from laurel_rewrite.plan.sites import MOST_SEED, MOST_TURNS, LaurelConfig, PlanSite
 
 if TYPE_CHECKING:
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
     from laurel_rewrite.operators.counting import Counts
     from laurel_rewrite.operators.protocol import Connection
 
-__all__ = ["MOST_SEED", "MOST_TURNS", "LaurelConfig", "Plan", "PlanSite", "check_plan_file"]
+__all__ = ["MOST_SEED", "MOST_TURNS", "LaurelConfig", "Plan", "PlanSite", "asked_for", "check_plan_file", "planned", "read_plan"]
 _HEADER = """\
-# A plan of laurel-rewrite. Every [[site]] gets the operator of [defaults], unless a [[stream]] (stream = 0, variant = ...), a [[rule]]
-# (match = "attention", a role, or a pattern of ids, owners, their classes, kinds or blocks, where {3..7} are numbers) or the site itself says
-# another variant or option. Delete a site to leave that connection as it is. Its other keys say what was found, and must stay.
+# A plan of laurel-rewrite. Every site gets the operator of [defaults], unless a rule or the site itself says another variant or option:
+#     [[rule]]
+#     match = "attention"  # the role of a branch, or a pattern of ids, owners, their classes, kinds or blocks, where {3..7} are numbers
+#     variant = "layerscale"
+# or stream = 1 in place of match. Delete a [[site]] to leave that connection as it is; its other keys say what was found, and must stay.
 """
 
 
@@ -155,7 +159,7 @@ class Plan:
 
         Raises:
             NoSiteError: the model has no residual connection.
-            ConfigError: a selector matches nothing, D is unknown everywhere, or the rank is above every D.
+            ConfigError: a selector or a rule matches nothing, D is unknown everywhere, or the rank is above every D.
         """
         if not sites.sites:
             raise NoSiteError(sites.why_none())
@@ -163,32 +167,25 @@ class Plan:
         repeats = Counter((site.module, site.stream) for site in sites)
         within = {site.module for site in sites if sites.room(site)}
         unique = [site for site in sites if site.id == site.module]
-        operator = registry.operator(config.variant)
         chosen, left_out = [], []
-        for site in selected(sites, unique, config):
-            (left_out.append(f"{site.id} ({site.where})") if is_unfit(operator, site) else chosen.append(site))
+        for site, own in configured(sites, selected(sites, unique, config), config):
+            (left_out.append(f"{site.id} ({site.where})") if is_unfit(registry.operator(own.variant), site) else chosen.append((site, own)))
         if not chosen:
             raise ConfigError(f"No site has a feature axis that maps fit, of known size, the first {left_out[0]}; --variant rw needs none.")
-        widest = max(chosen, key=lambda site: site.dim or 0)
-        bounded = [name for name, option in operator.options.items() if option.within_dim and operator.uses_maps]
-        for name in bounded:
-            if config.options[name] > (widest.dim or 0):
-                others = " No other site has a larger one." if len(chosen) > 1 else ""
-                raise ConfigError(f"{widest.id}: {name} {config.options[name]} is above its feature size {widest.dim}.{others}")
-        places = {where: portable(where) for where in {site.where for site in chosen}}
+        places = {where: portable(where) for where in {site.where for site, _ in chosen}}
         rows, narrowed = [], []
-        for site in chosen:
-            binding = sites.bindings[site.id]
-            options = config.options | {name: min(config.options[name], site.dim or 0) for name in bounded}
+        for site, own, bounds in within_features(chosen):
+            binding, operator = sites.bindings[site.id], registry.operator(own.variant)
+            asked, options = own.options, own.options | bounds
             narrowed += [
-                f"{site.id}: {name} {options[name]} instead of {config.options[name]}, for D is {site.dim}"
-                for name in bounded
-                if options[name] < config.options[name]
+                f"{site.id}: {name} {value} instead of {asked[name]}, for D is {site.dim}"
+                for name, value in bounds.items()
+                if value < asked[name]
             ]
             found = {
                 "dim": site.dim or 0, "where": places[site.where], "calls": calls[site.module] if site.module not in within else 0,
                 "turns": binding.turns if binding.turn is not None else 0, "holder": binding.holder, "side": binding.adds[0][1],
-                "repeats": repeats[site.module, site.stream], "variant": config.variant, "options": options,
+                "repeats": repeats[site.module, site.stream], "variant": own.variant, "options": options,
                 **places_beside(sites, site, operator, calls[site.module]),
                 "role": sites.spots[site.id].role, "block": sites.spots[site.id].block,
                 "owner_class": sites.spots[site.id].owner_class,
@@ -241,7 +238,7 @@ class Plan:
                 streams.append({"stream": sites[0].stream, **own})
             known = {**(defaults if "variant" not in own else {}), **own}
             for site in sites:
-                row = site.to_dict()
+                row = row_of(site)
                 mine = {"variant": site.variant, **site.options}
                 same = {name for name, value in mine.items() if known.get("variant") == site.variant and known.get(name) == value}
                 rows.append({name: value for name, value in row.items() if name not in same})
@@ -265,7 +262,7 @@ class Plan:
         if isinstance(data, dict) and "version" in data and data["version"] not in (1, VERSION):
             raise ConfigError(f"{origin} has version {shown(data['version'])}; this program reads versions 1 and {VERSION}.")
         head = checked(data, HEAD, origin)
-        known = Settings(head, origin)
+        known = Settings(head["defaults"], [*head["stream"], *head["rule"]], origin)
         rows = tuple(
             site_of({**known.of(row, label), **row}, label)
             for row, label in ((row, f"{origin}, site {label_of(row, number)}") for number, row in enumerate(head["site"], start=1))
@@ -273,6 +270,8 @@ class Plan:
         known.check_used()
         if not rows:
             raise ConfigError(f"{origin} has no site.")
+        if given := next((key for key in ("include", "exclude") if head[key]), None):
+            raise ConfigError(f"{origin} lists its sites, so {given} cannot stand in it. Delete sites, or all of them.")
         twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
         if twice:
             raise ConfigError(f"{origin} has the site {twice[0]!r} twice.")
@@ -360,6 +359,34 @@ class Plan:
         prefix, colon, _ = model.partition(":")
         named = colon and prefix.isalpha() and "/" not in prefix
         return replace(self, model=model if named else model.rpartition("/")[2])
+
+
+def read_plan(path: Path | str) -> Plan | LaurelConfig:
+    """What a plan file asks for: a plan, or, where it lists no site, a configuration for all sites of a model.
+
+    Raises:
+        ConfigError: see `Plan.from_toml`.
+    """
+    origin = str(path)
+    data = toml_of(read_text(Path(path), "The plan"), origin)
+    if isinstance(data, dict) and data.get("site") in (None, []):
+        return config_of(checked(data, HEAD, origin), origin)
+    return Plan.from_data(data, origin)
+
+
+def asked_for(plan: Plan | Path | str | None, **config: Any) -> Plan | LaurelConfig:
+    """A plan, the one in a file, or a configuration where there is none; ConfigError where somebody gives both."""
+    if plan is None:
+        return LaurelConfig(**config)
+    usual = inspect.signature(LaurelConfig).parameters
+    if said := next((name for name, value in config.items() if name not in usual or value != usual[name].default), None):
+        raise ConfigError(f"A plan says what each site gets, so {said} cannot be given with it. Edit the plan.")
+    return plan if isinstance(plan, Plan) else read_plan(plan)
+
+
+def planned(sites: Sites, asked: Plan | LaurelConfig) -> Plan:
+    """The plan for these sites that is asked for: one that is given, or of a configuration."""
+    return Plan.from_sites(sites, asked) if isinstance(asked, LaurelConfig) else asked
 
 
 def check_plan_file(path: Path) -> None:

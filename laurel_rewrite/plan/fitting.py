@@ -1,19 +1,16 @@
-"""Which sites an operator fits, and which of them somebody chose."""
+"""Which sites an operator fits, and where it acts beside their sums."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from laurel_rewrite.detection.anatomy import ROLES
 from laurel_rewrite.detection.site import Site, portable
 from laurel_rewrite.detection.sites import Sites
-from laurel_rewrite.errors import ConfigError, nearest
+from laurel_rewrite.errors import ConfigError
 from laurel_rewrite.operators.config import CONVOLUTIONS
 from laurel_rewrite.operators.registry import Operator
-from laurel_rewrite.plan.rows import matches
-from laurel_rewrite.plan.sites import LaurelConfig, PlanSite
+from laurel_rewrite.plan.sites import PlanSite
 
 
 def is_unfit(operator: Operator, site: Site) -> bool:
@@ -188,22 +185,3 @@ def read_by_branch(sites: Sites, site: Site, calls: int) -> str:
 
 
 _LINKS = {"norm": "a normalisation", "activation": "an activation"}
-
-
-def selected(found: Sites, sites: Sequence[Site], config: LaurelConfig) -> list[Site]:
-    def fits(site: Site, pattern: str) -> bool:
-        spot = found.spots[site.id]
-        return matches({**asdict(site), "role": spot.role, "block": spot.block, "owner_class": spot.owner_class}, pattern)
-
-    for pattern in (*config.include, *config.exclude):
-        if not any(fits(site, pattern) for site in sites):
-            names: Iterable[str] = [
-                *(name for site in sites for name in (site.id, site.owner, site.kind, found.spots[site.id].owner_class)),
-                *ROLES,
-            ]
-            raise ConfigError(f"The selector {pattern!r} matches no site. {nearest(pattern, dict.fromkeys(filter(None, names)))}")
-    chosen = [s for s in sites if (any(fits(s, p) for p in config.include) if config.include else s.kind in ("identity", "projection"))]
-    chosen = [s for s in chosen if not any(fits(s, p) for p in config.exclude)]
-    if not chosen:
-        raise ConfigError("The selectors leave no site to rewrite.")
-    return chosen

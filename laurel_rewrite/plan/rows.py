@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from laurel_rewrite.errors import ConfigError
+from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.files.checked import Kind, anything, checked, list_of, one_of, optional, shown, text, whole
 from laurel_rewrite.operators import annealing, registry
 from laurel_rewrite.operators.config import CONVOLUTIONS
@@ -43,10 +43,12 @@ _ROW = {
     "owner_class": optional(text(), ""),
 }
 HEAD = {
-    "version": one_of(1, VERSION),
+    "version": optional(one_of(1, VERSION), VERSION),
     "seed": optional(whole(0, MOST_SEED), 0),
     "model": optional(text(), ""),
     "extra_turns": optional(one_of(*EXTRA_TURNS), "refuse"),
+    "include": optional(list_of(text()), []),
+    "exclude": optional(list_of(text()), []),
     "defaults": optional(anything(dict), {}),
     "stream": optional(list_of(anything(dict)), []),
     "rule": optional(list_of(anything(dict)), []),
@@ -61,34 +63,46 @@ def common(sites: Sequence[PlanSite]) -> dict[str, Any]:
     return {"variant": variant, **dict(options)}
 
 
+def row_of(site: PlanSite) -> dict[str, Any]:
+    """A site as a plan file says it: without what the file need not say."""
+    row = site.to_dict()
+    usual = {name: kind.default for name, kind in _ROW.items()} | {"repeats": site.calls}
+    return {name: value for name, value in row.items() if name not in usual or value != usual[name]}
+
+
 class Settings:
-    """What the sites of a plan file have that do not say it themselves: the defaults, then their stream's, then the rules' that match them.
+    """What the sites of a plan have that do not say it themselves: the defaults, then what the rules say that are of their stream or match them.
 
     Raises:
-        ConfigError: a key that no operator has, or a rule or stream that no site is of.
+        ConfigError: a key that no operator has, or its own has not; a rule that no site is of, or an option in it that none of its sites has.
     """
 
-    def __init__(self, head: dict[str, Any], origin: str) -> None:
+    def __init__(self, defaults: dict[str, Any], rules: Iterable[dict[str, Any]], origin: str) -> None:
         self.origin = origin
-        self.defaults = self._checked(head["defaults"], (), f"{origin}, defaults")
-        self.streams = [self._checked(table, ("stream",), f"{origin}, a stream") for table in head["stream"]]
-        self.rules = [self._checked(table, ("match",), f"{origin}, a rule") for table in head["rule"]]
-        self.used: set[int] = set()
+        self.defaults = self._checked(defaults, (), f"{origin}, defaults")
+        self.rules = [self._checked(rule, ("stream",) if "stream" in rule else ("match",), f"{origin}, a rule") for rule in rules]
+        self.used: list[set[str]] = [set() for _ in self.rules]
 
     def _checked(self, table: dict[str, Any], keys: tuple[str, ...], label: str) -> dict[str, Any]:
         options = {name: _kind(o.default) for operator in registry.operators().values() for name, o in operator.options.items()}
         known: dict[str, Kind] = {name: optional(kind, None) for name, kind in {"variant": text(), **options}.items()}
         known |= {key: whole() if key == "stream" else text() for key in keys}
-        found = checked(table, known, label)
-        return {name: value for name, value in found.items() if value is not None}
+        found = {name: value for name, value in checked(table, known, label).items() if value is not None}
+        if keys and "variant" in found:
+            own = registry.operator(found["variant"]).options
+            if foreign := next((name for name in found if name in options and name not in own), None):
+                raise ConfigError(f"{label}: {found['variant']} has no option {foreign}. {nearest(foreign, own)}")
+        return found
 
     def of(self, row: dict[str, Any], label: str) -> dict[str, Any]:
         """What applies to a site beside its own keys."""
         tables = [self.defaults] if self.defaults else []
-        for number, table in enumerate([*self.streams, *self.rules]):
-            if (table["stream"] == row.get("stream")) if "stream" in table else matches(row, table["match"]):
-                self.used.add(number)
-                tables.append(table)
+        fitting = [
+            number
+            for number, rule in enumerate(self.rules)
+            if (rule["stream"] == row.get("stream") if "stream" in rule else matches(row, rule["match"]))
+        ]
+        tables += [self.rules[number] for number in fitting]
         tables.append({name: value for name, value in row.items() if name == "variant"})
         found: dict[str, Any] = {}
         for table in tables:
@@ -97,14 +111,32 @@ class Settings:
             operator = registry.operator(str(found.get("variant", "")))
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from error
+        for number in fitting:
+            self.used[number] |= {"variant", *operator.options}
         options = {name: option.default for name, option in operator.options.items()} if tables[:-1] else {}
         return {**options, **{name: value for name, value in found.items() if name in operator.options}, "variant": operator.name}
 
     def check_used(self) -> None:
-        for number, table in enumerate([*self.streams, *self.rules]):
-            if number not in self.used:
-                what = f"stream {table['stream']}" if "stream" in table else f"rule {table['match']!r}"
+        for rule, used in zip(self.rules, self.used, strict=True):
+            what = f"stream {rule['stream']}" if "stream" in rule else f"rule {rule['match']!r}"
+            if not used:
                 raise ConfigError(f"{self.origin}: no site is of the {what}.")
+            if idle := next((name for name in rule if name not in {*used, "stream", "match"}), None):
+                raise ConfigError(f"{self.origin}: the {what} says {idle}, which the operators of its sites do not have.")
+
+
+def config_of(head: dict[str, Any], origin: str) -> LaurelConfig:
+    """What a plan file without sites asks for: the defaults and rules, for all sites of a model that `include` and `exclude` leave."""
+    defaults, rules = head["defaults"], [*head["stream"], *head["rule"]]
+    if "variant" not in Settings(defaults, rules, origin).defaults:
+        raise ConfigError(
+            f"{origin} lists no site and has no [defaults] with a variant: nothing says what the sites get that no rule is of."
+        )
+    fields = {name: head[name] for name in ("seed", "extra_turns", "include", "exclude")}
+    try:
+        return LaurelConfig(**defaults, **fields, rules=rules)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def matches(row: dict[str, Any], pattern: str) -> bool:

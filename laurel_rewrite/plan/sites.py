@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +39,8 @@ class LaurelConfig:
             `laurel_rewrite.detection.anatomy.Spot`.
         exclude: patterns; a site must match none.
         seed: of the initialisation; each site draws from (seed, site id).
+        rules: what some sites get instead, the later rule before the earlier one: a pattern as for `include`, or a stream's number, with a
+            variant, options of it, or both: `{"match": "attention", "variant": "layerscale"}`, `{"stream": 1, "rank": 4}`.
 
     Raises:
         ConfigError: every mistake at once.
@@ -49,6 +51,7 @@ class LaurelConfig:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     seed: int
+    rules: tuple[dict[str, Any], ...]
     options: dict[str, Any]
 
     def __init__(
@@ -59,6 +62,7 @@ class LaurelConfig:
         include: str | Iterable[str] = (),
         exclude: str | Iterable[str] = (),
         seed: int = 0,
+        rules: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> None:
         problems: list[str] = []
@@ -74,11 +78,15 @@ class LaurelConfig:
             problems.append(f"extra_turns must be one of {', '.join(EXTRA_TURNS)}, not {extra_turns!r}.")
         if not is_whole(seed) or not 0 <= seed <= MOST_SEED:
             problems.append(f"seed must be a whole number from 0 to {MOST_SEED}, not {shown(seed)}.")
+        if isinstance(rules, str | Mapping) or not all(
+            isinstance(rule, Mapping) and ("match" in rule) != ("stream" in rule) for rule in rules
+        ):
+            problems.append(f"rules must be a list of tables, each with match or stream, not {shown(rules)}.")
         if any(problems):
             raise ConfigError(" ".join(filter(None, problems)))
         given = {
             "variant": variant, "extra_turns": extra_turns, "include": (include,) if isinstance(include, str) else tuple(include),
-            "exclude": (exclude,) if isinstance(exclude, str) else tuple(exclude), "seed": seed, "options": options,
+            "exclude": (exclude,) if isinstance(exclude, str) else tuple(exclude), "seed": seed, "rules": tuple(dict(rule) for rule in rules), "options": options,
         }  # fmt: skip
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -87,7 +95,7 @@ class LaurelConfig:
         return _option(self, name)
 
     def but(self, variant: str, **options: Any) -> LaurelConfig:
-        """The same with another operator, its options and other fields; of the options it keeps those that the operator has."""
+        """The same with another operator, its options and other fields, and without rules; of the options it keeps those that the operator has."""
         kept = {name: value for name, value in self.options.items() if name in registry.operator(variant).options}
         chosen: dict[str, Any] = {"extra_turns": self.extra_turns, "include": self.include, "exclude": self.exclude, "seed": self.seed}
         return LaurelConfig(variant, **{**chosen, **kept, **options})

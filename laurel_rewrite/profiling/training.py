@@ -18,7 +18,7 @@ from laurel_rewrite.private import pytree
 from laurel_rewrite.profiling.latency import Latency, interleaved, summarised
 from laurel_rewrite.sources.inputs import copied_inputs
 
-_BLOCKS = 3
+_BLOCKS = 6
 _MODES = ("eager", "compiled")
 
 
@@ -88,7 +88,7 @@ def profile_training(
             steps = {name: _Step(model, *moved, device, compiled=mode == "compiled") for name, model in models.items()}
             order = random.Random(seed)
             with quiet():
-                blocks = [interleaved(list(steps.values()), seconds / _BLOCKS, 3, order, clock=clock) for _ in range(_BLOCKS)]
+                blocks = [interleaved(list(steps.values()), seconds / _BLOCKS, 2, order, clock=clock) for _ in range(_BLOCKS)]
         except Exception as error:  # a compiler's exceptions share no base class
             notes.append(
                 f"{mode} training could not be measured: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

@@ -34,7 +34,7 @@ from laurel_rewrite.operators.plain import Plain
 from laurel_rewrite.operators.protocol import Connection
 from laurel_rewrite.passes.algebra import scaled
 from laurel_rewrite.passes.insert_laurel_onnx import Feed, InsertLaurelOnnx
-from laurel_rewrite.plan import LaurelConfig, Plan, PlanSite
+from laurel_rewrite.plan import Plan, PlanSite, asked_for, planned
 from laurel_rewrite.verification.checks import require
 from laurel_rewrite.verification.onnx import check_rewrite
 
@@ -57,7 +57,7 @@ def rewrite_onnx(
 
     Args:
         model: a model, or the path of a file; it stays as it is, and its external weights are not read.
-        plan: an edited plan, or the path of one, instead of the options.
+        plan: instead of the options, a plan, or the path of one.
         weights: a safetensors file with trained LAuReL parameters, instead of the start.
         target: see `laurel_rewrite.targets`.
         functions: of a portable graph: "keep" LAuReL's functions, or "inline" them into ordinary nodes.
@@ -73,9 +73,7 @@ def rewrite_onnx(
     """
     chosen = check_form(target, functions)
     rewrite = GraphRewrite(model if isinstance(model, ir.Model) else read_onnx(Path(model)))
-    if plan is None:
-        plan = Plan.from_sites(rewrite.sites, LaurelConfig(**options))
-    rewrite.apply(plan if isinstance(plan, Plan) else Plan.read(plan))
+    rewrite.apply(planned(rewrite.sites, asked_for(plan, **options)))
     if verify:
         given = model if isinstance(model, ir.Model) else Path(model)
         require(check_rewrite(given, rewrite.exact_start(), rewrite.values, exact=rewrite.exact))
