@@ -151,3 +151,46 @@ def test_no_parameter_is_a_part_of_a_larger_tensor(stack):
         for row in plan.sites if plan is not None else ():
             for key, value in plan.build(row, None).state_dict().items():
                 assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), f"{name}: {key}"
+
+
+class Windows(nn.Module):
+    """A stream whose positions lie in one dimension or in two, by turns, as Swin's do."""
+
+    def __init__(self, *, square: bool) -> None:
+        super().__init__()
+        self.square = square
+        self.blocks = nn.ModuleList(WindowBlock(square=square) for _ in range(2))
+        self.head = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class WindowBlock(nn.Module):
+    def __init__(self, *, square: bool) -> None:
+        super().__init__()
+        self.square = square
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.maps = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.square:
+            x = x.unflatten(1, (2, 2))
+        x = x + self.maps[0](self.norms[0](x))
+        if self.square:
+            x = x.flatten(1, 2)
+        return x + self.maps[1](self.norms[1](x))
+
+
+def test_what_operators_cost_where_a_stream_is_reshaped():
+    """As much as where it is not: a history is counted in the shape of the position that reads it."""
+    x = torch.randn(2, 4, D)
+    straight, reshaped = (detect(Windows(square=square), (x,)) for square in (False, True))
+    assert {len(site.shape) for site in reshaped} == {3, 4}
+    for name in registry.operators():
+        (plan, why), (turned, _) = plan_of(straight, name), plan_of(reshaped, name)
+        assert (plan is None) == (turned is None), why
+        if plan is not None:
+            assert [*plan.counts().values()] == [*turned.counts().values()], name

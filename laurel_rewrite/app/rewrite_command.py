@@ -182,7 +182,7 @@ def _plan_only(model: str, config: LaurelConfig, given: Mapping[str, Any], liste
         return
     terminal.show_plan(console(), report)
     if others:
-        terminal.show_configurations(console(), others)
+        terminal.show_configurations(console(), report.plan, others)
     if plan_out is not None:
         click.echo(f"Written to {plan_out}. Edit it, then: laurel-rewrite {model} --plan {plan_out}")
 

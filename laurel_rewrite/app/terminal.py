@@ -17,6 +17,7 @@ from laurel_rewrite.backends.module.saved_folder import MODELING
 from laurel_rewrite.detection.explaining import Explanation
 from laurel_rewrite.detection.site import short
 from laurel_rewrite.detection.sites import Sites
+from laurel_rewrite.plan import Plan
 from laurel_rewrite.profiling import Profile
 from laurel_rewrite.profiling.figures import FIGURES, Figure
 from laurel_rewrite.profiling.latency import Latency
@@ -84,7 +85,8 @@ def show_plan(console: Console, report: Report) -> None:
     groups: dict[tuple[str, ...], list[str]] = {}
     for site in report.plan.sites:
         words = ", ".join(f"{name} {value}" for name, value in site.changed_options().items() if name != "rank")
-        groups.setdefault((site.variant, str(site.options.get("rank", "")), words, str(site.dim)), []).append(site.id)
+        rank = str(site.options.get("rank", "")) if site.operator.uses_maps else ""
+        groups.setdefault((site.variant, rank, words, str(site.dim)), []).append(site.id)
     columns = ["first site", "sites>", "variant", "rank>", "options", "features>"]
     empty = {column for place, column in enumerate(columns[2:]) if all(not group[place] for group in groups)}
     rows = [
@@ -101,12 +103,24 @@ def show_plan(console: Console, report: Report) -> None:
         console.print(Text(note))
 
 
-def show_configurations(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
-    """What other variants and ranks would add."""
-    rows = [
-        (one["variant"], str(one["rank"] or "any"), f"{one['added']:,}", f"{100 * one['added'] / max(one['model'], 1):.2f} %", f"{one['added_flops_per_position']:,}")
-        for one in found
-    ]  # fmt: skip
+def show_configurations(console: Console, plan: Plan, found: Sequence[Mapping[str, Any]]) -> None:
+    """What other variants and ranks would add: each rank of the plan's own operators, the least and the most of the others."""
+    own = {site.variant for site in plan.sites}
+    of_one = [[one for one in found if one["variant"] == name] for name in dict.fromkeys(one["variant"] for one in found)]
+    groups = [[one] for ones in of_one for one in ones if one["variant"] in own]
+    groups += [ones if len(ones) == 1 else [ones[0], ones[-1]] for ones in of_one if ones[0]["variant"] not in own]
+
+    rows = []
+    for group in groups:
+        shares = (100 * one["added"] / max(one["model"], 1) for one in group)
+        columns = (
+            [str(one["rank"] or "") for one in group],
+            [f"{one['added']:,}" for one in group],
+            [f"{share:.2f}" for share in shares],
+            [f"{one['added_flops_per_position']:,}" for one in group],
+        )
+        ranks, added, share, flops = (" to ".join(dict.fromkeys(column)) for column in columns)
+        rows.append((group[0]["variant"], ranks, added, f"{share} %", flops))
     show_table(console, "Other configurations", ("variant", "rank>", "parameters>", "of the model's>", "FLOPs a position>"), rows)
 
 

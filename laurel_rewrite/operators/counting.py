@@ -103,6 +103,7 @@ def state_behind(connection: Connection, state: tuple[torch.Tensor, ...]) -> tup
 
 
 def _left(connection: Connection, x: torch.Tensor, f: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    state = connection.shaped(state, x)  # a stream may go on with its positions in other dimensions, as Swin's does
     _, left = connection.connect(x, f, state=state, n=x)
     return connection.connect_behind(x, left)[1] if connection.config.linked else left
 
