@@ -17,6 +17,7 @@ import pytest
 from conftest import trained
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from torch import nn
 
 import laurel_rewrite.verification.onnx_runs
 from laurel_rewrite import VerificationError, rewrite_onnx
@@ -163,8 +164,19 @@ def test_parameters_that_hardly_move_the_sites_say_little():
     values = {"y": "site"}
     y = np.linspace(-1, 1, 9).astype(np.float32)
     ran = [Ran([{}], [{"y": y * factor}], [], 1e-4, 1e-5) for factor in (1.0, 1.0 + 1e-4, 1.5)]
-    assert check_moves(ran[0], ran[1], values).outcome == "says little"
-    assert check_moves(ran[0], ran[2], values).outcome == "passed"
+    moves = lambda found: [check.outcome for check in check_moves(ran[0], found, values, {"site": nn.Linear(2, 2)})]  # noqa: E731
+    assert moves(ran[1]) == ["says little"]
+    assert moves(ran[2]) == ["passed"]
+
+
+def test_connections_without_parameters_need_not_move():
+    """DenseFormer has none in the midst of a block."""
+    y = np.linspace(-1, 1, 9).astype(np.float32)
+    one, two = (Ran([{}], [{"y": y, "z": y * factor}], [], 1e-4, 1e-5) for factor in (1.0, 1.5))
+    values = {"y": "first@1", "z": "second"}
+    (check,) = check_moves(one, two, values, {"first": nn.Identity(), "second": nn.Linear(2, 2)})
+    assert check.outcome == "passed"
+    assert check_moves(one, two, values, {"first": nn.Identity(), "second": nn.Identity()}) == []
 
 
 # Every door

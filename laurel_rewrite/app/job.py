@@ -23,6 +23,7 @@ from laurel_rewrite.files.drafts import check_out, replacing
 from laurel_rewrite.files.manifest import MANIFEST
 from laurel_rewrite.graph.feeds import read_feeds
 from laurel_rewrite.operators import registry
+from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.plan import LaurelConfig, Plan, planned, read_plan
 from laurel_rewrite.profiling import ONE_MORE, Profile, profile
 from laurel_rewrite.profiling.training import Training, one_more_block, profile_training
@@ -334,7 +335,7 @@ class _Exports:
         self.notes += verified_elsewhere(self.target) + ([lowered(self.probe.path)] if self.target.lowers else [])
         more, self.start = check_export(self.rewritten, self.laurel, args, kwargs, name="laurel.onnx", seed=seed, past=past)
         if self.start is not None and random is not None:
-            checks.append(check_moves(self.start, random, self.laurel.values))
+            checks += check_moves(self.start, random, self.laurel.values, sites_of(self.rewritten))
         return checks + more + check_export(self.built.model, self.baseline, args, kwargs, name="baseline.onnx", seed=seed, past=past)[0]
 
     def profiled(

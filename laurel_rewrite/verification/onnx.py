@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import fx
+from torch import fx, nn
 
 from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.graph.capture import quiet, training
@@ -175,9 +175,16 @@ def check_rewrite(before: Path | ir.Model, after: ir.Model, values: Mapping[str,
         return [Check.not_run("start", str(why))]
 
 
-def check_moves(before: Ran, random: Ran, values: Mapping[str, str]) -> Check:
-    """Other LAuReL parameters move the values at the sites, or where none can be seen the outputs, so far that a fault in them would show."""
+def check_moves(before: Ran, random: Ran, values: Mapping[str, str], connections: Mapping[str, nn.Module]) -> list[Check]:
+    """Other LAuReL parameters move the values at the sites, or where none can be seen the outputs, so far that a fault in them would show.
+
+    A connection without parameters may stay; no check where all are.
+    """
     name = "random LAuReL against its start"
+    learned = {site for site, connection in connections.items() if any(True for _ in connection.parameters())}
+    if not learned:
+        return []
+    values = {key: site for key, site in values.items() if site.partition("@")[0] in learned}
     seen = [key for key in values if all(key in run for run in (*before.plain, *random.plain))]
     moved = {key: _moved(before, random, key) for key in seen or before.plain[0]}
     least = min(moved, key=lambda key: moved[key]) if seen else max(moved, key=lambda key: moved[key], default="")
@@ -188,7 +195,7 @@ def check_moves(before: Ran, random: Ran, values: Mapping[str, str]) -> Check:
     )
     if tolerances < ENOUGH:
         place = f"{place}; what is compared below says little"
-    return Check(name, True if tolerances >= ENOUGH else None, difference, f"at least {ENOUGH} tolerances", place)
+    return [Check(name, True if tolerances >= ENOUGH else None, difference, f"at least {ENOUGH} tolerances", place)]
 
 
 def check_optimiser(name: str, ran: Ran, before: Ran, shaken: Callable[[], Ran]) -> Check:

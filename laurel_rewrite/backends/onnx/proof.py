@@ -74,7 +74,7 @@ class GraphProof:
                 return
             self._kept[None] = found
             self.checks += [
-                check_moves(self.original, found, self.rewrite.values),
+                *check_moves(self.original, found, self.rewrite.values, self.rewrite.connections),
                 check_optimiser("random LAuReL, optimised against not", found, self.original, self._shaken(random)),
             ]
 
