@@ -36,6 +36,9 @@ ARCHITECTURES = [
     slow("timm:mixer_s32_224", {"img_size": 64}, "rw+lr+pa"),
 ]  # fmt: skip
 
+OTHER_KERNELS = {"torchvision:resnet18", "hf:t5", "timm:mixer_s32_224"}
+"""Where onnxruntime's sums of products round so differently from PyTorch's that both are held against float64 instead."""
+
 
 def first(model, args, kwargs):
     with without_caches(model), torch.no_grad():
@@ -59,9 +62,9 @@ def test_all_doors_give_the_same_numbers(name, settings, variant, tmp_path):
     expected = first(edited, *wide)
     assert (expected - first(model, *wide)).abs().max() > 1e-4
 
-    def near(found, door, atol=1e-6):
+    def near(found, door):
         # float32; ids, streams and parameters are the same, and so is the order of operations but for several branches of one sum
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol, msg=lambda text: f"{door}: {text}")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda text: f"{door}: {text}")
 
     sizes = pytree.tree_map_only(torch.Tensor, lambda x: {0: AUTO} if x.ndim else None, (args, kwargs))
     with quiet(), without_caches(model):
@@ -96,8 +99,11 @@ def test_all_doors_give_the_same_numbers(name, settings, variant, tmp_path):
     file = write_onnx(onnx.model, tmp_path / "laurel.onnx")
     inputs = [value.name for value in ir.load(file).graph.inputs]
     given = [leaf.numpy() for leaf in pytree.tree_leaves(wide) if isinstance(leaf, torch.Tensor)]
-    near(
-        torch.from_numpy(run_onnx(file, dict(zip(inputs, given, strict=True)), optimised=False)[0]),
-        "ONNX",
-        atol=1e-5 * float(expected.abs().max()),
-    )  # other kernels
+    found = torch.from_numpy(run_onnx(file, dict(zip(inputs, given, strict=True)), optimised=False)[0])
+    if name not in OTHER_KERNELS:
+        near(found, "ONNX")
+        return
+    doubled = pytree.tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, wide)
+    exact = first(edited.double(), *doubled)
+    torch_off, onnx_off = (float((result - exact).abs().max()) for result in (expected, found))
+    assert onnx_off <= 4 * torch_off, f"ONNX is {onnx_off:g} from what float64 says, PyTorch {torch_off:g}"
