@@ -10,6 +10,7 @@ the last one stopped; `--again` measures anew. The table is `operators-cost.md`,
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import platform
@@ -236,6 +237,8 @@ def main(
                         known[f"{name} {operator}"][what] = found
                         click.echo(f"{what} {name} {operator}: {_shown(found)}")
                     kept()
+                    del model, models
+                    gc.collect()  # modules and their optimisers are cycles, of a gigabyte each
                     click.echo(f"{time.perf_counter() - began:.0f} s")
 
 
