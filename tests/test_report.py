@@ -186,7 +186,7 @@ def test_what_a_report_says_first():
         "12 residual connections are rw+lr now, with 1.20 % more parameters; 1 kept their plain sum.",
         "laurel.onnx takes 1.04 times as long as the baseline (between 1.02 and 1.06), and 1.01 times the memory for activations.",
         "One more layer, for comparison, would take 1.15 times as long as the baseline (between 1.10 and 1.20), and 1.01 times the memory for activations.",
-        "Whether it learns better was not measured: laurel-rewrite compare gpt.py --variant rw+lr --tokens 1M trains and judges it.",
+        "Whether it learns better was not measured: laurel-rewrite compare gpt.py --plan plan.toml --tokens 1M trains and judges it.",
     ]
     for verdict, words in (("unresolved", "cannot tell apart"), ("within noise", "as long as the baseline, within noise")):
         (said,) = answered(profile={"rows": [rows[0], measured("a.onnx", verdict)], "shapes": [{}], "phases": [""]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -46,7 +47,8 @@ def _rewritten(report: Mapping[str, Any]) -> Iterator[str]:
     if not report["plan"]:
         return
     sites, parameters = report["plan"]["sites"], report["parameters"]
-    variants = ", ".join(dict.fromkeys(site["variant"] for site in sites))
+    counts = Counter(site["variant"] for site in sites)
+    variants = ", ".join(f"{variant} ({count})" if len(counts) > 1 else variant for variant, count in counts.items())
     kept = f"; {len(report['skipped'])} kept their plain sum" if report["skipped"] else ""
     added = f", with {100 * parameters['added'] / max(parameters['model'], 1):.2f} % more parameters" if parameters else ""
     connections = "1 residual connection is" if len(sites) == 1 else f"{len(sites)} residual connections are"
@@ -87,6 +89,5 @@ def _latency(time: Mapping[str, Any]) -> str:
 
 def _unknown(report: Mapping[str, Any]) -> Iterator[str]:
     if report["plan"] and report["model"]:
-        variants = dict.fromkeys(site["variant"] for site in report["plan"]["sites"])
-        chosen = " ".join(f"--variant {variant}" for variant in variants)
-        yield f"Whether it learns better was not measured: laurel-rewrite compare {PurePath(report['model']).name} {chosen} --tokens 1M trains and judges it."
+        model = PurePath(report["model"]).name
+        yield f"Whether it learns better was not measured: laurel-rewrite compare {model} --plan plan.toml --tokens 1M trains and judges it."
