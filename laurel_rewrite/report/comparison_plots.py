@@ -13,7 +13,7 @@ from laurel_rewrite.report.inside_plots import depth_profile
 from laurel_rewrite.report.plots import in_sight, intervals, margins
 
 _COSTS = {"parameters": "parameters", "flops": "FLOPs", "seconds": "time of a step", "latency": "latency"}
-_SIZE = {"width": 440, "height": 300}
+_SIZE = {"width": 470, "height": 300}
 _GAP = (90, 70)
 _MARKED = 16  # points of a curve
 _BEST = 8  # trials that are named
@@ -37,7 +37,7 @@ def comparison_figures(data: Mapping[str, Any]) -> dict[str, Drawing]:
         found["costs"] = _costs(placed)
     if data["search"] and any(trial["loss"] is not None for trial in data["search"]["trials"]):
         found["search"] = _search(data["search"])
-    inside = depth_profile(data["inside"])
+    inside = depth_profile(data["inside"], [row["name"] for row in rows])
     if inside is not None:
         found["inside"] = inside
     return found
@@ -90,7 +90,7 @@ def _draw_curve(drawing: Drawing, axes: Axes, name: str, curve: _Curve, number: 
     """A curve from some number of tokens on; returns what a legend shows of it."""
     colour, shape = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     axes.fill_between(curve.tokens, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
-    (line,) = axes.plot(curve.tokens, curve.mean, color=colour, linewidth=1.5)
+    axes.plot(curve.tokens, curve.mean, color=colour, linewidth=1.5)
     low, high = axes.get_ylim()
     points = [(at, loss) for at, loss in zip(curve.tokens, curve.mean, strict=True) if at >= start and low <= loss <= high]
     points = [*reversed(points[:: -max(1, -(-len(points) // _MARKED))])]
@@ -112,7 +112,9 @@ def _quantities(axes: Axes, x: str, y: str) -> None:
 
 def _differences(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     found = [(one["difference"], one["low"], one["high"]) for one in (row["judgement"] for row in rows)]
-    return intervals([label(row["name"]) for row in rows], {"": found}, 0.0, "loss less the baseline's, paired by seed, with its 95 % interval", "+.4f")
+    return intervals(
+        [label(row["name"]) for row in rows], {"": found}, 0.0, "loss less the baseline's, paired by seed, with its 95 % interval", "+.4f"
+    )
 
 
 def _search(search: Mapping[str, Any]) -> Drawing:
@@ -150,12 +152,15 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     drawing = Drawing(**_SIZE, count=len(costs), columns=2, gap=_GAP)
     entries: dict[str, Any] = {}
     for axes, cost in zip(drawing.axes, costs, strict=True):
-        found = [(row[cost], row["judgement"]["mean"], number, label(row["name"])) for number, row in enumerate(rows) if row[cost] is not None]
+        found = [
+            (row[cost], row["judgement"]["mean"], number, label(row["name"])) for number, row in enumerate(rows) if row[cost] is not None
+        ]
         _join(axes, _front(sorted((x, y) for x, y, *_ in found)))
         for x, y, number, name in found:
-            if limits[0] <= y <= limits[1]:
-                entries[name] = _point(axes, x, y, number)
-                drawing.note(entries[name], f"{name}: {x:.4f} of the baseline's {_COSTS[cost]}, loss {y:.4f}")
+            far = not limits[0] <= y <= limits[1]
+            mark = entries[f"{name}: {y:.4g}, out of sight" if far else name] = _point(axes, x, y, number)
+            if not far:
+                drawing.note(mark, f"{name}: {x:.4f} of the baseline's {_COSTS[cost]}, loss {y:.4f}")
         axes.set_ylim(margins(*limits))
         _quantities(axes, f"{_COSTS[cost]} over the baseline's", "loss on the third split")
     drawing.legend(entries)
@@ -166,7 +171,9 @@ def _point(axes: Axes, x: float, y: float, number: int, *, filled: bool = True) 
     """A mark whose colour and shape are those of a number."""
     colour = COLOURS[number % len(COLOURS)]
     inside = colour if filled else PAPER
-    return axes.plot([x], [y], color=colour, linestyle="none", marker=MARKERS[number % len(MARKERS)], markersize=9, markerfacecolor=inside)[0]
+    return axes.plot([x], [y], color=colour, linestyle="none", marker=MARKERS[number % len(MARKERS)], markersize=9, markerfacecolor=inside)[
+        0
+    ]
 
 
 def _join(axes: Axes, front: Sequence[tuple[float, float]]) -> None:

@@ -24,12 +24,13 @@ COLOURS = (
 MARKERS = "osD^vPX"
 INK, DIM, LINE, PAPER = "#010203", "#040506", "#070809", "#0a0b0c"
 _OF_THE_PAGE = {INK: "currentColor", DIM: "var(--dim)", LINE: "var(--line)", PAPER: "var(--paper)"}
+_HEARD = 24  # notes that a description has
 _SIZE = 13  # of text, in pixels of the page
 _LETTER = 0.56 * _SIZE
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "laurel-rewrite", "text.parse_math": False, "font.size": _SIZE, "text.color": INK, "axes.labelcolor": INK,
     "axes.titlesize": _SIZE, "axes.titlelocation": "left", "axes.labelsize": _SIZE, "xtick.labelsize": _SIZE - 1, "ytick.labelsize": _SIZE,
-    "xtick.color": DIM, "xtick.labelcolor": INK, "ytick.color": DIM, "ytick.labelcolor": INK, "xtick.major.size": 0, "ytick.major.size": 0,
+    "xtick.color": DIM, "xtick.labelcolor": INK, "ytick.color": DIM, "ytick.labelcolor": INK, "xtick.major.size": 0, "ytick.major.size": 0, "ytick.major.pad": 7, "xaxis.labellocation": "left",
     "axes.grid": True, "axes.axisbelow": True, "axes.edgecolor": LINE, "grid.color": LINE, "axes.spines.right": False, "axes.spines.top": False,
     "axes.formatter.useoffset": False, "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
     "legend.borderaxespad": 0, "legend.borderpad": 0,
@@ -67,9 +68,7 @@ class Drawing:
         for number in range(count):
             row, column = divmod(number, columns)
             left, top = column * (width + gap[0]), row * (height + gap[1])
-            self.axes.append(
-                self.figure.add_axes((left / whole[0], 1 - (top + height) / whole[1], width / whole[0], height / whole[1]))
-            )
+            self.axes.append(self.figure.add_axes((left / whole[0], 1 - (top + height) / whole[1], width / whole[0], height / whole[1])))
         self._width, self._height = whole
         self._notes: list[Sequence[str]] = []
 
@@ -87,7 +86,11 @@ class Drawing:
         """
         columns = int(self._width // (max(map(len, entries)) * _LETTER + 44)) or 1
         self.figure.legend(
-            [*entries.values()], [*entries], loc="lower left", bbox_to_anchor=(0, 1 + above / self._height), ncols=min(columns, len(entries))
+            [*entries.values()],
+            [*entries],
+            loc="lower left",
+            bbox_to_anchor=(0, 1 + above / self._height),
+            ncols=min(columns, len(entries)),
         )
 
     @style()
@@ -172,6 +175,3 @@ def _head(root: ElementTree.Element, name: str, title: str, notes: Sequence[str]
         element.text = text
         root.insert(place, element)
     root.set("aria-labelledby", " ".join(f"{name}-{tag}" for tag in said))
-
-
-_HEARD = 24  # notes that the description has

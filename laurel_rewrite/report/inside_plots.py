@@ -20,35 +20,39 @@ _QUANTITIES: dict[str, tuple[_Value, _Value]] = {
     "cosine of branch and skip": (lambda site: site["branch_cosine"], lambda site: None),
 }
 _LEARNED = 8  # scalars and norms, of all that there are
-_COLUMNS = 4
-_WIDTH = 200
+_COLUMNS = 5  # at most
+_WIDTH = 160
 _SITE = 20  # pixels of a site's height, and at least that much between their names
 _HEIGHT = 900  # where there are many sites they stand closer
 _NOTED = 2000  # marks that have notes
 
 
-def depth_profile(found: Sequence[Mapping[str, Any]]) -> Drawing | None:
+def depth_profile(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Drawing | None:
     """The sites in order, from the top; beside them what was measured, quantity by quantity, a line a model. None where nothing was seen.
 
     Args:
         found: as reports hold it.
+        names: of all that was compared, whose colours are those of their numbers.
     """
     models = {one["name"]: one["inside"]["sites"] for one in found if one["inside"] and one["inside"]["sites"]}
     if not models:
         return None
     order = list(dict.fromkeys(site["site"] for sites in sorted(models.values(), key=lambda sites: -len(sites)) for site in sites))
-    names = list(dict.fromkeys(name for sites in models.values() for site in sites for name in site["learned"]))[:_LEARNED]
-    quantities = {**_QUANTITIES, **{f"learned: {name}": (_learned(name), lambda site: None) for name in names}}
+    learned = list(dict.fromkeys(name for sites in models.values() for site in sites for name in site["learned"]))[:_LEARNED]
+    quantities = {**_QUANTITIES, **{f"learned: {name}": (_learned(name), lambda site: None) for name in learned}}
     shown = [one for one, (value, _) in quantities.items() if any(value(site) is not None for sites in models.values() for site in sites)]
+    columns = -(-len(shown) // -(-len(shown) // _COLUMNS))
     pitch = min(_SITE, _HEIGHT / len(order))
-    drawing = Drawing(_WIDTH, max(3 * _SITE, pitch * len(order)), count=len(shown), columns=_COLUMNS, gap=(24, 76))
+    drawing = Drawing(_WIDTH, max(3 * _SITE, pitch * len(order)), count=len(shown), columns=columns, gap=(44, 76))
     noted = len(shown) * sum(map(len, models.values())) <= _NOTED
     entries: dict[str, Any] = {}
     for place, (axes, quantity) in enumerate(zip(drawing.axes, shown, strict=True)):
-        _name_sites(axes, order, named=place % _COLUMNS == 0, every=-(-_SITE // int(pitch or 1)))
+        _name_sites(axes, order, named=place % columns == 0, every=-(-_SITE // int(pitch or 1)))
         axes.set_title(label(quantity, 30))
-        for number, (name, sites) in enumerate(models.items()):
-            entries[label(name)] = _draw_model(drawing, axes, label(name), sites, quantities[quantity], order, number, noted=noted)
+        for name, sites in models.items():
+            entries[label(name)] = _draw_model(
+                drawing, axes, label(name), sites, quantities[quantity], order, names.index(name), noted=noted
+            )
         low, high = axes.get_xlim()
         if low < 0 < high:
             axes.axvline(0, color=DIM, linestyle=":", linewidth=1)
@@ -65,7 +69,7 @@ def _name_sites(axes: Axes, order: Sequence[str], *, named: bool, every: int) ->
     places = range(0, len(order), every)
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_yticks(places, [label(order[place]) for place in places] if named else [""] * len(places))
-    axes.locator_params(axis="x", nbins=4)
+    axes.locator_params(axis="x", nbins=3)
 
 
 def _draw_model(
@@ -74,14 +78,16 @@ def _draw_model(
     """The line of a model with bars of two standard errors; returns what a legend shows of it."""
     value, error = quantity
     colour, shape = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    placed = [(value(site), order.index(site["site"]), 2 * (error(site) or 0.0), label(site["site"], 60)) for site in sites]
-    known = [(x, *others) for x, *others in placed if x is not None]
-    for x, y, room, _ in known:
+    known = [(found, order.index(site["site"]), site) for site in sites if (found := value(site)) is not None]
+    across, down = [found for found, *_ in known], [place for _, place, _ in known]
+    rooms = [2 * (error(site) or 0.0) for *_, site in known]
+    for x, y, room in zip(across, down, rooms, strict=True):
         if room:
             axes.plot([x - room, x + room], [y, y], color=colour, linewidth=1.2)
-    axes.plot([x for x, *_ in known], [y for _, y, *_ in known], color=colour, linewidth=1.2)
-    (marks,) = axes.plot([x for x, *_ in known], [y for _, y, *_ in known], color=colour, linestyle="none", marker=shape, markersize=5)
+    axes.plot(across, down, color=colour, linewidth=1.2)
+    (marks,) = axes.plot(across, down, color=colour, linestyle="none", marker=shape, markersize=5)
     if noted and known:
-        drawing.note(marks, *(f"{name}, {site}: {x:.4f}" + (f" ± {room:.4f}" if room else "") for x, _, room, site in known))
+        texts = [f"{name}, {label(site['site'], 60)}: {x:.4f}" for x, _, site in known]
+        drawing.note(marks, *(f"{text} ± {room:.4f}" if room else text for text, room in zip(texts, rooms, strict=True)))
     (shown,) = axes.plot([], [], color=colour, linewidth=1.2, marker=shape, markersize=5)
     return shown

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from laurel_rewrite.report.drawing import COLOURS, DIM, INK, MARKERS, PAPER, Drawing, label, style
+from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, PAPER, Drawing, label, style
 from laurel_rewrite.report.words import places, settings
 
 _SHOWN_OPS = 12
@@ -17,11 +18,11 @@ _SHOWN_MODULES = 32
 _DEPTH = 5  # of modules
 _REACH = 4  # interquartile ranges that a plot of runs shows beyond the quartiles
 _FAR = 20  # median deviations beyond which a value would squeeze the others
-_WIDTH = 560
+_WIDTH = 620
 _BAR = 18  # pixels of a row's height, for each of what stands in it
 _BETWEEN = 12  # rows
 
-Interval = tuple[float | None, float | None, float | None]
+Interval = tuple[float, float, float]
 """The middle, and both ends."""
 
 
@@ -77,12 +78,12 @@ def _offset(number: int, each: int) -> float:
     return (number - (each - 1) / 2) * _BAR / (_BAR * each + _BETWEEN)
 
 
-def intervals(names: Sequence[str], series: Mapping[str, Sequence[Interval]], line: float, title: str, form: str) -> Drawing:
+def intervals(names: Sequence[str], series: Mapping[str, Sequence[Interval | None]], line: float, title: str, form: str) -> Drawing:
     """In each row a mark with its interval for every series, around a line at what means no difference. An interval that would squeeze the others leaves
     the picture; its figures stand behind it all the same."""
     drawing = _rows(names, each=len(series))
     (axes,) = drawing.axes
-    known = [(series_at, row, *found) for series_at, one in enumerate(series.values()) for row, found in enumerate(one) if None not in found]
+    known = [(number, row, *found) for number, one in enumerate(series.values()) for row, found in enumerate(one) if found]
     if known:
         ends = [end for _, _, _, *both in known for end in both]
         low, high = in_sight([end - line for end in ends])
@@ -107,7 +108,9 @@ def intervals(names: Sequence[str], series: Mapping[str, Sequence[Interval]], li
 def _behind(drawing: Drawing, place: float, text: str) -> None:
     """Figures in a column to the right of the axes."""
     axes = drawing.axes[0]
-    axes.annotate(text, (1, place), (10, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", annotation_clip=False)
+    axes.annotate(
+        text, (1, place), (10, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", annotation_clip=False
+    )
 
 
 def bars(
@@ -140,8 +143,7 @@ def bars(
 
 def _at_end(drawing: Drawing, value: float, place: float, text: str) -> None:
     """Figures behind the end of a bar, or behind nought for one that goes to the left."""
-    offset = (5, 0)
-    drawing.axes[0].annotate(text, (max(value, 0), place), offset, textcoords="offset points", va="center", annotation_clip=False)
+    drawing.axes[0].annotate(text, (max(value, 0), place), (5, 0), textcoords="offset points", va="center", annotation_clip=False)
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], measured: Sequence[str]) -> Drawing:
@@ -158,7 +160,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     others = [row for row in rows if row["step"]["verdict"] != "baseline"]
     found = {(row["mode"], row["name"]): _interval(row["step"]) for row in others}
     modes, names = ([*dict.fromkeys(row[key] for row in others)] for key in ("mode", "name"))
-    series = {label(mode): [found.get((mode, name), (None, None, None)) for name in names] for mode in modes}
+    series = {label(mode): [found.get((mode, name)) for name in names] for mode in modes}
     return intervals([*map(label, names)], series, 1.0, "time of a training step over the baseline's, with its 95 % interval", ".3f")
 
 
@@ -174,13 +176,16 @@ def _runs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
         colour = COLOURS[place % len(COLOURS)]
         axes.plot(box.whiskers, [place, place], color=colour, linewidth=1.5)
         axes.plot(box.whiskers, [place, place], color=colour, linestyle="none", marker="|", markersize=9, markeredgewidth=1.5)
-        (bar,) = axes.barh([place], [box.upper - box.lower], 0.5, left=[box.lower], facecolor=PAPER, edgecolor=colour, linewidth=2, zorder=3)
+        (bar,) = axes.barh(
+            [place], [box.upper - box.lower], 0.5, left=[box.lower], facecolor=PAPER, edgecolor=colour, linewidth=2, zorder=3
+        )
         drawing.note(bar, f"{label(rows[place]['name'])}: median {box.median:.3f} ms, quartiles {box.lower:.3f} and {box.upper:.3f} ms")
         axes.plot([box.median, box.median], [place - 0.25, place + 0.25], color=colour, linewidth=2.5, solid_capstyle="butt", zorder=4)
         shown = [run for run in box.outliers if low <= run <= high]
         axes.plot(shown, [place] * len(shown), color=colour, linestyle="none", marker="o", markersize=3.5, markerfacecolor="none")
         beyond = [run for run in box.outliers if not low <= run <= high]
-        _behind(drawing, place, f"{len(beyond)} beyond, to {max(beyond):.4g} ms" if beyond else "")
+        if beyond:
+            _behind(drawing, place, f"{len(beyond)} beyond, to {max(beyond):.4g} ms")
     axes.set_xlabel("milliseconds a run")
     return drawing
 
@@ -226,7 +231,11 @@ def _sites(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     """A row a site, a bar a model; of very many sites those that take most."""
     found = {(number, site["site"]): site for number, row in enumerate(rows) for site in row["time"]["sites"]}
     ids = list(dict.fromkeys(site for _, site in found))
-    costly = sorted(ids, key=lambda site: -max(found[key]["ms"] for key in found if key[1] == site))[:_SHOWN_SITES] if len(ids) > _SHOWN_SITES else ids
+    costly = (
+        sorted(ids, key=lambda site: -max(found[key]["ms"] for key in found if key[1] == site))[:_SHOWN_SITES]
+        if len(ids) > _SHOWN_SITES
+        else ids
+    )
     shown = [site for site in ids if site in set(costly)]
     series, notes = {}, {}
     for number, row in enumerate(rows):
@@ -235,7 +244,9 @@ def _sites(rows: Sequence[Mapping[str, Any]]) -> Drawing:
         for place, site in enumerate(shown):
             if (number, site) in found:
                 one = found[number, site]
-                notes[name, place] = f"{label(site, 80)}: {one['ms']:.4f} ms, {one['nodes']} ops of its own, sum absorbed into {label(one['into'] or 'nothing', 60)}"
+                notes[name, place] = (
+                    f"{label(site, 80)}: {one['ms']:.4f} ms, {one['nodes']} ops of its own, sum absorbed into {label(one['into'] or 'nothing', 60)}"
+                )
     few = "" if len(shown) == len(ids) else f", the {len(shown)} of {len(ids)} sites that take most"
     return bars([*map(label, shown)], series, "{:.4f}".format, f"ms more than the baseline{few}", notes)
 
@@ -288,9 +299,17 @@ def _streams(data: Mapping[str, Any]) -> Drawing:
         axes.plot([site["index"] for site in sites], [row] * len(sites), color=colour, linewidth=1.5)
         for site in sites:
             plan = planned.get(site["id"])
-            (mark,) = axes.plot([site["index"]], [row], color=colour, marker="o", markersize=size, markerfacecolor=colour if plan else PAPER, markeredgewidth=2)
+            (mark,) = axes.plot(
+                [site["index"]],
+                [row],
+                color=colour,
+                marker="o",
+                markersize=size,
+                markerfacecolor=colour if plan else PAPER,
+                markeredgewidth=2,
+            )
             treated = ", ".join(filter(None, (plan["variant"], settings(plan)))) if plan else "left as it is"
             drawing.note(mark, f"{label(site['id'], 80)}: {label(site['kind'])}, {'x'.join(map(str, site['shape']))}, {treated}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("position of the residual connection in its stream", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_xlabel("position of the residual connection in its stream")
     return drawing
