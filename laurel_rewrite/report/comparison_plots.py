@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, PAPER, Drawing, label, style
+from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, PAPER, Drawing, label, labels, style
 from laurel_rewrite.report.inside_plots import depth_profile
 from laurel_rewrite.report.plots import in_sight, intervals, margins
 
@@ -78,8 +78,8 @@ def _drawn_curves(curves: Mapping[str, _Curve], unit: str) -> Drawing:
         axes.set_ylim(low, high)
         axes.set_xlim(margins(start, longest, 0.03))
         entries = {}
-        for number, (name, curve) in enumerate(curves.items()):
-            entries[label(name)] = _draw_curve(drawing, axes, label(name), curve, number, start)
+        for number, (name, curve) in enumerate(zip(labels(curves), curves.values(), strict=True)):
+            entries[name] = _draw_curve(drawing, axes, name, curve, number, start)
         _quantities(axes, f"{unit} trained on", "loss on the second split")
         axes.set_title(title)
     drawing.legend(entries, above=30)
@@ -113,7 +113,7 @@ def _quantities(axes: Axes, x: str, y: str) -> None:
 def _differences(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     found = [(one["difference"], one["low"], one["high"]) for one in (row["judgement"] for row in rows)]
     return intervals(
-        [label(row["name"]) for row in rows], {"": found}, 0.0, "loss less the baseline's, paired by seed, with its 95 % interval", "+.4f"
+        labels(row["name"] for row in rows), {"": found}, 0.0, "loss less the baseline's, paired by seed, with its 95 % interval", "+.4f"
     )
 
 
@@ -152,9 +152,8 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     drawing = Drawing(**_SIZE, count=len(costs), columns=2, gap=_GAP)
     entries: dict[str, Any] = {}
     for axes, cost in zip(drawing.axes, costs, strict=True):
-        found = [
-            (row[cost], row["judgement"]["mean"], number, label(row["name"])) for number, row in enumerate(rows) if row[cost] is not None
-        ]
+        named = enumerate(zip(labels(row["name"] for row in rows), rows, strict=True))
+        found = [(row[cost], row["judgement"]["mean"], number, name) for number, (name, row) in named if row[cost] is not None]
         _join(axes, _front(sorted((x, y) for x, y, *_ in found)))
         for x, y, number, name in found:
             far = not limits[0] <= y <= limits[1]
@@ -169,11 +168,9 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
 
 def _point(axes: Axes, x: float, y: float, number: int, *, filled: bool = True) -> Any:
     """A mark whose colour and shape are those of a number."""
-    colour = COLOURS[number % len(COLOURS)]
-    inside = colour if filled else PAPER
-    return axes.plot([x], [y], color=colour, linestyle="none", marker=MARKERS[number % len(MARKERS)], markersize=9, markerfacecolor=inside)[
-        0
-    ]
+    colour, shape = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    (mark,) = axes.plot([x], [y], color=colour, linestyle="none", marker=shape, markersize=9, markerfacecolor=colour if filled else PAPER)
+    return mark
 
 
 def _join(axes: Axes, front: Sequence[tuple[float, float]]) -> None:

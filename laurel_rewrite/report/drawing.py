@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from xml.etree import ElementTree
@@ -51,6 +51,12 @@ def label(text: object, length: int = 44) -> str:
     return seen.strip() or "(none)"
 
 
+def labels(names: Iterable[object]) -> list[str]:
+    """Of several names, each told from the others: what looks the same is numbered."""
+    found = [*map(label, names)]
+    return [one if found.count(one) == 1 else f"{one} ({number})" for number, one in enumerate(found, 1)]
+
+
 class Drawing:
     """Axes of a fixed size in pixels, from the top; names around them take the room that they need."""
 
@@ -61,6 +67,7 @@ class Drawing:
             columns: in which they stand, row by row.
             gap: between columns, and between rows.
         """
+        columns = min(columns, count)
         rows = -(-count // columns)
         whole = columns * width + (columns - 1) * gap[0], rows * height + (rows - 1) * gap[1]
         self.figure = Figure(figsize=(whole[0] / 72, whole[1] / 72), dpi=72)

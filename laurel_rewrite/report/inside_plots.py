@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, Drawing, label
+from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, Drawing, label, labels
 
 _Site = Mapping[str, Any]
 _Value = Callable[[_Site], float | None]
@@ -41,6 +41,8 @@ def depth_profile(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> D
     learned = list(dict.fromkeys(name for sites in models.values() for site in sites for name in site["learned"]))[:_LEARNED]
     quantities = {**_QUANTITIES, **{f"learned: {name}": (_learned(name), lambda site: None) for name in learned}}
     shown = [one for one, (value, _) in quantities.items() if any(value(site) is not None for sites in models.values() for site in sites)]
+    if not shown:
+        return None
     columns = -(-len(shown) // -(-len(shown) // _COLUMNS))
     pitch = min(_SITE, _HEIGHT / len(order))
     drawing = Drawing(_WIDTH, max(3 * _SITE, pitch * len(order)), count=len(shown), columns=columns, gap=(44, 76))
@@ -49,10 +51,8 @@ def depth_profile(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> D
     for place, (axes, quantity) in enumerate(zip(drawing.axes, shown, strict=True)):
         _name_sites(axes, order, named=place % columns == 0, every=-(-_SITE // int(pitch or 1)))
         axes.set_title(label(quantity, 30))
-        for name, sites in models.items():
-            entries[label(name)] = _draw_model(
-                drawing, axes, label(name), sites, quantities[quantity], order, names.index(name), noted=noted
-            )
+        for shown_as, (name, sites) in zip(labels(models), models.items(), strict=True):
+            entries[shown_as] = _draw_model(drawing, axes, shown_as, sites, quantities[quantity], order, names.index(name), noted=noted)
         low, high = axes.get_xlim()
         if low < 0 < high:
             axes.axvline(0, color=DIM, linestyle=":", linewidth=1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, PAPER, Drawing, label, style
+from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, PAPER, Drawing, label, labels, style
 from laurel_rewrite.report.words import places, settings
 
 _SHOWN_OPS = 12
@@ -65,12 +65,17 @@ def margins(low: float, high: float, share: float = 0.06) -> tuple[float, float]
 
 def _rows(names: Sequence[str], *, each: int = 1) -> Drawing:
     """Axes with a row for each name, from the top, in which so many things have room."""
-    drawing = Drawing(_WIDTH, (_BAR * each + _BETWEEN) * len(names))
+    count = max(len(names), 1)
+    drawing = Drawing(_WIDTH, (_BAR * each + _BETWEEN) * count)
     (axes,) = drawing.axes
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(count - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names)
     axes.grid(visible=False, axis="y")
     return drawing
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return labels(row["name"] for row in rows)
 
 
 def _offset(number: int, each: int) -> float:
@@ -147,8 +152,8 @@ def _at_end(drawing: Drawing, value: float, place: float, text: str) -> None:
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], measured: Sequence[str]) -> Drawing:
-    series = {label(place): [_interval(row["latencies"][number]) for row in rows[1:]] for number, place in enumerate(measured)}
-    return intervals([label(row["name"]) for row in rows[1:]], series, 1.0, "latency over the baseline's, with its 95 % interval", ".3f")
+    series = {place: [_interval(row["latencies"][number]) for row in rows[1:]] for number, place in enumerate(labels(measured))}
+    return intervals(_names(rows[1:]), series, 1.0, "latency over the baseline's, with its 95 % interval", ".3f")
 
 
 def _interval(time: Mapping[str, Any]) -> Interval:
@@ -167,7 +172,7 @@ def _training(rows: Sequence[Mapping[str, Any]]) -> Drawing:
 def _runs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     """A box a model: quartiles, whiskers to the last run within one and a half of their distance, and the runs beyond. How many runs are too far off to be
     shown is said behind."""
-    drawing = _rows([label(row["name"]) for row in rows])
+    drawing = _rows(_names(rows))
     (axes,) = drawing.axes
     boxes = [_Box(row["latencies"][0]["runs_ms"]) for row in rows]
     low, high = margins(min(box.first for box in boxes), max(box.last for box in boxes), 0.03)
@@ -212,9 +217,9 @@ def _ops(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     shown, rest = order[:_SHOWN_OPS], order[_SHOWN_OPS:]
     names = [*map(label, shown), *([f"{len(rest)} others"] if rest else [])]
     series = {}
-    for row in rows:
+    for name, row in zip(_names(rows), rows, strict=True):
         times = row["time"]["by_op"]
-        series[label(row["name"])] = [*map(times.get, shown), *([sum(times.get(op, 0.0) for op in rest)] if rest else [])]
+        series[name] = [*map(times.get, shown), *([sum(times.get(op, 0.0) for op in rest)] if rest else [])]
     return bars(names, series, "{:.3f}".format, "milliseconds, from profiled runs, scaled to the median latency")
 
 
@@ -224,7 +229,7 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> Drawing:
         "values alive: peak, from the graph": "live_bytes",
     }
     series = {name: [row["memories"][0][key] / (1 << 20) for row in rows] for name, key in kinds.items()}
-    return bars([label(row["name"]) for row in rows], series, "{:.2f}".format, "MiB")
+    return bars(_names(rows), series, "{:.2f}".format, "MiB")
 
 
 def _sites(rows: Sequence[Mapping[str, Any]]) -> Drawing:
@@ -238,8 +243,7 @@ def _sites(rows: Sequence[Mapping[str, Any]]) -> Drawing:
     )
     shown = [site for site in ids if site in set(costly)]
     series, notes = {}, {}
-    for number, row in enumerate(rows):
-        name = label(row["name"])
+    for number, name in enumerate(_names(rows)):
         series[name] = [found[number, site]["ms"] if (number, site) in found else None for site in shown]
         for place, site in enumerate(shown):
             if (number, site) in found:
