@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,19 +13,21 @@ from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, Drawing, label,
 _Site = Mapping[str, Any]
 _Value = Callable[[_Site], float | None]
 _QUANTITIES: dict[str, tuple[_Value, _Value]] = {
-    "loss more, plain sum": (lambda site: (site["plain"] or {}).get("loss"), lambda site: (site["plain"] or {}).get("error")),
-    "loss more, no branch": (lambda site: site["without_branch"]["loss"], lambda site: site["without_branch"]["error"]),
+    "loss more with the plain sum": (lambda site: (site["plain"] or {}).get("loss"), lambda site: (site["plain"] or {}).get("error")),
+    "loss more without the branch": (lambda site: site["without_branch"]["loss"], lambda site: site["without_branch"]["error"]),
     "share of the final state": (lambda site: site["share"], lambda site: None),
     "skip, rms": (lambda site: site["skip"], lambda site: None),
     "branch, rms": (lambda site: site["branch"], lambda site: None),
     "cosine of branch and skip": (lambda site: site["branch_cosine"], lambda site: None),
 }
 _LEARNED = 8  # scalars and norms, of all that there are
-_COLUMNS = 5  # at most
-_WIDTH = 160
-_SITE = 20  # pixels of a site's height, and at least that much between their names
+_COLUMNS = 4  # at most
+_WIDTH = 190
+_SITE = 20  # pixels of a site's height
+_NAME = 16  # pixels at least between names
 _HEIGHT = 900  # where there are many sites they stand closer
-_NOTED = 2000  # marks that have notes
+_NOTED = 2000  # marks, each with a note; where there would be more, few are drawn, without
+_FEW = 40  # of a line
 
 
 def depth_profile(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Drawing | None:
@@ -45,11 +48,11 @@ def depth_profile(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> D
         return None
     columns = -(-len(shown) // -(-len(shown) // _COLUMNS))
     pitch = min(_SITE, _HEIGHT / len(order))
-    drawing = Drawing(_WIDTH, max(3 * _SITE, pitch * len(order)), count=len(shown), columns=columns, gap=(44, 76))
+    drawing = Drawing(_WIDTH, max(3 * _SITE, pitch * len(order)), count=len(shown), columns=columns, gap=(48, 76))
     noted = len(shown) * sum(map(len, models.values())) <= _NOTED
     entries: dict[str, Any] = {}
     for place, (axes, quantity) in enumerate(zip(drawing.axes, shown, strict=True)):
-        _name_sites(axes, order, named=place % columns == 0, every=-(-_SITE // int(pitch or 1)))
+        _name_sites(axes, order, named=place % columns == 0, every=math.ceil(_NAME / pitch))
         axes.set_title(label(quantity, 30))
         for shown_as, (name, sites) in zip(labels(models), models.items(), strict=True):
             entries[shown_as] = _draw_model(drawing, axes, shown_as, sites, quantities[quantity], order, names.index(name), noted=noted)
@@ -81,11 +84,11 @@ def _draw_model(
     known = [(found, order.index(site["site"]), site) for site in sites if (found := value(site)) is not None]
     across, down = [found for found, *_ in known], [place for _, place, _ in known]
     rooms = [2 * (error(site) or 0.0) for *_, site in known]
-    for x, y, room in zip(across, down, rooms, strict=True):
-        if room:
-            axes.plot([x - room, x + room], [y, y], color=colour, linewidth=1.2)
+    bars = [(end, y) for x, y, room in zip(across, down, rooms, strict=True) if room for end in (x - room, x + room, math.nan)]
+    axes.plot([x for x, _ in bars], [y for _, y in bars], color=colour, linewidth=1.2)
     axes.plot(across, down, color=colour, linewidth=1.2)
-    (marks,) = axes.plot(across, down, color=colour, linestyle="none", marker=shape, markersize=5)
+    every = 1 if noted else math.ceil(len(known) / _FEW) or 1
+    (marks,) = axes.plot(across, down, color=colour, linestyle="none", marker=shape, markersize=5, markevery=every)
     if noted and known:
         texts = [f"{name}, {label(site['site'], 60)}: {x:.4f}" for x, _, site in known]
         drawing.note(marks, *(f"{text} ± {room:.4f}" if room else text for text, room in zip(texts, rooms, strict=True)))
