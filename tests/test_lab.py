@@ -320,6 +320,7 @@ def test_the_report_is_as_its_schema_says_and_draws(text, tmp_path):
     jsonschema.validate(report, schema())
     assert set(comparison_figures(report["comparison"])) == {"curves", "differences", "costs", "inside"}
     drawn = page(report)
+    assert drawn.count("<svg") == 4
     assert "wild &lt;b&gt;" in drawn
     assert "not told apart" in drawn
     assert "sites gain by more than two standard errors" in drawn

@@ -6,7 +6,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jsonschema
 import numpy as np
@@ -49,13 +51,37 @@ def open_page(path: Path, folder: Path, *options: str) -> tuple[str, str, list[s
     return done.stdout, console, [url for url in asked if not url.startswith(("file:", "data:"))]
 
 
+def drawings(text: str) -> dict[str, ElementTree.Element]:
+    """The drawings of a page by their places, read as XML."""
+    found = re.findall(r'<div class="plot" id="plot-(\w+)">(<svg .*?</svg>)</div>', text, re.DOTALL)
+    assert len(found) == text.count("<svg")
+    return {name: ElementTree.fromstring(svg) for name, svg in found}
+
+
+def words_of(drawing: ElementTree.Element) -> list[str]:
+    return ["".join(text.itertext()) for text in drawing.iter("text")]
+
+
 def opens(path: Path, folder: Path, plots: set[str]) -> str:
+    """The page has these plots, each with a title, needs nothing else, and a browser has nothing to say."""
+    text = path.read_text(encoding="utf-8")
+    found = drawings(text)
+    assert set(found) == plots
+    assert len(text.encode()) < 600_000
+    assert "<script src" not in text
+    assert not re.search(r'(href|src)="(?!#|data:)', text)
+    ids = re.findall(r'\sid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    for drawing in found.values():
+        own = {element.get("id"): element for element in drawing.iter()}
+        assert drawing.get("role") == "img"
+        assert all(own[name].text for name in drawing.attrib["aria-labelledby"].split())
+        assert {element.get("href", "#")[1:] for element in drawing.iter("use")} <= own.keys()
+        assert words_of(drawing)
+        assert not any("font-family" in element.get("style", "") for element in drawing.iter())
     dom, console, asked = open_page(path, folder)
     assert console == ""
     assert asked == []
-    drawn = {name for name in re.findall(r'id="plot-(\w+)"', dom) if re.search(rf'id="plot-{name}"[^>]*js-plotly-plot', dom)}
-    drawn |= set(re.findall(r'class="[^"]*js-plotly-plot[^"]*" id="plot-(\w+)"', dom))
-    assert drawn == plots
     return dom
 
 
@@ -117,6 +143,15 @@ def test_the_main_job(exported, tmp_path, here):
     assert len(report["profile"]["rows"][1]["time"]["sites"]) == 8
     dom = opens(tmp_path / "laurel_out" / "report.html", tmp_path, {"streams", "ratios", "runs", "ops", "memory", "modules", "sites"})
     assert "layer4.<wbr>1.<wbr>laurel_0<" in dom  # broken behind dots alone
+    drawn = drawings((tmp_path / "laurel_out" / "report.html").read_text())
+    assert {site["id"] for site in report["plan"]["sites"]} <= set(words_of(drawn["sites"]))
+    assert {"resnet18.onnx", "laurel.onnx", "one more layer"} <= set(words_of(drawn["runs"]))
+    time = report["profile"]["rows"][1]["latencies"][0]
+    assert f"{time['ratio']:.3f} [{time['low']:.3f}, {time['high']:.3f}]" in words_of(drawn["ratios"])
+    report["profile"]["rows"][1]["latencies"][0]["runs_ms"] += [1e6, 2e6]
+    runs = drawings(page(report))["runs"]
+    assert "2 beyond, to 2e+06 ms" in words_of(runs)
+    assert not {"500000", "1000000"} & set(words_of(runs)), "what is far off squeezes nothing"
 
 
 def test_hostile_names(tmp_path, here):
@@ -127,9 +162,72 @@ def test_hostile_names(tmp_path, here):
     assert "onerror=alert(1)>" not in page_text
     assert "<script>document.title" not in page_text
     assert "x" * 1000 not in page_text.partition("<script>")[0]
+    drawn = drawings(page_text)
+    assert any(HOSTILE["html"] in text for text in words_of(drawn["sites"]))
     dom = opens(tmp_path / "out" / "report.html", tmp_path, {"streams", "ratios", "runs", "ops", "memory", "modules", "sites"})
     assert "<title>model.onnx" in dom
     assert "<img" not in dom
+
+
+def test_names_in_a_drawing_are_what_they_are():
+    """Whatever they hold for XML and for Matplotlib, and whatever is set there."""
+    import matplotlib
+
+    from laurel_rewrite.report.drawing import labels, style
+    from laurel_rewrite.report.plots import intervals
+
+    names = ["a <b>&amp; $x_1$ and $y$", "]]></svg>\\$\\frac", "numbers", "a\nb\t\x00\ud800c", "\u6728\U0001f333", "", "numbers"]
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 40, "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        with style():
+            drawing = intervals(
+                labels(names), {"$a$ & <b>": [(1.0, 0.9, 1.1)] * 7, "b": [(1.0, 0.9, 1.1)] * 6 + [(5e9, 4e9, 6e9)]}, 1.0, "$ratio$", ".2f"
+            )
+        text = drawing.svg("one", "<title> & $more$")
+        assert dict(matplotlib.rcParams) == before
+    found = ElementTree.fromstring(text)
+    known = [
+        *names[:2],
+        "numbers (3)",
+        "a b   c",
+        names[4],
+        "(none)",
+        "numbers (7)",
+        "$a$ & <b>",
+        "$ratio$",
+        "5000000000.00 [4000000000.00, 6000000000.00]",
+    ]
+    assert set(known) <= set(words_of(found))
+    assert "1e9" not in words_of(found)
+    assert found.findtext("title") == "<title> & $more$"
+    assert f"{names[0]}: 1.00 [0.90, 1.10]" in [title.text for title in found.iter("title")]
+    assert text == drawing.svg("one", "<title> & $more$")
+    other = re.findall(r' id="([^"]*)"', drawing.svg("other", ""))
+    assert other
+    assert not set(other) & set(re.findall(r' id="([^"]*)"', text))
+    assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", text), "a colour that stands for one of the page"
+
+
+def test_series_stand_out_from_paper_in_light_and_dark():
+    from laurel_rewrite.report import drawing
+
+    def light(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot([0.2126, 0.7152, 0.0722], parts)) + 0.05
+
+    style = Path(drawing.__file__).with_name("page.css").read_text()
+    papers = re.findall(r"--paper: (#[0-9a-f]{6})", style)
+    assert len(papers) == 2
+    for colour in drawing.COLOURS:
+        for paper in papers:
+            darker, lighter = sorted((light(colour), light(paper)))
+            assert lighter / darker >= 3, (colour, paper)
+
+
+def test_who_draws_nothing_needs_no_matplotlib():
+    code = "import sys, laurel_rewrite, laurel_rewrite.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_names_are_escaped_and_broken_behind_dots():

@@ -32,7 +32,7 @@ QUICK = tuple(
 """The quick tests: detection, rewrite, both back ends, export, saved folders, training steps and the command; without what is marked slow."""
 EXTRAS = ("zoo", "test")
 WHAT = f".[{','.join(EXTRAS)}]"
-SHOWN = ("torch", "torchvision", "transformers", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnx-shape-inference", "numpy", "networkx", "safetensors", "click", "rich", "plotly", "jinja2", "tomlkit")  # fmt: skip
+SHOWN = ("torch", "torchvision", "transformers", "timm", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnx-shape-inference", "numpy", "networkx", "safetensors", "click", "rich", "matplotlib", "jinja2", "tomlkit")  # fmt: skip
 
 
 def project(path: Path = REPOSITORY / "pyproject.toml") -> dict[str, Any]:

@@ -55,7 +55,6 @@ def page(report: Mapping[str, Any]) -> str:
         report: the content of a `report.json`.
     """
     import jinja2
-    from plotly.offline import get_plotlyjs
 
     from laurel_rewrite.report.comparison_plots import comparison_figures
     from laurel_rewrite.report.plots import figures
@@ -74,9 +73,8 @@ def page(report: Mapping[str, Any]) -> str:
     profile = report["profile"] or {"rows": []}
     rows = profile["rows"]
     compared = comparison_figures(report["comparison"]) if report["comparison"] else {}
-    drawn = {name: _for_script(drawing.to_json()) for name, drawing in {**figures(report), **compared}.items()}
     return template.render(
-        report=report, sentences=answer(report), figures=drawn, plotly=get_plotlyjs(), style=_resource("page.css"), script=_resource("page.js"), today=date.today(),
+        report=report, sentences=answer(report), figures={**figures(report), **compared}, style=_resource("page.css"), script=_resource("page.js"), today=date.today(),
         planned={site["id"]: site for site in report["plan"]["sites"]} if report["plan"] else {},
         times={site["site"]: site for row in rows[1:2] for site in row["time"]["sites"]},
         ops=sorted({op for row in rows for counts in (row["ops"]["before"], row["ops"]["after"]) for op in counts}),
@@ -86,13 +84,6 @@ def page(report: Mapping[str, Any]) -> str:
 def schema() -> dict[str, Any]:
     """The JSON schema of `report.json`."""
     return dict(json.loads(_resource("schema.json")))
-
-
-def _for_script(text: str) -> str:
-    """JSON that can stand in a script element whatever names are in it."""
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 @cache

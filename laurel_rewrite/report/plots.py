@@ -1,40 +1,35 @@
-"""The plots of the report, in Plotly. Names from graphs are escaped, for Plotly reads a little HTML in labels."""
+"""The plots of the report. What stands in rows has its names on the left and its figures written behind it."""
 
 from __future__ import annotations
 
-import html
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from laurel_rewrite.report.words import places, settings, shortened
+from laurel_rewrite.report.drawing import COLOURS, DIM, MARKERS, PAPER, Drawing, label, labels, style
+from laurel_rewrite.report.words import places, settings
 
 _SHOWN_OPS = 12
-_SHOWN_RUNS = 400
+_SHOWN_SITES = 100
+_SHOWN_MODULES = 32
+_DEPTH = 5  # of modules
 _REACH = 4  # interquartile ranges that a plot of runs shows beyond the quartiles
-COLOURS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-    "#999933",
-    "#882255",
-    "#44aa99",
-    "#dd7788",
-    "#7766aa",
-    "#bb8844",
-)
-"""Paul Tol's bright scheme and neighbours, which colour-blind readers can tell apart."""
-REST = "#a0a0a0"
+_FAR = 20  # median deviations beyond which a value would squeeze the others
+_WIDTH = 620
+_BAR = 18  # pixels of a row's height, for each of what stands in it
+_BETWEEN = 12  # rows
+
+Interval = tuple[float, float, float]
+"""The middle, and both ends."""
 
 
-def figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
+@style()
+def figures(data: Mapping[str, Any]) -> dict[str, Drawing]:
     """Plots by the name of their place on the page; those there is nothing for are left out."""
-    found: dict[str, go.Figure] = {}
+    found: dict[str, Drawing] = {}
     if data.get("sites") and data.get("plan"):
         found["streams"] = _streams(data)
     profile = data.get("profile")
@@ -54,175 +49,271 @@ def figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:
     return found
 
 
-def label(text: object, length: int = 44) -> str:
-    """A name as Plotly takes it."""
-    return html.escape(shortened(text, length)) or "(none)"
+def in_sight(values: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest of the values that are not so far off that nothing could be told of the others."""
+    middle = statistics.median(values)
+    reach = _FAR * statistics.median(abs(value - middle) for value in values)
+    near = [value for value in values if not reach or abs(value - middle) <= reach]
+    return min(near), max(near)
 
 
-def empty(height: int, **layout: Any) -> go.Figure:
-    """A figure without traces."""
-    figure = go.Figure()
-    figure.update_layout(
-        height=height, margin={"l": 8, "r": 8, "t": 8, "b": 40}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-        colorway=list(COLOURS), font={"family": "system-ui, sans-serif", "size": 13}, hoverlabel={"align": "left"},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "xanchor": "left", "x": 0, "traceorder": "normal"}, **layout,
-    )  # fmt: skip
-    axes = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.5)", "automargin": True}
-    figure.update_xaxes(**axes)
-    figure.update_yaxes(**axes)
-    return figure
+def margins(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
+    """Limits of an axis with room at its ends."""
+    room = share * (high - low) or share * abs(high) or 1.0
+    return low - room, high + room
 
 
-def rows_of(count: int, *, bars: int = 1, extra: int = 0, **layout: Any) -> go.Figure:
-    """A figure of so many rows from the top, each with room for its bars."""
-    figure = empty(90 + extra + 34 * count * bars, **layout)
-    return figure.update_yaxes(range=[count - 0.5, -0.5])
+def _rows(names: Sequence[str], *, each: int = 1) -> Drawing:
+    """Axes with a row for each name, from the top, in which so many things have room."""
+    count = max(len(names), 1)
+    drawing = Drawing(_WIDTH, (_BAR * each + _BETWEEN) * count)
+    (axes,) = drawing.axes
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(visible=False, axis="y")
+    return drawing
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]], measured: Sequence[str]) -> go.Figure:
-    names = [label(row["name"]) for row in rows[1:]]
-    figure = rows_of(len(names), bars=len(measured))
-    for number, place in enumerate(measured):
-        _add_ratios(figure, names, [row["latencies"][number] for row in rows[1:]], place)
-    return around(figure, 1.0, "latency over the baseline's, with its 95 % interval", legend=len(measured) > 1)
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return labels(row["name"] for row in rows)
 
 
-def _add_ratios(figure: go.Figure, names: Sequence[str], times: Sequence[Mapping[str, Any]], series: str) -> None:
-    marks(figure, names, [(time["ratio"], time["low"], time["high"]) for time in times], label(series))
+def _offset(number: int, each: int) -> float:
+    """Where one of several things stands in its row."""
+    return (number - (each - 1) / 2) * _BAR / (_BAR * each + _BETWEEN)
 
 
-def marks(figure: go.Figure, names: Sequence[str], found: Sequence[tuple[float, float, float]], series: str) -> None:
-    """A mark with its interval in each row.
+def intervals(names: Sequence[str], series: Mapping[str, Sequence[Interval | None]], line: float, title: str, form: str) -> Drawing:
+    """In each row a mark with its interval for every series, around a line at what means no difference. An interval that would squeeze the others leaves
+    the picture; its figures stand behind it all the same."""
+    drawing = _rows(names, each=len(series))
+    (axes,) = drawing.axes
+    known = [(number, row, *found) for number, one in enumerate(series.values()) for row, found in enumerate(one) if found]
+    if known:
+        ends = [end for _, _, _, *both in known for end in both]
+        low, high = in_sight([end - line for end in ends])
+        axes.set_xlim(margins(min(line, line + low), max(line, line + high)))
+    entries = {}
+    for number, row, middle, low, high in known:
+        place, colour = row + _offset(number, len(series)), COLOURS[number % len(COLOURS)]
+        axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot([low, high], [place, place], color=colour, linestyle="none", marker="|", markersize=9, markeredgewidth=2)
+        (mark,) = axes.plot([middle], [place], color=colour, linestyle="none", marker=MARKERS[number % len(MARKERS)], markersize=8)
+        text = f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+        _behind(drawing, place, text)
+        drawing.note(mark, f"{names[row]}: {text}")
+        entries[[*series][number]] = mark
+    axes.axvline(line, color=DIM, linestyle=":")
+    axes.set_xlabel(title)
+    if len(series) > 1 and entries:
+        drawing.legend(entries)
+    return drawing
+
+
+def _behind(drawing: Drawing, place: float, text: str) -> None:
+    """Figures in a column to the right of the axes."""
+    axes = drawing.axes[0]
+    axes.annotate(
+        text, (1, place), (10, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", annotation_clip=False
+    )
+
+
+def bars(
+    names: Sequence[str], series: Mapping[str, Sequence[float | None]], form: Callable[[float], str], title: str, notes: Mapping[tuple[str, int], str] | None = None,
+) -> Drawing:  # fmt: skip
+    """In each row a bar for every series, with its figure behind it.
 
     Args:
-        found: by name, the middle and both ends.
+        notes: by series and row, what else is to be said of a bar.
     """
-    above, below = [high - middle for middle, _, high in found], [middle - low for middle, low, _ in found]
-    figure.add_scatter(
-        x=[middle for middle, *_ in found], y=names, mode="markers", marker={"size": 11}, name=series, hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-        error_x={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
-    )  # fmt: skip
+    drawing = _rows(names, each=len(series))
+    (axes,) = drawing.axes
+    entries: dict[str, Any] = {}
+    for number, (name, values) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        entries[name] = Rectangle((0, 0), 1, 1, color=colour)
+        for row, value in enumerate(values):
+            if value is not None:
+                place = row + _offset(number, len(series))
+                (bar,) = axes.barh([place], [value], _BAR * 0.8 / (_BAR * len(series) + _BETWEEN), color=colour)
+                _at_end(drawing, value, place, form(value))
+                if notes and (name, row) in notes:
+                    drawing.note(bar, notes[name, row])
+    axes.axvline(0, color=DIM, linewidth=1)
+    axes.set_xlabel(title)
+    if len(series) > 1:
+        drawing.legend(entries)
+    return drawing
 
 
-def around(figure: go.Figure, value: float, title: str, *, legend: bool) -> go.Figure:
-    """With a line at what means no difference."""
-    figure.add_vline(x=value, line_dash="dot", line_color=REST)
-    figure.update_xaxes(title=title)
-    return figure.update_layout(scattermode="group", showlegend=legend)
+def _at_end(drawing: Drawing, value: float, place: float, text: str) -> None:
+    """Figures behind the end of a bar, or behind nought for one that goes to the left."""
+    drawing.axes[0].annotate(text, (max(value, 0), place), (5, 0), textcoords="offset points", va="center", annotation_clip=False)
 
 
-def _runs(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    figure = rows_of(len(rows), showlegend=False)
-    ends: list[float] = []
-    for row in rows:
-        runs = row["latencies"][0]["runs_ms"]
-        step = -(-len(runs) // _SHOWN_RUNS)
-        figure.add_box(x=runs[::step], name=label(row["name"]), boxpoints="outliers", orientation="h", hoverinfo="x")
-        low, high = statistics.quantiles(runs, n=4)[::2] if len(runs) > 1 else (runs[0], runs[0])
-        reach = _REACH * (high - low)
-        ends += [max(min(runs), low - reach), min(max(runs), high + reach)]
-    margin = 0.03 * (max(ends) - min(ends)) or 0.03 * max(ends)  # a run that was interrupted would squeeze the others
-    figure.update_xaxes(title="milliseconds a run", range=[min(ends) - margin, max(ends) + margin])
-    return figure
+def _ratios(rows: Sequence[Mapping[str, Any]], measured: Sequence[str]) -> Drawing:
+    series = {place: [_interval(row["latencies"][number]) for row in rows[1:]] for number, place in enumerate(labels(measured))}
+    return intervals(_names(rows[1:]), series, 1.0, "latency over the baseline's, with its 95 % interval", ".3f")
 
 
-def _ops(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    names = [label(row["name"]) for row in rows]
+def _interval(time: Mapping[str, Any]) -> Interval:
+    return time["ratio"], time["low"], time["high"]
+
+
+def _training(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """As ratios, a series a mode."""
+    others = [row for row in rows if row["step"]["verdict"] != "baseline"]
+    found = {(row["mode"], row["name"]): _interval(row["step"]) for row in others}
+    modes, names = ([*dict.fromkeys(row[key] for row in others)] for key in ("mode", "name"))
+    series = {label(mode): [found.get((mode, name)) for name in names] for mode in modes}
+    return intervals([*map(label, names)], series, 1.0, "time of a training step over the baseline's, with its 95 % interval", ".3f")
+
+
+def _runs(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """A box a model: quartiles, whiskers to the last run within one and a half of their distance, and the runs beyond. How many runs are too far off to be
+    shown is said behind."""
+    drawing = _rows(_names(rows))
+    (axes,) = drawing.axes
+    boxes = [_Box(row["latencies"][0]["runs_ms"]) for row in rows]
+    low, high = margins(min(box.first for box in boxes), max(box.last for box in boxes), 0.03)
+    axes.set_xlim(low, high)
+    for place, box in enumerate(boxes):
+        colour = COLOURS[place % len(COLOURS)]
+        axes.plot(box.whiskers, [place, place], color=colour, linewidth=1.5)
+        axes.plot(box.whiskers, [place, place], color=colour, linestyle="none", marker="|", markersize=9, markeredgewidth=1.5)
+        (bar,) = axes.barh(
+            [place], [box.upper - box.lower], 0.5, left=[box.lower], facecolor=PAPER, edgecolor=colour, linewidth=2, zorder=3
+        )
+        drawing.note(bar, f"{label(rows[place]['name'])}: median {box.median:.3f} ms, quartiles {box.lower:.3f} and {box.upper:.3f} ms")
+        axes.plot([box.median, box.median], [place - 0.25, place + 0.25], color=colour, linewidth=2.5, solid_capstyle="butt", zorder=4)
+        shown = [run for run in box.outliers if low <= run <= high]
+        axes.plot(shown, [place] * len(shown), color=colour, linestyle="none", marker="o", markersize=3.5, markerfacecolor="none")
+        beyond = [run for run in box.outliers if not low <= run <= high]
+        if beyond:
+            _behind(drawing, place, f"{len(beyond)} beyond, to {max(beyond):.4g} ms")
+    axes.set_xlabel("milliseconds a run")
+    return drawing
+
+
+class _Box:
+    """Of runs: quartiles, whiskers, outliers, and from where to where a plot shows them."""
+
+    def __init__(self, runs: Sequence[float]) -> None:
+        self.lower, self.median, self.upper = statistics.quantiles(runs, n=4, method="inclusive") if len(runs) > 1 else [runs[0]] * 3
+        spread = self.upper - self.lower
+        inside = [run for run in runs if self.lower - 1.5 * spread <= run <= self.upper + 1.5 * spread]
+        self.whiskers = min(inside), max(inside)
+        self.outliers = [run for run in runs if not self.whiskers[0] <= run <= self.whiskers[1]]
+        self.first, self.last = max(min(runs), self.lower - _REACH * spread), min(max(runs), self.upper + _REACH * spread)
+
+
+def _ops(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """A row an op, a bar a model; those that take least together."""
     totals: dict[str, float] = {}
     for row in rows:
         for op, ms in row["time"]["by_op"].items():
             totals[op] = totals.get(op, 0.0) + ms
-    shown = sorted(totals, key=lambda op: -totals[op])[:_SHOWN_OPS]
-    figure = rows_of(len(rows), extra=40, barmode="stack")
-    for number, op in enumerate(shown):
-        times = [row["time"]["by_op"].get(op, 0.0) for row in rows]
-        figure.add_bar(x=times, y=names, name=label(op, 28), orientation="h", marker_color=COLOURS[number % len(COLOURS)])
-    rest = [sum(ms for op, ms in row["time"]["by_op"].items() if op not in shown) for row in rows]
-    if any(rest):
-        figure.add_bar(x=rest, y=names, name="others", orientation="h", marker_color=REST)
-    figure.update_traces(hovertemplate="%{y}<br>%{fullData.name}: %{x:.3f} ms<extra></extra>")
-    figure.update_xaxes(title="milliseconds, from profiled runs, scaled to the median latency")
-    return figure
+    order = sorted(totals, key=lambda op: -totals[op])
+    shown, rest = order[:_SHOWN_OPS], order[_SHOWN_OPS:]
+    names = [*map(label, shown), *([f"{len(rest)} others"] if rest else [])]
+    series = {}
+    for name, row in zip(_names(rows), rows, strict=True):
+        times = row["time"]["by_op"]
+        series[name] = [*map(times.get, shown), *([sum(times.get(op, 0.0) for op in rest)] if rest else [])]
+    return bars(names, series, "{:.3f}".format, "milliseconds, from profiled runs, scaled to the median latency")
 
 
-def _memory(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    names = [label(row["name"]) for row in rows]
-    figure = rows_of(len(rows), bars=2, barmode="group")
-    for key, name in (
-        ("activation_bytes", "activations: peak of the arena, weights aside"),
-        ("live_bytes", "values alive: peak, from the graph"),
-    ):
-        figure.add_bar(x=[row["memories"][0][key] / (1 << 20) for row in rows], y=names, name=name, orientation="h")
-    figure.update_traces(hovertemplate="%{y}: %{x:.2f} MiB<extra></extra>")
-    figure.update_xaxes(title="MiB")
-    return figure
+def _memory(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    kinds = {
+        "activations: peak of the arena, weights aside": "activation_bytes",
+        "values alive: peak, from the graph": "live_bytes",
+    }
+    series = {name: [row["memories"][0][key] / (1 << 20) for row in rows] for name, key in kinds.items()}
+    return bars(_names(rows), series, "{:.2f}".format, "MiB")
 
 
-def _sites(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    ids = list(dict.fromkeys(site["site"] for row in rows for site in row["time"]["sites"]))
-    figure = empty(110 + 22 * len(ids) * len(rows), barmode="group")
-    for row in rows:
-        sites = row["time"]["sites"]
-        figure.add_bar(
-            y=[label(site["site"]) for site in sites], x=[site["ms"] for site in sites], name=label(row["name"]), orientation="h",
-            customdata=[[label(site["site"], 80), site["nodes"], label(site["into"] or "nothing", 60)] for site in sites],
-            hovertemplate="%{customdata[0]}: %{x:.4f} ms<br>%{customdata[1]} ops of its own, sum absorbed into %{customdata[2]}<extra></extra>",
-        )  # fmt: skip
-    figure.update_yaxes(range=[len(ids) - 0.5, -0.5])
-    figure.update_xaxes(title="ms more than the baseline")
-    return figure
+def _sites(rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """A row a site, a bar a model; of very many sites those that take most."""
+    found = {(number, site["site"]): site for number, row in enumerate(rows) for site in row["time"]["sites"]}
+    ids = list(dict.fromkeys(site for _, site in found))
+    costly = (
+        sorted(ids, key=lambda site: -max(found[key]["ms"] for key in found if key[1] == site))[:_SHOWN_SITES]
+        if len(ids) > _SHOWN_SITES
+        else ids
+    )
+    shown = [site for site in ids if site in set(costly)]
+    series, notes = {}, {}
+    for number, name in enumerate(_names(rows)):
+        series[name] = [found[number, site]["ms"] if (number, site) in found else None for site in shown]
+        for place, site in enumerate(shown):
+            if (number, site) in found:
+                one = found[number, site]
+                notes[name, place] = (
+                    f"{label(site, 80)}: {one['ms']:.4f} ms, {one['nodes']} ops of its own, sum absorbed into {label(one['into'] or 'nothing', 60)}"
+                )
+    few = "" if len(shown) == len(ids) else f", the {len(shown)} of {len(ids)} sites that take most"
+    return bars([*map(label, shown)], series, "{:.4f}".format, f"ms more than the baseline{few}", notes)
 
 
-def _modules(row: Mapping[str, Any]) -> go.Figure:
-    """Times by module path, as an icicle."""
-    totals: dict[str, float] = {"": 0.0}
+def _modules(row: Mapping[str, Any]) -> Drawing:
+    """Times by module path, what is inside a module under it; those that take most, a colour a depth."""
+    totals: dict[str, float] = {}
     for path, ms in row["time"]["by_module"].items():
-        parts = str(path).split(".") if path else []
-        for depth in range(len(parts) + 1):
+        parts = str(path).split(".") if path else [""]
+        for depth in range(1, min(len(parts), _DEPTH) + 1):
             key = ".".join(parts[:depth])
             totals[key] = totals.get(key, 0.0) + ms
-    keys = list(totals)
-    figure = empty(380)
-    figure.add_icicle(
-        ids=[f"m{keys.index(key)}" for key in keys], labels=[label(key.rpartition(".")[2], 24) if key else label(row["name"]) for key in keys],
-        parents=["" if not key else f"m{keys.index(key.rpartition('.')[0])}" for key in keys], values=list(totals.values()), branchvalues="total",
-        customdata=[label(key or "the model", 90) for key in keys], tiling={"orientation": "v"}, maxdepth=5,
-        hovertemplate="%{customdata}<br>%{value:.3f} ms, %{percentRoot:.1%}<extra></extra>",
-    )  # fmt: skip
-    return figure
+    most = set(sorted(totals, key=lambda path: -totals[path])[:_SHOWN_MODULES])
+    shown = sorted(most, key=[*_as_tree(totals)].index)
+    whole = sum(row["time"]["by_module"].values())
+    drawing = _rows([label(path) if path else "in no module" for path in shown])
+    (axes,) = drawing.axes
+    for place, path in enumerate(shown):
+        colour = COLOURS[path.count(".") % len(COLOURS)]
+        axes.barh([place], [totals[path]], 0.5, color=colour)
+        _at_end(drawing, totals[path], place, f"{totals[path]:.3f} ms, {100 * totals[path] / (whole or 1):.1f} %")
+    few = "" if len(shown) == len(totals) else f"; the {len(shown)} of {len(totals)} modules that take most"
+    axes.set_xlabel(f"milliseconds in {label(row['name'])}, {whole:.3f} in all{few}")
+    return drawing
 
 
-def _streams(data: Mapping[str, Any]) -> go.Figure:
+def _as_tree(paths: Mapping[str, Any]) -> list[str]:
+    """Paths in their order, each followed by what is inside it."""
+    children: dict[str, list[str]] = {}
+    for path in paths:
+        children.setdefault(path.rpartition(".")[0] if path else "", []).append(path)
+
+    def walk(path: str) -> list[str]:
+        return [path, *(one for child in children.get(path, []) for one in walk(child))]
+
+    return [one for top in children.get("", []) for one in (walk(top) if top else [top])]
+
+
+def _streams(data: Mapping[str, Any]) -> Drawing:
     """A line a stream, a mark a site; filled where LAuReL was put in."""
     planned = {site["id"]: site for site in data["plan"]["sites"]}
     streams: dict[int, list[Mapping[str, Any]]] = {}
     for site in data["sites"]:
         streams.setdefault(site["stream"], []).append(site)
-    figure = empty(110 + 30 * len(streams), showlegend=False)
-    for row, (number, sites) in enumerate(streams.items()):
-        treated = [planned.get(site["id"]) for site in sites]
-        figure.add_scatter(
-            x=[site["index"] for site in sites], y=[row] * len(sites), mode="lines+markers", name=f"stream {number}",
-            marker={
-                "size": 14, "color": COLOURS[row % len(COLOURS)], "line": {"width": 2, "color": COLOURS[row % len(COLOURS)]},
-                "symbol": ["circle" if plan else "circle-open" for plan in treated],
-            },
-            customdata=[
-                [label(site["id"], 80), site["kind"], "x".join(map(str, site["shape"])), ", ".join(filter(None, (plan["variant"], settings(plan)))) if plan else "left as it is"]
-                for site, plan in zip(sites, treated, strict=True)
-            ],
-            hovertemplate="%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]}<br>%{customdata[3]}<extra></extra>",
-        )  # fmt: skip
-    titles = [f"{number}: D {sites[0]['dim'] or '?'}" for number, sites in streams.items()]
-    figure.update_yaxes(tickvals=list(range(len(streams))), ticktext=titles, autorange="reversed", title="stream", showgrid=False)
-    figure.update_xaxes(title="position of the residual connection in its stream", rangemode="tozero")
-    return figure
-
-
-def _training(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    others = [row for row in rows if row["step"]["verdict"] != "baseline"]
-    figure = rows_of(len({row["name"] for row in others}), bars=2)
-    for mode in dict.fromkeys(row["mode"] for row in others):
-        here = [row for row in others if row["mode"] == mode]
-        _add_ratios(figure, [label(row["name"]) for row in here], [row["step"] for row in here], mode)
-    return around(figure, 1.0, "time of a training step over the baseline's, with its 95 % interval", legend=True)
+    drawing = _rows([f"stream {number}: D {sites[0]['dim'] or '?'}" for number, sites in streams.items()])
+    (axes,) = drawing.axes
+    size = max(3.0, min(11.0, 0.6 * _WIDTH / (1 + max(site["index"] for site in data["sites"]))))
+    for row, sites in enumerate(streams.values()):
+        colour = COLOURS[row % len(COLOURS)]
+        axes.plot([site["index"] for site in sites], [row] * len(sites), color=colour, linewidth=1.5)
+        for site in sites:
+            plan = planned.get(site["id"])
+            (mark,) = axes.plot(
+                [site["index"]],
+                [row],
+                color=colour,
+                marker="o",
+                markersize=size,
+                markerfacecolor=colour if plan else PAPER,
+                markeredgewidth=2,
+            )
+            treated = ", ".join(filter(None, (plan["variant"], settings(plan)))) if plan else "left as it is"
+            drawing.note(mark, f"{label(site['id'], 80)}: {label(site['kind'])}, {'x'.join(map(str, site['shape']))}, {treated}")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_xlabel("position of the residual connection in its stream")
+    return drawing
