@@ -197,11 +197,18 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], past:
             _forget_places(exported.model)
             return exported.model
         except Exception as error:  # what the exporters raise for a foreign model is not documented
-            reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
-            problems.append(f"{type(error).__name__}: {reason[:400]}")
+            problems.append(_said(error))
             _log.info("export with dynamic shapes %s failed: %s", dynamic, problems[-1])
     inputs = ", ".join([describe(a) for a in args] + [f"{k}={describe(v)}" for k, v in kwargs.items()])
     raise ExportError(f"{type(model).__name__} could not be exported in eval mode with the inputs ({inputs}): {problems[-1]}")
+
+
+def _said(error: BaseException) -> str:
+    """What an exporter failed of: the innermost cause, for what is around it tells how to report bugs of PyTorch."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
+    return f"{type(error).__name__}: {reason[:400]}"
 
 
 def _only_tensors(program: torch.export.ExportedProgram) -> None:

@@ -168,6 +168,18 @@ class Unexportable(CASES["plain"].make().__class__):
         return x + self.f(x) if x.sum() > 0 else x
 
 
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.linalg.svdvals(x)
+
+
+def test_what_onnx_cannot_say_is_named(tmp_path):
+    """Not how to report a bug to PyTorch, which stands around it."""
+    with pytest.raises(ExportError, match=r"Spectrum could not be exported.*aten\.\w*svd") as caught:
+        export_onnx(Spectrum(), (torch.randn(2, 5, 5),), None, tmp_path / "model.onnx")
+    assert "submit a PR" not in str(caught.value)
+
+
 def test_failures_write_nothing(tmp_path):
     x = torch.randn(2, 5, D)
     with pytest.raises(ExportError, match="Unexportable could not be exported"):
