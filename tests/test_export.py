@@ -168,7 +168,7 @@ class Unexportable(CASES["plain"].make().__class__):
         return x + self.f(x) if x.sum() > 0 else x
 
 
-class Spectrum(nn.Module):
+class Spectrum(torch.nn.Module):
     def forward(self, x):
         return torch.linalg.svdvals(x)
 
