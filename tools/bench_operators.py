@@ -159,7 +159,7 @@ def table(known: dict[str, Any]) -> str:
         "Ratios to the unchanged model with 95 % intervals; see `tools/bench_operators.py` for how they are measured. Saved is what autograd keeps "
         "for backward. A bound is what a run would take if the operator's ops, before they are lowered, did nothing but read and write their "
         "activations, each for itself, at the bandwidth of one addition, and multiply at the rate of the plain model; three passes for a training "
-        "step. Products of small matrices are slower than that, and what is lowered, fused or stays in a cache is faster.",
+        "step. Products of small matrices are slower than that, and what is lowered, fused or stays in a cache is faster. - is not measured.",
         "",
         "GPT-2 small with 1,024 words, batch 1, 128 tokens; ViT-small and ResNet-50, batch 1, 224 x 224. float32.",
         "",
