@@ -66,7 +66,7 @@ def test_the_profile_keeps_names_and_verdicts(width, profiled: Profile):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_check_takes_a_line_or_two_and_keeps_its_outcome(width, profiled: Profile):
     report = SimpleNamespace(
-        model="hf:gpt2", plan=SimpleNamespace(sites=[SimpleNamespace(id=site, variant="rw+lr", options={"rank": 16}, dim=768, changed_options=dict) for site in SITES], left_out=[], narrowed=()),
+        model="hf:gpt2", plan=SimpleNamespace(sites=[SimpleNamespace(id=site, variant="rw+lr", options={"rank": 16}, dim=768, changed_options=dict, operator=SimpleNamespace(uses_maps=True)) for site in SITES], left_out=[], narrowed=()),
         sites=SimpleNamespace(notes=()), notes=["Lowered: 4 streams"], parameters={"model": 1000, "added": 10}, checks=CHECKS, profile=None, training=None, files=["a"], out="out", skipped=(Skipped("head.laurel_0", "net.py:7", "its source is not at hand"),),
     )  # fmt: skip
     text = shown(terminal.show_report, width, report)
