@@ -53,7 +53,7 @@ def open_page(path: Path, folder: Path, *options: str) -> tuple[str, str, list[s
 
 def drawings(text: str) -> dict[str, ElementTree.Element]:
     """The drawings of a page by their places, read as XML."""
-    found = re.findall(r'<div class="plot" id="plot-(\w+)">(<svg .*?</svg>)</div>', text, re.DOTALL)
+    found = re.findall(r'<div class="plot" tabindex="0" id="plot-(\w+)">(<svg .*?</svg>)</div>', text, re.DOTALL)
     assert len(found) == text.count("<svg")
     return {name: ElementTree.fromstring(svg) for name, svg in found}
 
@@ -69,6 +69,7 @@ def opens(path: Path, folder: Path, plots: set[str]) -> str:
     assert set(found) == plots
     assert len(text.encode()) < 600_000
     assert "<script src" not in text
+    assert text.count('class="scroll"') == text.count('class="scroll" tabindex="0"')  # a keyboard gets there
     assert not re.search(r'(href|src)="(?!#|data:)', text)
     ids = re.findall(r'\sid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
