@@ -179,6 +179,7 @@ def test_a_plan_is_given_alone(tmp_path):
     plan = Plan.from_sites(detect(Stack(2), (X,)), LaurelConfig("rw"))
     with pytest.raises(ConfigError, match="A plan says what each site gets, so rank cannot be given with it"):
         rewrite(Stack(2), (X,), plan=plan, rank=4)
+    assert len(sites_of(rewrite(Stack(2), (X,), plan=plan, include=[]))) == 4
     graph = export_onnx(Stack(2).eval(), (X,), None, tmp_path / "base.onnx")
     with pytest.raises(ConfigError, match="so variant cannot be given with it"):
         rewrite_onnx(graph, plan=plan, variant="lr")

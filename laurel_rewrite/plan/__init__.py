@@ -378,8 +378,9 @@ def asked_for(plan: Plan | Path | str | None, **config: Any) -> Plan | LaurelCon
     """A plan, the one in a file, or a configuration where there is none; ConfigError where somebody gives both."""
     if plan is None:
         return LaurelConfig(**config)
-    usual = inspect.signature(LaurelConfig).parameters
-    if said := next((name for name, value in config.items() if name not in usual or value != usual[name].default), None):
+    usual = {name: one.default for name, one in inspect.signature(LaurelConfig).parameters.items()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    if said := next((name for name, value in given.items() if name not in usual or value != usual[name]), None):
         raise ConfigError(f"A plan says what each site gets, so {said} cannot be given with it. Edit the plan.")
     return plan if isinstance(plan, Plan) else read_plan(plan)
 
