@@ -23,7 +23,7 @@ from torch.export.graph_signature import ConstantArgument
 from laurel_rewrite import __version__, targets
 from laurel_rewrite.backends.onnx.surgery import check_form, inline_laurel
 from laurel_rewrite.detection.site import portable
-from laurel_rewrite.errors import ExportError
+from laurel_rewrite.errors import ExportError, reason
 from laurel_rewrite.files.drafts import replacing
 from laurel_rewrite.files.onnx import place_onnx
 from laurel_rewrite.files.onnx_weights import note_kinds
@@ -207,8 +207,7 @@ def _said(error: BaseException) -> str:
     """What an exporter failed of: the innermost cause, for what is around it tells how to report bugs of PyTorch."""
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip()
-    return f"{type(error).__name__}: {reason[:400]}"
+    return re.sub(r"\x1b\[\d+m", "", reason(error))
 
 
 def _only_tensors(program: torch.export.ExportedProgram) -> None:

@@ -111,11 +111,11 @@ def test_the_rank_of_a_rule_is_bound_by_its_own_sites():
         ([{"match": "blocks.0", "variant": "layerscale", "rank": 4}], "layerscale has no option rank"),
         ([{"match": "blocks.0", "streams": 4}], "says streams, which the operators of its sites do not have"),
         ([{"match": "blocks.0", "rang": 4}], "unknown key 'rang'. Nearest: rank"),
-        ([{"match": "blocks.0", "rank": 0}], "rank"),
+        ([{"match": "blocks.0", "rank": 0}], "blocks.0.laurel_0: rank must be a whole number of at least 1"),
         ([{"match": "blocks.0", "anneal": "linear"}], "blocks.0.laurel_0: anneal"),
         (
             [{"match": "blocks.0", "variant": "denseformer"}],
-            "Give the whole stream one operator|needs every connection|beside|cannot stand",
+            "rw\\+lr cannot stand in one stream with denseformer",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,16 +80,10 @@ def prepare(
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    variant: str = "rw+lr",
-    extra_turns: str = "refuse",
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    rules: Sequence[Mapping[str, Any]] = (),
     plan: Plan | str | None = None,
     inplace: bool = False,
-    seed: int = 0,
     verify: bool = True,
-    **options: Any,
+    **config: Any,
 ) -> nn.Module:
     """Give a model its connections, for `torch.compile` with `compile_backend`. Its code is not edited, so that its source need not be at hand.
 
@@ -99,6 +93,8 @@ def prepare(
     Args:
         model: not rewritten.
         args, kwargs: inputs of its forward, for the capture and the verification.
+        config: variant, rank, include, rules, seed, ...: see `LaurelConfig`.
+        plan: instead of that, a plan, or the path of one.
         verify: run it through the back end, with a compiler that changes nothing, in eval and in train mode, and compare.
 
     Returns:
@@ -109,15 +105,6 @@ def prepare(
         VerificationError: the graphs that TorchDynamo makes of it have not all connections, or do not compute at the start what the model does. The
             model is as it was.
     """
-    config = {
-        "variant": variant,
-        "extra_turns": extra_turns,
-        "include": include,
-        "exclude": exclude,
-        "rules": rules,
-        "seed": seed,
-        **options,
-    }
     args, kwargs, sites, chosen = found_and_planned(model, args, kwargs, plan=plan, **config)
     chosen.check(sites)
     factors = chosen.factors(sites)
