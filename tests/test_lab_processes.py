@@ -47,7 +47,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def run(tmp_path: Path, *words: str) -> None:
-    done = subprocess.run([sys.executable, *words], env=environment(tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *words], env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]  # that of a launcher begins with the reason
 
 
@@ -92,3 +92,34 @@ def test_two_processes_search_as_one(words, tmp_path):
     for trial, other in zip(one["trials"], two["trials"], strict=True):
         assert {**trial, "loss": 0, "difference": 0} == {**other, "loss": 0, "difference": 0}
         assert other["loss"] == pytest.approx(trial["loss"], rel=1e-5)  # float32, gradients in another order of addition
+
+
+PARTING = """
+import atexit, json, os
+import torch
+from laurel_rewrite.lab.runs import Recipe, accelerator_of
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def train():
+    with accelerator_of(Recipe(tokens=64, batch=2)) as accelerator:
+        model = accelerator.prepare(torch.nn.Linear(4, 4))
+        model(torch.ones(2, 4)).sum().backward()
+        counts.append(threads())
+        accelerator.free_memory()
+
+counts = [threads()]
+atexit.register(lambda: open(f"threads.{os.environ['RANK']}", "w").write(json.dumps([*counts, threads()])))
+train()
+train()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux's files")
+def test_processes_part_before_python_ends(tmp_path):
+    (tmp_path / "parting.py").write_text(PARTING)
+    run(tmp_path, *PROCESSES, str(tmp_path / "parting.py"))
+    for rank in (0, 1):
+        before, first, second, after = json.loads((tmp_path / f"threads.{rank}").read_text())
+        assert before == after < first == second  # none of the group's threads is left, and two trainings have one group

@@ -6,7 +6,9 @@ last evaluation and comes to the same numbers.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 import math
 import os
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed.nn.functional  # its defaults are the processes' group as of its import, which then never ends: before there is one
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Sampler
 
 from laurel_rewrite.errors import ConfigError, missing
@@ -386,6 +389,7 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise missing("accelerate", "train") from error
     options: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor")} if recipe.compile else {}
+    met = _met()
     with own_accelerator_state():  # a trainer in this process may have one
         try:
             accelerator = accelerate.Accelerator(
@@ -397,8 +401,22 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
             )
         except (ValueError, ImportError) as error:
             raise ConfigError(f"Accelerate cannot train so: {' '.join(str(error).split())[:300]}") from error
+        if _met() and not met:
+            atexit.register(_part)
         check_processes(recipe, accelerator)
         yield accelerator
+
+
+def _met() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _part() -> None:
+    """End the group of the processes that a comparison began, and its threads. Where one still lets go of a tensor while Python ends, it takes the
+    process down with it (SIGABRT). Not before: processes that have parted can't meet again under the same launcher."""
+    gc.collect()  # what was trained holds the group
+    if _met():
+        distributed.destroy_process_group()
 
 
 def check_processes(recipe: Recipe, accelerator: Any) -> None:
