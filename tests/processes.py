@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional  # before there is a group, which it would keep
 from torch.multiprocessing import spawn
 
 
@@ -29,4 +31,10 @@ def _one(rank: int, function: Callable[..., None], folder: Path, world: int, arg
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     torch.manual_seed(0)
     function(folder, rank, *args)
+    part()
+
+
+def part() -> None:
+    """End the group, and its threads: one that lives on can end a process that is ending."""
+    gc.collect()  # models hold the group
     torch.distributed.destroy_process_group()

@@ -15,6 +15,7 @@ import types
 from dataclasses import replace
 
 import torch
+from processes import part
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -91,6 +92,8 @@ def main(rank: int, world: int, steps: str, options: list[str]) -> None:
     if rank == 0:
         print(json.dumps({"groups": groups}), flush=True)
     trainer.train()
+    del trainer
+    part()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.nn.functional  # its defaults are the processes' group as of its import, which then never ends: before there is one
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -389,6 +388,8 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise missing("accelerate", "train") from error
     options: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor")} if recipe.compile else {}
+    if distributed.is_available():
+        import torch.distributed.nn.functional  # before there is a group: its defaults are that of its import, which then never ends
     met = _met()
     with own_accelerator_state():  # a trainer in this process may have one
         try:
