@@ -38,7 +38,7 @@ test-all: $(VENV)/dev
 # torchtitan's own trainer with LAuReL, on two processes; about five minutes. Its packages lie beside the others, for this alone.
 test-torchtitan: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/torchtitan --requirement tests/torchtitan.txt
-	PYTHONPATH=$(VENV)/torchtitan $(BIN)/python -m pytest tests/test_torchtitan.py
+	PYTHONPATH=$(abspath $(VENV)/torchtitan) $(BIN)/python -m pytest -m engines tests/test_torchtitan.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ from laurel_rewrite.files.onnx_weights import note_kinds
 from laurel_rewrite.graph.capture import describe, quiet, training, without_caches
 from laurel_rewrite.graph.from_onnx import METADATA
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.operators.affine import Weight
 from laurel_rewrite.operators.annealing import unfinished
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.operators.onnx_function import CALL, DOMAIN, Call
@@ -60,7 +61,7 @@ class Export:
 
     path: Path
     values: dict[str, str] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, Weight] = field(default_factory=dict)
 
 
 def export_onnx(

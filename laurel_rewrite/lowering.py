@@ -23,6 +23,7 @@ import onnx_ir.passes.common as common
 from laurel_rewrite import targets
 from laurel_rewrite.errors import ConfigError, nearest
 from laurel_rewrite.graph.from_onnx import METADATA
+from laurel_rewrite.operators.affine import Weight
 from laurel_rewrite.passes.evaluate_laurel import EvaluateLaurel, Forms
 from laurel_rewrite.passes.expand_laurel import ExpandLaurel
 from laurel_rewrite.passes.fold_branch import FoldBranch
@@ -58,7 +59,7 @@ class Lowering:
     rescaled: str = ""
     unweighted: int = 0
     multiplied: int = 0
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, Weight] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """In sentences for the user."""

@@ -19,6 +19,8 @@ _HOMOGENEOUS = frozenset(
     MaxPool AveragePool GlobalAveragePool GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin DepthToSpace SpaceToDepth Split Trilu
     """.split()
 )
+POINTWISE = frozenset({"Identity", "Relu", "LeakyRelu", "Dropout"})
+"""Those of them that a factor for each element passes through, too."""
 _ONLY_POSITIVE = frozenset("Relu LeakyRelu PRelu Abs MaxPool GlobalMaxPool ReduceMax ReduceMin".split())
 
 

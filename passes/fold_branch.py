@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from laurel_rewrite.operators.affine import Weight, same
-from laurel_rewrite.passes.algebra import Editor, bears, constant_of, is_homogeneous
+from laurel_rewrite.passes.algebra import POINTWISE, Editor, bears, constant_of, is_homogeneous
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.evaluate_laurel import AFFINE_DOMAIN, Forms
 from laurel_rewrite.passes.onnx_pass import OnnxPass
@@ -34,9 +34,9 @@ _PER_FEATURE: dict[int, dict[str, tuple[int, ...]]] = {
     1: {op: _LINEAR[op] for op in ("Conv", "BatchNormalization")},
 }
 """By the stream's axis: those of them whose constants lie along the features, each on its own."""
-_POINTWISE = frozenset({"Identity", "Relu", "LeakyRelu", "Dropout"})
 _TERMS = frozenset({"Add", "Sub", "Sum", "Concat"})
 _FACTORS = frozenset({"MatMul", "Mul"})
+_ELEMENTWISE = _TERMS | {"Mul"}
 _Change = Callable[[], None]
 
 
@@ -114,7 +114,7 @@ class FoldBranch(OnnxPass):
             return f"{node.op_type} is not known to be linear"
         alone = all(output is value or not output.uses() for output in node.outputs)
         least = factor if isinstance(factor, float) else float(factor.min())
-        passes = alone and (features is None or node.op_type in _POINTWISE)
+        passes = alone and (features is None or node.op_type in POINTWISE)
         if passes and is_homogeneous(node) and not is_homogeneous(node, least):
             return f"the weight is negative, and {node.op_type} is on the way"
         if passes and is_homogeneous(node, least):
@@ -133,6 +133,8 @@ class FoldBranch(OnnxPass):
                     return ""
                 reason = refusal if constant_of(node.inputs[p]) is not None else reason
             return reason
+        if node.op_type == "Mul" and (constants := [p for p in (0, 1) if constant_of(node.inputs[p]) is not None]):
+            return _scale(editor, node, constants[:1], factor, changes, features)
         linear = _LINEAR if features is None else _PER_FEATURE[features.axis]
         positions = [p for p in linear.get(node.op_type, ()) if p < len(node.inputs) and node.inputs[p] is not None]
         if not positions:
@@ -161,7 +163,7 @@ class _Features:
         elif node.op_type == "Gemm":
             trailing = 1 if position == 1 and node.attributes.get_int("transB", 0) == 1 else 0
         else:
-            trailing = self.ndim - 2 if self.axis == 1 and node.op_type in _TERMS else 0
+            trailing = self.ndim - 2 if self.axis == 1 and node.op_type in _ELEMENTWISE else 0
         return factor.reshape(-1, *(1,) * trailing)
 
 

@@ -2,6 +2,9 @@
 
     x_{i+1} = a f + b (x_i + U V x_i)        y_{i+1} = (a / c_{i+1}) f + y_i + U V y_i
 
+A weight for each feature makes c one number a feature, which ReLU, pools and convolutions bear (a ResNet), and normalisations do not (a
+transformer): both are tried, with those weights and without.
+
 Whoever reads x must then read c y. One walk through the graph, in order, carries the scale of every value: normalisations take it into
 epsilon (c^2) and are free of it, linear readers take it into their weights, positively homogeneous ops hand it on, products multiply the
 scales of their operands. What is added must have one scale: constants and weighted branches are brought to the stream's, also inside
@@ -21,39 +24,24 @@ whose readers get the Mul.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from laurel_rewrite.graph.ops.onnx import OPS, SKIP_NORMS
-from laurel_rewrite.operators.affine import Affine, same
-from laurel_rewrite.passes.algebra import Editor, bears, constant_of, is_homogeneous, is_homogeneous_activation
+from laurel_rewrite.operators.affine import Affine, Weight, same
+from laurel_rewrite.passes.algebra import Editor
 from laurel_rewrite.passes.base import PassResult
 from laurel_rewrite.passes.evaluate_laurel import Forms
 from laurel_rewrite.passes.onnx_pass import OnnxPass, subgraphs
+from laurel_rewrite.passes.scales import Change, Reader
 
-_NORMS = frozenset(op for op, kind in OPS.items() if kind.scaleless and op not in SKIP_NORMS) | {"GroupNorm"}
-_EPSILON = 1e-5  # their default
-_SKIP_NORMS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
-"""Normalisations of a sum of their first two operands and of a bias, here with its position; the fourth output is the sum."""
-_SKIP_EPSILON = 1e-12  # their default
-_WEIGHTED = {"Conv": None, "ConvTranspose": None, "Gemm": 2, "FusedConv": 3, "FusedGemm": 2, "FusedMatMul": None}
-"""Linear in the first operand, with weights in the second, whatever they do with the result; and the position of what they add to it."""
-_SUMS = frozenset("Add Sub Concat Sum Max Min".split())
-_ARITHMETIC: dict[str, Callable[[Sequence[float]], float]] = {
-    "Mul": lambda scales: scales[0] * scales[1],
-    "Div": lambda scales: scales[0] / scales[1],
-    "Sqrt": lambda scales: scales[0] ** 0.5,
-    "Reciprocal": lambda scales: 1 / scales[0],
-}
 _DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 _NO_VALUES = frozenset("Shape Size".split())
 _WIDE, _NARROW = 2.0**20, 2.0
 """R, as above."""
-_Change = Callable[[], None]
 
 
 @dataclass
@@ -61,6 +49,8 @@ class _Walk:
     """What a walk found: the scale of each value that is not 1, the changes to make, and what they cost.
 
     Attributes:
+        features: whether skips with a weight for each feature are rescaled.
+        behind: c y, computed once, of a value.
         muls: readers that get a Mul.
         saved: sites whose skip needs none any more.
         reset: sites whose skip keeps one, for c to be 1 again.
@@ -70,21 +60,32 @@ class _Walk:
     editor: Editor
     forms: Forms
     unknown: float
-    scales: dict[ir.Value, float] = field(default_factory=dict)
-    changes: list[_Change] = field(default_factory=list)
+    features: bool
+    scales: dict[ir.Value, Weight] = field(default_factory=dict)
+    behind: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
     muls: int = 0
     saved: int = 0
     reset: int = 0
     low: float = 1.0
     high: float = 1.0
 
-    def of(self, values: Iterable[ir.Value | None]) -> list[float]:
+    def of(self, values: Iterable[ir.Value | None]) -> list[Weight]:
         return [self.scales.get(value, 1.0) if value is not None else 1.0 for value in values]
 
-    def bears(self, value: ir.Value, scale: float, power: int = 1) -> bool:
+    def bears(self, value: ir.Value, scale: Weight, power: int = 1) -> bool:
         """Whether a scale is within R^power of the value's type."""
         limit = self.unknown if value.dtype is None else _limit(value.dtype)
-        return limit**-power <= scale <= limit**power
+        return bool(limit**-power <= np.min(scale) and np.max(scale) <= limit**power)
+
+    def restore(self, node: ir.Node, read: Iterable[ir.Value]) -> None:
+        """Let a node, and the graphs in it, read true values."""
+        for value in read:
+            if value not in self.behind:
+                self.muls += 1
+                self.behind[value] = ir.Value(name=self.editor.name(f"{value.name}.true"), type=value.type, shape=value.shape)
+                self.changes.append(partial(_restore, self.editor, value, self.scales[value], self.behind[value], node))
+            self.changes.append(partial(_read, node, value, self.behind[value]))
 
 
 class RescaleStream(OnnxPass):
@@ -103,12 +104,17 @@ class RescaleStream(OnnxPass):
         self.forms = forms
         self.note = ""
         self.saved = self.resets = self.readers = 0
-        self.scales: dict[str, float] = {}
+        self.scales: dict[str, Weight] = {}
 
     def call(self, graph: ir.Model) -> PassResult[ir.Model]:
-        walk = _walked(graph, self.forms)
+        vectors = any(isinstance(beta, np.ndarray) for form in self.forms.values() for beta in form.betas)
+        walks = [_walked(graph, self.forms, features=way) for way in ([False, True] if vectors else [False])]
+        walk = max(walks, key=lambda one: one.saved - one.muls)
         if walk.muls >= walk.saved:
-            self.note = f"not rescaled: {walk.muls} readers would need a Mul to save {walk.saved}" if walk.saved else ""
+            all_of_them = walks[-1]
+            self.note = (
+                f"not rescaled: {all_of_them.muls} readers would need a Mul to save {all_of_them.saved}" if all_of_them.saved else ""
+            )
             return PassResult(graph, ())
         for change in walk.changes:
             change()
@@ -123,45 +129,42 @@ def _limit(dtype: ir.DataType) -> float:
     return _NARROW if dtype == ir.DataType.FLOAT16 or dtype.bitwidth < 16 else _WIDE
 
 
-def _walked(model: ir.Model, forms: Forms) -> _Walk:
+def _walked(model: ir.Model, forms: Forms, *, features: bool) -> _Walk:
     given = [*model.graph.inputs, *model.graph.initializers.values()]
     types = {value.dtype for value in given if value.dtype is not None and value.dtype.is_floating_point()}
-    walk = _Walk(Editor(model), forms, min(map(_limit, types), default=_WIDE))
-    behind: dict[ir.Value, ir.Value] = {}  # value -> c y, computed once
+    walk = _Walk(Editor(model), forms, min(map(_limit, types), default=_WIDE), features)
     for node in model.graph:
         if node in forms:
             _affine(walk, node)
             continue
         captured = [value for graph in subgraphs(node) for value in _outer(graph) if value in walk.scales]
-        read = {value: walk.scales[value] for value in (*node.inputs, *captured) if value is not None and value in walk.scales}
+        read = dict.fromkeys(value for value in (*node.inputs, *captured) if value is not None and value in walk.scales)
         if not read or node.op_type in _NO_VALUES:
             continue
-        if not captured and node.domain in _DOMAINS and _handed_on(walk, node):
-            continue
-        for value, scale in read.items():
-            if value not in behind:
-                walk.muls += 1
-                behind[value] = ir.Value(name=walk.editor.name(f"{value.name}.true"), type=value.type, shape=value.shape)
-                walk.changes.append(partial(_restore, walk.editor, value, scale, behind[value], node))
-            walk.changes.append(partial(_read, node, value, behind[value]))
+        if captured or node.domain not in _DOMAINS or not _handed_on(walk, node):
+            walk.restore(node, read)
     for value in dict.fromkeys(model.graph.outputs):
         if value in walk.scales:
-            walk.muls += value not in behind
-            walk.changes.append(partial(_output, walk.editor, value, walk.scales[value], behind.get(value)))
+            walk.muls += value not in walk.behind
+            walk.changes.append(partial(_output, walk.editor, value, walk.scales[value], walk.behind.get(value)))
     return walk
 
 
 def _affine(walk: _Walk, node: ir.Node) -> None:
     form, output = walk.forms[node], node.outputs[0]
-    scales = walk.of(node.inputs)
+    walk.restore(
+        node, strange := [value for value in dict.fromkeys(node.inputs) if value is not None and not _lies(walk.of([value])[0], form)]
+    )
+    scales = [1.0 if value in strange else _flat(scale) for value, scale in zip(node.inputs, walk.of(node.inputs), strict=True)]
     branches, states = scales[: len(form.alphas)], scales[len(form.alphas) :]
     alphas = [alpha * scale for alpha, scale in zip(form.alphas, branches, strict=True)]
     betas = [beta if beta is None else beta * scale for beta, scale in zip(form.betas, states, strict=True)]
-    c = 1.0
-    if betas and isinstance(betas[0], float) and betas[0] > 0:
-        if walk.bears(output, betas[0]):
-            c = betas[0]
-            walk.saved += not same(form.betas[0] or 0.0, 1.0)
+    c: Weight = 1.0
+    skip = betas[0] if betas else None
+    if skip is not None and np.min(skip) > 0 and (walk.features or isinstance(skip, float)):
+        if walk.bears(output, skip):
+            c = skip
+            walk.saved += not (form.betas[0] is not None and same(form.betas[0], 1.0))
         else:
             walk.reset += 1
 
@@ -172,13 +175,22 @@ def _affine(walk: _Walk, node: ir.Node) -> None:
 
     walk.changes.append(change)
     if not same(c, 1.0):
-        walk.scales[output] = c
-    walk.low, walk.high = min(walk.low, c), max(walk.high, c)
+        walk.scales[output] = c if isinstance(c, float) else c.reshape(-1, *(1,) * (form.ndim - 2 if form.axis == 1 else 0))
+    walk.low, walk.high = min(walk.low, float(np.min(c))), max(walk.high, float(np.max(c)))
+
+
+def _lies(scale: Weight, form: Affine) -> bool:
+    """Whether an array of scales lies at the features of a stream."""
+    return isinstance(scale, float) or scale.ndim == (form.ndim - 1 if form.axis == 1 else 1)
+
+
+def _flat(scale: Weight) -> Weight:
+    return scale if isinstance(scale, float) else scale.reshape(-1)
 
 
 def _handed_on(walk: _Walk, node: ir.Node) -> bool:
     """Whether a node can read scaled values; the scales of what it gives then and the changes that make them so are noted."""
-    reader = _Reader(walk, node)
+    reader = Reader(walk.editor, walk.forms, node, walk.of(node.inputs))
     found = reader.scales_of_outputs()
     if found is None or not reader.fits:
         return False
@@ -194,121 +206,7 @@ def _floating(value: ir.Value) -> bool:
     return value.dtype is None or value.dtype.is_floating_point()
 
 
-class _Reader:
-    """One node that reads scaled values.
-
-    Attributes:
-        changes: to its constants, for it to do so.
-        fits: whether these stay in their types' range.
-    """
-
-    def __init__(self, walk: _Walk, node: ir.Node) -> None:
-        self.walk, self.node = walk, node
-        self.scales = walk.of(node.inputs)
-        self.constants = [constant_of(value) if scale == 1.0 else None for value, scale in zip(node.inputs, self.scales, strict=True)]
-        self.changes: list[_Change] = []
-        self.fits = True
-
-    def scales_of_outputs(self) -> Sequence[float] | None:
-        """The scale of each output, as far as they are not 1; None where the node must read true values."""
-        node, op, scales = self.node, self.node.op_type, self.scales
-        alone = all(scale == 1.0 for scale in scales[1:])
-        if is_homogeneous(node):  # MaxPool's indices and Dropout's mask have no scale
-            return [scales[0]] * (len(node.outputs) if op == "Split" else 1) if alone else None
-        if op == "Cast" and node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point():
-            return scales
-        if op in _SKIP_NORMS and not any(output.uses() for output in node.outputs[1:3]):
-            target = self.agree((0, 1, _SKIP_NORMS[op]))
-            return None if target is None else [self.normalise(target, _SKIP_EPSILON), 1.0, 1.0, target]
-        if op in _NORMS and alone and not any(output.uses() for output in node.outputs[1:]):
-            return [self.normalise(scales[0], _EPSILON)]
-        if op == "BatchNormalization" and alone:
-            return self.batch_normalisation()
-        if op in _WEIGHTED and self.constants[1] is not None:
-            return self.product()
-        if op == "MatMul" and (fixed := [p for p in (0, 1) if self.constants[p] is not None]):
-            self.scale(fixed[0], scales[1 - fixed[0]])
-            return []
-        if op == "MatMul":
-            return [scales[0] * scales[1]]
-        if op in _ARITHMETIC:
-            return [_ARITHMETIC[op](scales)]
-        if op == "Pow" and (exponent := self.constants[1]) is not None and exponent.size == 1:
-            return self.power(float(exponent.numpy().reshape(())))
-        if op in _SUMS:
-            target = self.agree(range(len(scales)))
-            return None if target is None else [target]
-        return None
-
-    def scale(self, position: int, factor: float) -> None:
-        """Multiply a constant operand."""
-        tensor = self.constants[position]
-        assert tensor is not None
-        self.fits = self.fits and bears(tensor, factor)
-        self.changes.append(partial(self.walk.editor.scale, self.node, position, factor))
-
-    def agree(self, positions: Sequence[int]) -> float | None:
-        """One scale for operands that are added."""
-        data = [p for p in positions if p < len(self.scales) and self.node.inputs[p] is not None]
-        branches = {p: form for p in data if (form := _weighted_branch(self.node.inputs[p], self.walk.forms)) is not None}
-        fixed = [p for p in data if self.constants[p] is None and p not in branches] or [*branches]
-        target = self.scales[fixed[0]] if fixed else 1.0
-        for p in data:
-            if self.constants[p] is not None:
-                self.scale(p, 1 / target)
-            elif p in branches:
-                self.changes.append(partial(branches[p].multiply, self.scales[p] / target))
-            elif not same(self.scales[p], target):
-                return None
-        return target
-
-    def normalise(self, scale: float, default: float) -> float:
-        """What is normalised has no scale, behind an epsilon that has its square."""
-        epsilon = self.node.attributes.get_float("epsilon", default) or 0.0
-        self.changes.append(lambda: self.node.attributes.add(ir.AttrFloat32("epsilon", epsilon / scale**2)))
-        return 1.0
-
-    def batch_normalisation(self) -> Sequence[float] | None:
-        training = self.node.attributes.get_int("training_mode", 0)
-        if self.constants[1] is None or self.constants[3] is None or training:
-            return None
-        self.scale(1, self.scales[0])
-        self.scale(3, 1 / self.scales[0])
-        return []
-
-    def power(self, exponent: float) -> Sequence[float] | None:
-        try:
-            return [self.scales[0] ** exponent]
-        except OverflowError:
-            return None
-
-    def product(self) -> Sequence[float] | None:
-        """W x is free of the scale of x; act(W x + v + z) has that of z, where the activation hands a scale on."""
-        node, scales, added = self.node, self.scales, _WEIGHTED[self.node.op_type]
-        if added is None or added >= len(scales) or node.inputs[added] is None or self.constants[added] is not None:
-            self.scale(1, scales[0])
-            return [] if all(scale == 1.0 for scale in scales[1:]) else None
-        target = scales[added]
-        between = [p for p in range(2, added) if node.inputs[p] is not None]
-        free = is_homogeneous_activation(node.attributes.get_string("activation") or "")
-        if (not free and target != 1.0) or any(self.constants[p] is None for p in between):
-            return None
-        self.scale(1, scales[0] / target)
-        for p in between:
-            self.scale(p, 1 / target)
-        return [target]
-
-
-def _weighted_branch(value: ir.Value | None, forms: Forms) -> Affine | None:
-    """The form behind a value that is a weighted branch and nothing else, for one reader."""
-    producer = value.producer() if value is not None else None
-    form = forms.get(producer) if producer is not None else None
-    if value is None or form is None or form.betas or len(value.uses()) != 1 or value.is_graph_output():
-        return None
-    return form
-
-
-def _restore(editor: Editor, value: ir.Value, scale: float, result: ir.Value, before: ir.Node | None = None) -> None:
+def _restore(editor: Editor, value: ir.Value, scale: Weight, result: ir.Value, before: ir.Node | None = None) -> None:
     """c y, in front of a node or at the end."""
     dtype = value.dtype or ir.DataType.FLOAT
     factor = editor.constant(f"{value.name}.scale", ir.tensor(np.asarray(scale, dtype.numpy()), dtype=dtype))
@@ -326,7 +224,7 @@ def _read(node: ir.Node, value: ir.Value, other: ir.Value) -> None:
                 reader.replace_input_with(position, other)
 
 
-def _output(editor: Editor, value: ir.Value, scale: float, true: ir.Value | None) -> None:
+def _output(editor: Editor, value: ir.Value, scale: Weight, true: ir.Value | None) -> None:
     """A graph output keeps its name, and the value behind it gets another."""
     if true is None:
         true = ir.Value(type=value.type, shape=value.shape)

@@ -35,15 +35,16 @@ class Affine:
     axis: int = -1
     ndim: int = 3
 
-    def multiply(self, factor: float) -> None:
-        """Multiply what it gives."""
+    def multiply(self, factor: Weight) -> None:
+        """Multiply what it gives, by a number or by one a feature."""
         self.alphas = [alpha * factor for alpha in self.alphas]
         self.betas = [beta if beta is None else beta * factor for beta in self.betas]
-        self.up = self.up * factor if self.up is not None else None
+        if self.up is not None:
+            self.up = self.up * (factor if isinstance(factor, float) else factor[:, None])
 
 
-def same(left: Weight, right: float) -> bool:
+def same(left: Weight, right: Weight) -> bool:
     """Equal but for the rounding of float64: weights that are multiplied and divided come back to 1 no nearer."""
-    if isinstance(left, np.ndarray):
-        return bool(np.allclose(left, right, rtol=1e-9, atol=0))
-    return math.isclose(left, right, rel_tol=1e-9)
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-9)
+    return bool(np.allclose(left, right, rtol=1e-9, atol=0))

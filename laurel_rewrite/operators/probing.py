@@ -33,7 +33,7 @@ def linear_form(connection: Connection, call: Call) -> Affine | None:
         form = connection.affine(call.states) if call.part != "read" else None
     if form is not None:
         form.alphas = [] if call.part == "skip" else form.alphas * call.branches
-        return Affine(form.alphas) if call.part == "branch" else form
+        return Affine(form.alphas, axis=config.axis, ndim=config.ndim) if call.part == "branch" else form
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         one, two = (call.operands(connection, torch.float64) for _ in range(2))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laurel_rewrite.graph.capture import quiet, training, without_caches
+from laurel_rewrite.operators.affine import Weight
 from laurel_rewrite.operators.connections import sites_of
 from laurel_rewrite.private import pytree
 from laurel_rewrite.sources.inputs import copied_inputs
@@ -34,7 +35,7 @@ class Exported(Protocol):
 
     path: Path
     values: dict[str, str]
-    scales: dict[str, float]
+    scales: dict[str, Weight]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from laurel_rewrite.errors import CaptureError, ConfigError
 from laurel_rewrite.graph.capture import quiet, training
 from laurel_rewrite.graph.feeds import GUESSES, draw_feeds, has_open_sizes
 from laurel_rewrite.graph.from_onnx import METADATA
+from laurel_rewrite.operators.affine import Weight
 from laurel_rewrite.operators.onnx_function import DOMAIN
 from laurel_rewrite.sources.inputs import copied_inputs
 from laurel_rewrite.verification.checks import Check, check_gradients, tensors_of
@@ -67,7 +68,7 @@ def proved(
     after: Path | ir.Model,
     *,
     values: Mapping[str, str],
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, Weight] | None = None,
     exact: bool = False,
     shaken: Callable[[], Ran] | None = None,
 ) -> tuple[list[Check], Ran | None]:
@@ -154,7 +155,7 @@ def reference(source: Path | ir.Model, *, values: Mapping[str, str], inputs: Fee
     raise NotRun(f"{_called(source)} runs with none of the drawn inputs ({reason}); give some with --inputs")
 
 
-def check_lowering(before: ir.Model, after: ir.Model, scales: Mapping[str, float]) -> list[Check]:
+def check_lowering(before: ir.Model, after: ir.Model, scales: Mapping[str, Weight]) -> list[Check]:
     """A lowered model computes what it did before, on drawn inputs."""
     sites = {node.outputs[0].name: node.metadata_props.get(f"{METADATA}site", "") for node in before.graph if node.domain == DOMAIN}
     values = {name: site for name, site in sites.items() if name}

@@ -15,6 +15,7 @@ from torch import fx
 from laurel_rewrite.backends.onnx.surgery import GraphRewrite, away_from_start
 from laurel_rewrite.errors import ExportError
 from laurel_rewrite.lowering import lower
+from laurel_rewrite.operators.affine import Weight
 from laurel_rewrite.verification.checks import Check
 from laurel_rewrite.verification.onnx import attempt, check_moves, check_optimiser, check_torch, proved, reference
 from laurel_rewrite.verification.onnx_runs import FLOAT32, NotRun, Ran, in_float32, run_shaken
@@ -91,7 +92,7 @@ class GraphProof:
         self.checks.append(check_optimiser("trained LAuReL, optimised against not", found, self.original, self._shaken(file)))
 
     def lowered(
-        self, name: str, source: Path, file: Path, scales: Mapping[str, float], *, random: bool, target: str, skip: Collection[str] = ()
+        self, name: str, source: Path, file: Path, scales: Mapping[str, Weight], *, random: bool, target: str, skip: Collection[str] = ()
     ) -> None:
         """A lowered file computes what the file that it was made from does.
 
