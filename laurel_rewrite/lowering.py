@@ -65,7 +65,7 @@ class Lowering:
         """In sentences for the user."""
         lines = [f"of {self.sites} connections, the weight of f(x) costs nothing at {self.folded}: the layer that computes f(x) has it"]
         lines += [f"at {count} it is a multiplication ({why})" for why, count in Counter(self.refused.values()).most_common(4)]
-        left = f", but for {self.multiplied} multiplications" if self.multiplied else ""
+        left = f", but for {self.multiplied} multiplication{'s' * (self.multiplied > 1)}" if self.multiplied else ""
         lines += (
             [f"the weight of x costs nothing at {self.unweighted}{left}: the layers that read the sum have it"] if self.unweighted else []
         )
