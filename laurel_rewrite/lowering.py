@@ -63,7 +63,10 @@ class Lowering:
 
     def __str__(self) -> str:
         """In sentences for the user."""
-        lines = [f"of {self.sites} connections, the weight of f(x) costs nothing at {self.folded}: the layer that computes f(x) has it"]
+        weighted = self.folded + len(self.refused)
+        lines = [
+            f"the weight of f(x) costs nothing at {self.folded} of the {weighted} connections that have one: the layer that computes f(x) has it"
+        ]
         lines += [f"at {count} it is a multiplication ({why})" for why, count in Counter(self.refused.values()).most_common(4)]
         left = f", but for {self.multiplied} multiplication{'s' * (self.multiplied > 1)}" if self.multiplied else ""
         lines += (
