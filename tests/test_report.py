@@ -149,7 +149,7 @@ def test_the_main_job(exported, tmp_path, here):
     assert {"resnet18.onnx", "laurel.onnx", "one more layer"} <= set(words_of(drawn["runs"]))
     time = report["profile"]["rows"][1]["latencies"][0]
     assert f"{time['ratio']:.3f} [{time['low']:.3f}, {time['high']:.3f}]" in words_of(drawn["ratios"])
-    report["profile"]["rows"][1]["latencies"][0]["runs_ms"] += [1e6, 2e6]
+    time["runs_ms"] = [time["median_ms"] * (1 + run / 1000) for run in range(50)] + [1e6, 2e6]  # those measured may have some far off, too
     runs = drawings(page(report))["runs"]
     assert "2 beyond, to 2e+06 ms" in words_of(runs)
     assert not {"500000", "1000000"} & set(words_of(runs)), "what is far off squeezes nothing"
