@@ -49,7 +49,7 @@ class Lowering:
         rescaled: what became of the skips' weights, in the words of the pass.
         unweighted: skips whose weight is gone.
         multiplied: multiplications that this left, or brought in.
-        scales: c of every value that is 1/c of what it was, by name.
+        scales: c of every value that is 1/c of what it was, by name; one number, or an array that goes with the value, one a feature.
     """
 
     sites: int = 0

@@ -122,19 +122,18 @@ class FoldBranch(OnnxPass):
         if node.op_type in _TERMS and (features is None or node.op_type != "Concat"):
             terms = (p for p, operand in enumerate(node.inputs) if operand is not None)
             return next(filter(None, (self._fold(editor, node, p, factor, changes, seen, features) for p in terms)), "")
-        if node.op_type in _FACTORS and features is None:  # one factor of a product, a constant where there is one
+        if node.op_type in _FACTORS and (features is None or node.op_type in _ELEMENTWISE):
+            # One factor of a product, a constant where there is one.
             reason = f"no factor of {node.op_type} {node.name!r} is a constant of the file, or linear in one"
             for p in sorted((0, 1), key=lambda p: constant_of(node.inputs[p]) is None):
                 attempt, counts = list(changes), seen.copy()
-                refusal = self._fold(editor, node, p, factor, attempt, counts, None)
+                refusal = self._fold(editor, node, p, factor, attempt, counts, features)
                 if not refusal:
                     changes[:] = attempt
                     seen.update(counts - seen)
                     return ""
                 reason = refusal if constant_of(node.inputs[p]) is not None else reason
             return reason
-        if node.op_type == "Mul" and (constants := [p for p in (0, 1) if constant_of(node.inputs[p]) is not None]):
-            return _scale(editor, node, constants[:1], factor, changes, features)
         linear = _LINEAR if features is None else _PER_FEATURE[features.axis]
         positions = [p for p in linear.get(node.op_type, ()) if p < len(node.inputs) and node.inputs[p] is not None]
         if not positions:

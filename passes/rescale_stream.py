@@ -111,10 +111,8 @@ class RescaleStream(OnnxPass):
         walks = [_walked(graph, self.forms, features=way) for way in ([False, True] if vectors else [False])]
         walk = max(walks, key=lambda one: one.saved - one.muls)
         if walk.muls >= walk.saved:
-            all_of_them = walks[-1]
-            self.note = (
-                f"not rescaled: {all_of_them.muls} readers would need a Mul to save {all_of_them.saved}" if all_of_them.saved else ""
-            )
+            tried = walks[-1]  # all that could be rescaled
+            self.note = f"not rescaled: {tried.muls} readers would need a Mul to save {tried.saved}" if tried.saved else ""
             return PassResult(graph, ())
         for change in walk.changes:
             change()

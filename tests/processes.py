@@ -31,10 +31,10 @@ def _one(rank: int, function: Callable[..., None], folder: Path, world: int, arg
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     torch.manual_seed(0)
     function(folder, rank, *args)
-    part()
+    end_group()
 
 
-def part() -> None:
+def end_group() -> None:
     """End the group, and its threads: one that lives on can end a process that is ending."""
     gc.collect()  # models hold the group
     torch.distributed.destroy_process_group()

@@ -69,6 +69,10 @@ FOLDS = {
     "one number": (
         LAST, [node("MatMul", ["x", "w"], ["m"]), node("Tanh", ["m"], ["t"]), node("Mul", ["t", "b"], ["f"])], {"w": (D, D), "b": (1,)},
     ),
+    "a gate": (
+        LAST, [node("MatMul", ["x", "v"], ["u"]), node("Sigmoid", ["u"], ["g"]), node("MatMul", ["x", "w"], ["m"]), node("Mul", ["g", "m"], ["f"])],
+        {"v": (D, D), "w": (D, D)},
+    ),
     "constant per channel": (FIRST, [node("Conv", ["x", "w"], ["c"]), node("Add", ["c", "b"], ["f"])], {"w": (D, D, 1, 1), "b": (D, 1, 1)}),
 }  # fmt: skip
 

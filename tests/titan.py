@@ -15,7 +15,7 @@ import types
 from dataclasses import replace
 
 import torch
-from processes import part
+from processes import end_group
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -93,7 +93,7 @@ def main(rank: int, world: int, steps: str, options: list[str]) -> None:
         print(json.dumps({"groups": groups}), flush=True)
     trainer.train()
     del trainer
-    part()
+    end_group()
 
 
 if __name__ == "__main__":

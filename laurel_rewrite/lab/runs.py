@@ -390,7 +390,7 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
     options: dict[str, Any] = {"dynamo_plugin": TorchDynamoPlugin(backend="inductor")} if recipe.compile else {}
     if distributed.is_available():
         import torch.distributed.nn.functional  # before there is a group: its defaults are that of its import, which then never ends
-    met = _met()
+    had_group = _has_group()
     with own_accelerator_state():  # a trainer in this process may have one
         try:
             accelerator = accelerate.Accelerator(
@@ -402,21 +402,22 @@ def accelerator_of(recipe: Recipe) -> Iterator[Any]:
             )
         except (ValueError, ImportError) as error:
             raise ConfigError(f"Accelerate cannot train so: {' '.join(str(error).split())[:300]}") from error
-        if _met() and not met:
-            atexit.register(_part)
+        if _has_group() and not had_group:
+            atexit.register(_end_group)
         check_processes(recipe, accelerator)
         yield accelerator
 
 
-def _met() -> bool:
+def _has_group() -> bool:
+    """Whether this process and others have begun a group."""
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _part() -> None:
+def _end_group() -> None:
     """End the group of the processes that a comparison began, and its threads. Where one still lets go of a tensor while Python ends, it takes the
     process down with it (SIGABRT). Not before: processes that have parted can't meet again under the same launcher."""
     gc.collect()  # what was trained holds the group
-    if _met():
+    if _has_group():
         distributed.destroy_process_group()
 
 
