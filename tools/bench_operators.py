@@ -186,7 +186,7 @@ def table(known: dict[str, Any]) -> str:
 
 
 def _bound(row: dict[str, Any], what: str, passes: int) -> float:
-    moving = 1e3 * passes * row["gigabytes"] / row["bandwidth"]
+    moving = 1e3 * passes * row["gigabytes"] / row[what]["bandwidth"]
     return float(1 + moving / row[what]["plain_ms"] + row["flops"])
 
 
@@ -231,11 +231,12 @@ def main(
                     for operator in left[place : place + together]:
                         model, facts = rewritten(base, operator)
                         row = known.setdefault(f"{name} {operator}", {})
-                        row |= {**facts, "conditions": conditions, "bandwidth": bandwidth()}
+                        row |= {**facts, "conditions": conditions}
                         if model is not None:
                             models[operator] = model
+                    rate = bandwidth()  # of the same minutes as the times that the bound stands beside
                     for operator, found in measured(what, base, models, seconds, Path(scratch) / f"{name}.onnx") if models else ():
-                        known[f"{name} {operator}"][what] = found
+                        known[f"{name} {operator}"][what] = {**found, "bandwidth": rate}
                         click.echo(f"{what} {name} {operator}: {_shown(found)}")
                     kept()
                     del model, models
